@@ -1,0 +1,115 @@
+"""Argument checks of the operations: ValueError or TypeError naming the argument, what it got and what it expects."""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    name: str, value: object, like: Tensor | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
+    """`value` is a tensor of one of `dtypes`, on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, as x, got {value.device}")
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(value.shape)}")
+
+
+def check_scale(scale: object, like: Tensor) -> None:
+    """A finite number, or a 0-d tensor on the device of `like` that takes no gradient."""
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat | torch.SymInt):
+            raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
+        # A compiled graph keeps a changing number symbolic; asking for its value would recompile for each.
+        if not torch.compiler.is_compiling() and not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale}")
+        return
+    check_tensor("scale", scale, like)
+    if scale.dim() != 0:
+        raise ValueError(f"scale: expected a 0-d Tensor, got shape {tuple(scale.shape)}")
+    if scale.requires_grad:
+        raise ValueError("scale: takes no gradient; a trainable scale belongs in core")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_probability(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
+
+
+def check_factor(name: str, factor: Tensor, x: Tensor) -> None:
+    """A factor has x's dtype, or is a float32 master under half-precision x; both come contiguous to the kernels."""
+    check_tensor(name, factor, x, dtypes=(x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32))
+
+
+def check_factors(core: Tensor | None, x: Tensor, weight, down: Tensor, up: Tensor) -> Tensor | None:
+    """Check the factors against x and weight; the core as (O, I, R) or (O, I, R, R)."""
+    for name, factor in (("down", down), ("up", up)):
+        check_factor(name, factor, x)
+        if factor.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(factor.shape)}")
+    rank = down.shape[0]
+    if rank == 0:
+        raise ValueError(f"down: expected rank ≥ 1, got shape {tuple(down.shape)}")
+    if core is not None:
+        check_factor("core", core, x)
+        dense = {1: (rank,), 2: (rank, rank), 3: (rank,), 4: (rank, rank)}.get(core.dim())
+        if dense is None or core.shape[-len(dense) :] != dense or 0 in core.shape:
+            raise ValueError(
+                f"core: expected (R,), (R, R), (O, I, R) or (O, I, R, R) with R = {rank}, got {tuple(core.shape)}"
+            )
+        core = core[None, None] if core.dim() < 3 else core
+    out_blocks, in_blocks = (1, 1) if core is None else core.shape[:2]
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected {weight.shape[1]} = in_features columns, got shape {tuple(x.shape)}")
+    if down.shape[1] * in_blocks != weight.shape[1]:
+        expected = f"(R, in_features / input blocks) = ({rank}, {weight.shape[1]} / {in_blocks})"
+        raise ValueError(f"down: expected shape {expected}, got {tuple(down.shape)}")
+    if up.shape[0] * out_blocks != weight.shape[0] or up.shape[1] != rank:
+        expected = f"(out_features / output blocks, R) = ({weight.shape[0]} / {out_blocks}, {rank})"
+        raise ValueError(f"up: expected shape {expected}, got {tuple(up.shape)}")
+    return core
+
+
+def check_linear(x: object, weight: object, bias: Tensor | None, hidden: Tensor | None):
+    """x, weight, bias and hidden after autocast, of one dtype."""
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least one dimension, got a 0-d Tensor")
+    quantized = not isinstance(weight, Tensor)
+    if quantized and not (hasattr(weight, "dequantize") and hasattr(weight, "shape")):
+        raise TypeError(
+            f"weight: expected a Tensor or an object with .dequantize and .shape, got {type(weight).__name__}"
+        )
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight: expected (out_features, in_features), got shape {tuple(weight.shape)}")
+    tensors = {"weight": None if quantized else weight, "bias": bias, "hidden": hidden}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(name, tensor, x)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        tensors = {name: tensor if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected dtype {x.dtype}, as x, got {tensor.dtype}")
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
+    return x, weight if quantized else tensors["weight"], tensors["bias"], tensors["hidden"]
