@@ -1,0 +1,360 @@
+"""A frozen linear layer with a low-rank update: y = x Wᵀ + b + s · B core(A x), forward and backward, in thin passes.
+
+The weight's update consists of O × I blocks that share one A and one B (method, section 1):
+
+    ΔW[o, i] = s · B · diag(c[o, i]) · A    or    s · B · K[o, i] · A    or, without a core and O = I = 1,  s · B · A
+
+    z_i = drop(x_i) Aᵀ            (M, I·R)    x_i: the i-th block of x's columns;  drop only where dropout_on says
+    S_o = drop(Σ_i drop(z_i) ∘ c[o, i])       or  Σ_i z_i K[o, i]ᵀ    (M, O·R)
+    y_o = x W_oᵀ + b_o + s · S_o Bᵀ
+
+Backward, with G = ∂L/∂y:
+
+    dB = s Σ_o G_oᵀ S_o;   dS_o = s G_o B;   dc[o, i] = Σ_rows dS_o ∘ z_i   or   dK[o, i] = dS_oᵀ z_i
+    dz_i = Σ_o dS_o ∘ c[o, i]   or   Σ_o dS_o K[o, i];   dA = Σ_i dz_iᵀ drop(x_i);   dx_i = G W[:, i] + dz_i A
+
+Kept for the backward: x itself (not a copy), z, and the random seed. Uses: LoRA (arXiv 2106.09685), MoIL's adapters
+(doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation (arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
+"""
+
+import importlib
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from peft_kernels.backend import resolve
+from peft_kernels.checks import (
+    check_choice,
+    check_factor,
+    check_factors,
+    check_linear,
+    check_probability,
+    check_scale,
+    check_shape,
+    check_tensor,
+)
+from peft_kernels.torch_kernels import lowrank_linear as torch_lowrank_linear
+
+DROPOUT_PLACES = ("input", "rank", "core")
+DESIGNS = (None, "D1", "D3")
+
+
+class QuantizedWeight(Protocol):
+    """A frozen weight that is stored in another form, and made dense afresh whenever a product needs it."""
+
+    shape: torch.Size
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor: ...
+
+
+def lowrank_linear_reference(
+    x, weight, bias, down, up, core=None, *, scale=1.0, hidden=None, mask=None, dropout_p=0.0, dropout_on="input"
+):
+    """The definition, in the precision of its arguments; `mask` (True = kept) is of the place `dropout_on` names."""
+    if core is None or core.dim() < 3:
+        core = (x.new_ones(up.shape[1]) if core is None else core)[None, None]
+    core = torch.diag_embed(core) if core.dim() == 3 else core
+    out_blocks, in_blocks, rank, _ = core.shape
+    drop = dict.fromkeys(DROPOUT_PLACES, 1.0)
+    if mask is not None:
+        drop[dropout_on] = mask.to(x.dtype) / (1 - dropout_p)
+    blocks = (x * drop["input"]).unflatten(-1, (in_blocks, -1))
+    z = torch.einsum("...ik,rk->...ir", blocks, down).flatten(-2) if hidden is None else hidden
+    z = (z * drop["rank"]).unflatten(-1, (in_blocks, rank))
+    expanded = torch.einsum("oiab,...ib->...oa", core, z).flatten(-2) * drop["core"]
+    update = torch.einsum("...oa,na->...on", expanded.unflatten(-1, (out_blocks, rank)), up).flatten(-2)
+    return F.linear(x, weight, bias) + scale * update
+
+
+# The kernel backends as custom operators: what a compiled graph calls. Eager calls skip this layer's cost, ~16 µs.
+
+
+def _module(backend: str) -> ModuleType:
+    if backend == "torch":
+        return torch_lowrank_linear
+    return importlib.import_module(f"peft_kernels.{backend}_kernels.lowrank_linear")
+
+
+@torch.library.custom_op("peft_kernels::lowrank_linear_fwd", mutates_args=())
+def _fwd_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    core: Tensor | None,
+    scale: Tensor,
+    hidden: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    dropout_on: str,
+    design: str | None,
+    backend: str,
+) -> list[Tensor]:
+    y, z = _module(backend).lowrank_linear_fwd(
+        x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design
+    )
+    return [y] if hidden is not None else [y, z]
+
+
+@_fwd_op.register_fake
+def _(x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design, backend):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return [y] if hidden is not None else [y, x.new_empty(x.shape[0], x.shape[1] // down.shape[1] * down.shape[0])]
+
+
+@torch.library.custom_op("peft_kernels::lowrank_linear_bwd", mutates_args=())
+def _bwd_op(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    down: Tensor | None,
+    up: Tensor,
+    core: Tensor | None,
+    scale: Tensor,
+    z: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    dropout_on: str,
+    needs: list[bool],
+    design: str | None,
+    backend: str,
+) -> list[Tensor]:
+    grads = _module(backend).lowrank_linear_bwd(
+        dy, x, weight, down, up, core, scale, z, rng, dropout_p, dropout_on, needs, design
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+@_bwd_op.register_fake
+def _(dy, x, weight, down, up, core, scale, z, rng, dropout_p, dropout_on, needs, design, backend):
+    rank, out_blocks = up.shape[1], dy.shape[1] // up.shape[0]
+    in_blocks = 1 if core is None else core.shape[-2 if core.dim() == 3 else -3]
+    grads = [
+        dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None,
+        torch.empty_like(down) if needs[1] else None,
+        torch.empty_like(up) if needs[2] else None,
+        torch.empty_like(core) if needs[3] else None,
+        dy.new_empty(dy.shape[0], in_blocks * rank) if needs[4] else None,
+    ]
+    assert out_blocks * up.shape[0] == dy.shape[1]
+    return [grad for grad in grads if grad is not None]
+
+
+@torch.library.custom_op("peft_kernels::lowrank_hidden_fwd", mutates_args=())
+def _hidden_fwd_op(x: Tensor, down: Tensor, input_blocks: int, backend: str) -> Tensor:
+    return _module(backend).lowrank_hidden_fwd(x, down, input_blocks)
+
+
+@_hidden_fwd_op.register_fake
+def _(x, down, input_blocks, backend):
+    return x.new_empty(x.shape[0], input_blocks * down.shape[0])
+
+
+@torch.library.custom_op("peft_kernels::lowrank_hidden_bwd", mutates_args=())
+def _hidden_bwd_op(dz: Tensor, x: Tensor | None, down: Tensor, needs: list[bool], backend: str) -> list[Tensor]:
+    return [grad for grad in _module(backend).lowrank_hidden_bwd(dz, x, down, needs) if grad is not None]
+
+
+@_hidden_bwd_op.register_fake
+def _(dz, x, down, needs, backend):
+    columns = dz.shape[1] // down.shape[0] * down.shape[1]
+    grads = [dz.new_empty(dz.shape[0], columns) if needs[0] else None, torch.empty_like(down) if needs[1] else None]
+    return [grad for grad in grads if grad is not None]
+
+
+def _spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """The inverse of leaving out what was not needed."""
+    remaining = iter(grads)
+    return [next(remaining) if needed else None for needed in needs]
+
+
+def _as_operator(backend: str) -> bool:
+    return backend != "torch" and torch.compiler.is_compiling()
+
+
+def _tensor_scale(scale: float | Tensor, like: Tensor) -> Tensor:
+    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=like.device)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., n) as (rows, n) with unit column stride; the same memory wherever strides allow it."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design, backend):
+        needs_x, needs_weight, _, needs_down, needs_up, needs_core = ctx.needs_input_grad[:6]
+        dense = weight if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
+        hidden_rows = None if hidden is None else _rows(hidden)
+        args = (_rows(x), dense, bias, down, up, core)
+        if _as_operator(backend):
+            outputs = _fwd_op(*args, _tensor_scale(scale, x), hidden_rows, rng, dropout_p, dropout_on, design, backend)
+            y, z = outputs[0], outputs[-1]
+        else:
+            y, z = _module(backend).lowrank_linear_fwd(*args, scale, hidden_rows, rng, dropout_p, dropout_on, design)
+        ctx.save_for_backward(
+            x if needs_weight or (needs_down and hidden is None) else None,
+            weight if needs_x and isinstance(weight, Tensor) else None,
+            down if hidden is None else None,
+            up,
+            core,
+            scale if isinstance(scale, Tensor) else None,
+            (z if hidden is None else hidden) if needs_up or needs_core else None,
+            rng,
+        )
+        ctx.scale = None if isinstance(scale, Tensor) else scale
+        ctx.quantized = None if isinstance(weight, Tensor) else weight
+        ctx.x_shape, ctx.hidden_shape = x.shape, None if hidden is None else hidden.shape
+        ctx.settings = (dropout_p, dropout_on, design, backend)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, down, up, core, scale, z, rng = ctx.saved_tensors
+        dropout_p, dropout_on, design, backend = ctx.settings
+        needs_x, needs_weight, needs_bias, needs_down, needs_up, needs_core, _, needs_hidden = ctx.needs_input_grad[:8]
+        needs = (needs_x, needs_down and down is not None, needs_up, needs_core, needs_hidden)
+        if needs_x and ctx.quantized is not None:
+            weight = ctx.quantized.dequantize(dy.dtype)
+        scale = ctx.scale if scale is None else scale
+        dy = _rows(dy)
+        x = None if x is None else _rows(x)
+        z = None if z is None else _rows(z)
+        args = (dy, x if needs[1] else None, weight, down, up, core)
+        if not any(needs):
+            grads = (None,) * 5
+        elif _as_operator(backend):
+            grads = _spread(
+                _bwd_op(*args, _tensor_scale(scale, dy), z, rng, dropout_p, dropout_on, needs, design, backend), needs
+            )
+        else:
+            grads = _module(backend).lowrank_linear_bwd(*args, scale, z, rng, dropout_p, dropout_on, needs, design)
+        dx, d_down, d_up, d_core, d_hidden = grads
+        dx = None if dx is None else dx.view(ctx.x_shape)
+        d_weight = dy.t() @ x if needs_weight else None
+        d_bias = dy.sum(0) if needs_bias else None
+        d_hidden = None if d_hidden is None else d_hidden.view(ctx.hidden_shape)
+        return dx, d_weight, d_bias, d_down, d_up, d_core, None, d_hidden, None, None, None, None, None
+
+
+class _LowRankHidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, down, input_blocks, backend):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down)
+        ctx.x_shape, ctx.backend = x.shape, backend
+        run = _hidden_fwd_op if _as_operator(backend) else _module(backend).lowrank_hidden_fwd
+        z = run(_rows(x), down, input_blocks, backend) if _as_operator(backend) else run(_rows(x), down, input_blocks)
+        return z.view(*x.shape[:-1], z.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        x, down = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        x = None if x is None else _rows(x)
+        if _as_operator(ctx.backend):
+            dx, d_down = _spread(_hidden_bwd_op(_rows(dz), x, down, needs, ctx.backend), needs)
+        else:
+            dx, d_down = _module(ctx.backend).lowrank_hidden_bwd(_rows(dz), x, down, needs)
+        return None if dx is None else dx.view(ctx.x_shape), d_down, None, None
+
+
+def _draw(x: Tensor, backend: str, dropout_p: float, mask_columns: int) -> Tensor:
+    """This call's randomness, from torch's generator: a keep-mask (rows, columns) for torch, or (seed, offset)."""
+    if backend == "torch":
+        rows = x.numel() // x.shape[-1]
+        return torch.empty(rows, mask_columns, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+    return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    core: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    dropout_on: str = "input",
+    training: bool = True,
+    hidden: Tensor | None = None,
+    backend: str = "auto",
+    design: str | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b + scale · (the low-rank update of x), differentiable in every tensor but `scale`.
+
+    x: (..., in_features), any strides, float32, bfloat16, float16 or (torch backend) float64
+    weight: (out_features, in_features) in x's dtype, or an object with `.dequantize(dtype) -> Tensor` and `.shape`
+    bias: (out_features,) or None
+    down: (R, in_features / I);  up: (out_features / O, R);  each in x's dtype, or float32
+    core: None | (R,) | (R, R) with O = I = 1 | (O, I, R) | (O, I, R, R), in x's dtype or float32
+    scale: a number, or a 0-d tensor on x's device (a changed value then recompiles nothing)
+    dropout_p: probability of dropping an element, in [0, 1); kept ones are divided by 1 - dropout_p. Kernels round it
+        to a multiple of 2⁻¹⁶. No dropout unless `training`.
+    dropout_on: "input" (x before A, as in PEFT's LoRA), "rank" (z) or "core" (S, a mask per output block)
+    hidden: z (..., I·R) from `lowrank_hidden`, computed once for several calls; `down` gets its gradient through it
+    backend: "auto" | "cuda" | "triton" | "torch";  design: None (chosen by shape) | "D1" | "D3" (triton)
+    returns y: (..., out_features) in x's dtype
+
+    Under autocast, x, weight, bias and hidden are cast as `torch.nn.functional.linear` would; the factors are not.
+    Masks follow torch.manual_seed and differ between backends and between eager and compiled runs.
+    Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
+    if a backend asked for by name cannot run.
+    """
+    x, weight, bias, hidden = check_linear(x, weight, bias, hidden)
+    core = check_factors(core, x, weight, down, up)
+    check_scale(scale, x)
+    check_probability("dropout_p", dropout_p)
+    check_choice("dropout_on", dropout_on, DROPOUT_PLACES)
+    check_choice("design", design, DESIGNS)
+    rank, out_blocks, in_blocks = up.shape[1], weight.shape[0] // up.shape[0], weight.shape[1] // down.shape[1]
+    if hidden is not None:
+        if dropout_p > 0 and dropout_on == "input":
+            raise ValueError('hidden: cannot be combined with dropout_on="input", which drops x before down')
+        check_shape("hidden", hidden, (*x.shape[:-1], in_blocks * rank), "(..., input blocks · R)")
+    choice = resolve("lowrank_linear", (x, bias, down, up, core, hidden), backend, rank=rank)
+    if design == "D3" and hidden is not None:
+        raise ValueError("design: 'D3' computes x Aᵀ itself and takes no hidden")
+    if design is not None and (choice.name == "torch" or (choice.name == "cuda" and design != "D1")):
+        raise ValueError(f"design: {design!r} does not exist on backend {choice.name!r} ({choice.reason})")
+    run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
+    rng = None
+    if training and dropout_p > 0:
+        columns = {"input": x.shape[-1], "rank": in_blocks * rank, "core": out_blocks * rank}[dropout_on]
+        rng = _draw(x, run, dropout_p, columns)
+    return _LowRankLinear.apply(
+        x, weight, bias, down.contiguous(), up.contiguous(), None if core is None else core.contiguous(), scale, hidden,
+        rng, dropout_p, dropout_on, design if run == "triton" else None, run,
+    )  # fmt: skip
+
+
+def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str = "auto") -> Tensor:
+    """z = x Aᵀ per input block, differentiable: computed once, it serves every `lowrank_linear` that shares x and A.
+
+    x: (..., in_features);  down: (R, in_features / input_blocks) in x's dtype or float32
+    returns z: (..., input_blocks · R) in x's dtype, for `lowrank_linear(..., hidden=z)`
+    Raises ValueError or TypeError, naming the argument, before anything runs.
+    """
+    check_tensor("x", x)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    check_factor("down", down, x)
+    if isinstance(input_blocks, bool) or not isinstance(input_blocks, int) or input_blocks < 1:
+        raise ValueError(f"input_blocks: expected an integer ≥ 1, got {input_blocks!r}")
+    if down.dim() != 2 or down.shape[0] == 0 or x.dim() == 0 or down.shape[1] * input_blocks != x.shape[-1]:
+        raise ValueError(
+            f"down: expected (R, in_features / input_blocks) with R ≥ 1 for x {tuple(x.shape)} and "
+            f"input_blocks {input_blocks}, got {tuple(down.shape)}"
+        )
+    choice = resolve("lowrank_hidden", (x, down), backend, rank=down.shape[0])
+    return _LowRankHidden.apply(x, down.contiguous(), input_blocks, choice.name if x.numel() else "torch")

@@ -1,0 +1,1 @@
+"""The operations in plain torch: the fallback everywhere, and what runs on a CPU. Imports torch only."""

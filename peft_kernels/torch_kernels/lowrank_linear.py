@@ -1,0 +1,165 @@
+"""`lowrank_linear` as a short chain of in-place torch calls: no ΔW, no dropped copy of x kept, no avoidable temporary.
+
+Shapes as in peft_kernels/ops/lowrank_linear.py. `x (M, I·in)` is the same memory as `(M·I, in)`, so one product by A
+serves every input block, and one by B every output block. `rng` is the 1-byte keep-mask (True = kept): drawing it
+again in the backward costs a CPU more than keeping it.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+Scale = float | Tensor
+
+
+def lowrank_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    core: Tensor | None,
+    scale: Scale,
+    hidden: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    dropout_on: str,
+    design: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """-> y (M, N), z (M, I·R); z is None when `hidden` was given."""
+    z = hidden
+    if z is None and rng is not None and dropout_on == "input":
+        z = lowrank_hidden_fwd(x * rng, down, _blocks(x, down)).mul_(1 / (1 - dropout_p))
+    elif z is None:
+        z = lowrank_hidden_fwd(x, down, _blocks(x, down))
+    expanded = _expand(z, core, rng, dropout_p, dropout_on)
+    y = F.linear(x, weight, bias)
+    _add_product(y.view(-1, up.shape[0]), expanded.reshape(-1, up.shape[1]), up.to(x.dtype).t(), scale)
+    return y, (z if hidden is None else None)
+
+
+def lowrank_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    down: Tensor | None,
+    up: Tensor,
+    core: Tensor | None,
+    scale: Scale,
+    z: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    dropout_on: str,
+    needs: tuple[bool, bool, bool, bool, bool],
+    design: str | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> dx, d_down, d_up, d_core, d_hidden; `needs` says which in that order; `down` is None if `hidden` was given."""
+    needs_x, needs_down, needs_up, needs_core, needs_hidden = needs
+    through_down = needs_x and down is not None
+    dx = d_down = d_up = d_core = d_hidden = None
+    dy_blocks = dy.reshape(-1, up.shape[0])
+    if needs_up:
+        expanded = _expand(z, core, rng, dropout_p, dropout_on)
+        d_up = (dy_blocks.t() @ expanded.reshape(-1, up.shape[1])).mul_(scale).to(up.dtype)
+    if needs_x:
+        dx = dy @ weight
+    if needs_down or needs_core or needs_hidden or through_down:
+        d_expanded = (dy_blocks @ up.to(dy.dtype)).mul_(scale).view(dy.shape[0], _blocks(dy, up.t()) * up.shape[1])
+        dz, d_core = _expand_bwd(d_expanded, z, core, rng, dropout_p, dropout_on, needs_core)
+        on_input = rng is not None and dropout_on == "input"
+        if on_input:
+            dz.mul_(1 / (1 - dropout_p))
+        if needs_hidden:
+            d_hidden = dz
+        if needs_down:
+            d_down = _d_down(dz, x * rng if on_input else x, down)
+        if through_down and on_input:
+            dx.addcmul_(_dx(dz, down), rng)
+        elif through_down:
+            _add_product(dx.view(-1, down.shape[1]), dz.reshape(-1, down.shape[0]), down.to(dy.dtype), 1.0)
+    return dx, d_down, d_up, d_core, d_hidden
+
+
+def lowrank_hidden_fwd(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
+    """-> z (M, I·R)"""
+    return (x.reshape(-1, down.shape[1]) @ down.to(x.dtype).t()).view(x.shape[0], input_blocks * down.shape[0])
+
+
+def lowrank_hidden_bwd(
+    dz: Tensor, x: Tensor | None, down: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dx, d_down; `needs` says which, in that order."""
+    needs_x, needs_down = needs
+    return _dx(dz, down) if needs_x else None, _d_down(dz, x, down) if needs_down else None
+
+
+def _d_down(dz: Tensor, x: Tensor, down: Tensor) -> Tensor:
+    return (dz.reshape(-1, down.shape[0]).t() @ x.reshape(-1, down.shape[1])).to(down.dtype)
+
+
+def _dx(dz: Tensor, down: Tensor) -> Tensor:
+    return (dz.reshape(-1, down.shape[0]) @ down.to(dz.dtype)).view(
+        dz.shape[0], dz.shape[1] // down.shape[0] * down.shape[1]
+    )
+
+
+def _blocks(x: Tensor, factor: Tensor) -> int:
+    return x.shape[1] // factor.shape[1]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Scale) -> None:
+    if isinstance(scale, Tensor):
+        total.addmm_(left * scale, right)
+    else:
+        total.addmm_(left, right, alpha=scale)
+
+
+def _drop(t: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
+    return t if rng is None else t * rng * (1 / (1 - dropout_p))
+
+
+def _expand(z: Tensor, core: Tensor | None, rng: Tensor | None, dropout_p: float, dropout_on: str) -> Tensor:
+    """S (M, O·R): every input block's z through the core, summed; with the "rank" and "core" masks."""
+    z = _drop(z, rng if dropout_on == "rank" else None, dropout_p)
+    if core is not None:
+        z = _times_core(z, core)
+    return _drop(z, rng if dropout_on == "core" else None, dropout_p)
+
+
+def _times_core(z: Tensor, core: Tensor) -> Tensor:
+    core = core.to(z.dtype)
+    out_blocks, in_blocks, rank = core.shape[:3]
+    if core.dim() == 4:  # S[o, a] = Σ_ib K[o, i, a, b] z[i, b]
+        return z @ core.permute(1, 3, 0, 2).reshape(in_blocks * rank, out_blocks * rank)
+    return (z.view(-1, 1, in_blocks, rank) * core).sum(2).view(-1, out_blocks * rank)
+
+
+def _expand_bwd(
+    d_expanded: Tensor,
+    z: Tensor,
+    core: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    dropout_on: str,
+    needs_core: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """-> dz (M, I·R), d_core"""
+    d_core = None
+    d_expanded = _drop(d_expanded, rng if dropout_on == "core" else None, dropout_p)
+    if core is None:
+        dz = d_expanded
+    else:
+        out_blocks, in_blocks, rank = core.shape[:3]
+        c = core.to(d_expanded.dtype)
+        if needs_core:
+            z = _drop(z, rng if dropout_on == "rank" else None, dropout_p)
+        if core.dim() == 4:
+            dz = d_expanded @ c.permute(0, 2, 1, 3).reshape(out_blocks * rank, in_blocks * rank)
+            if needs_core:
+                d_core = (d_expanded.t() @ z).view(out_blocks, rank, in_blocks, rank).transpose(1, 2)
+        else:
+            per_block = d_expanded.view(-1, out_blocks, 1, rank)
+            dz = (per_block * c).sum(1).view(-1, in_blocks * rank)
+            if needs_core:
+                d_core = (per_block * z.view(-1, 1, in_blocks, rank)).sum(0)
+        d_core = d_core.to(core.dtype).contiguous() if needs_core else None
+    return _drop(dz, rng if dropout_on == "rank" else None, dropout_p), d_core
