@@ -1,0 +1,134 @@
+"""What every Triton operation shares: one way to launch, operand types, and the dropout mask."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Tile
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Launch(NamedTuple):
+    """One kernel launch: what the static tests compile ahead of time and the benchmarks count."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict[str, Any]
+    tile: Tile
+
+
+_record: list[Launch] | None = None
+_running = True
+
+
+@contextmanager
+def record_launches(run: bool = True) -> Iterator[list[Launch]]:
+    """Collect the launches made inside the block; run=False only collects, so that no GPU is needed."""
+    global _record, _running
+    previous = _record, _running
+    _record, _running = [], run
+    try:
+        yield _record
+    finally:
+        _record, _running = previous
+
+
+def launch(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], tile: Tile) -> None:
+    """Run `kernel` over `grid` on the device of its first tensor, on torch's current stream."""
+    if _record is not None:
+        _record.append(Launch(kernel, grid, args, constants, tile))
+    if not _running:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def architecture(device: torch.device) -> int:
+    """80 for sm_80, 90 for sm_90 and so on; the interpreter on a CPU takes sm_90's choices."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
+    """Operand type and input precision of every product on tensors of `dtype`.
+
+    float32 stays float32 unless torch's own matmuls are allowed tf32. The interpreter's bfloat16 arithmetic is wrong
+    (triton 3.6 to 3.9), so there every operand becomes float32.
+    """
+    dot = tl.float32 if INTERPRETED else _DOT_TYPES[dtype]
+    return {"DOT": dot, "PRECISION": "tf32" if _allows_tf32() else "ieee"}
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.backends.fp32_precision == "tf32"
+
+
+def dropout_arguments(rng: Tensor | None, dropout_p: float) -> tuple[Tensor | None, int, float]:
+    """(rng, threshold, keep_scale): an element is kept iff its 16 random bits are >= threshold."""
+    if rng is None:
+        return None, 0, 1.0
+    return rng, min(round(dropout_p * 65536), 65535), 1 / (1 - dropout_p)
+
+
+@triton.jit
+def keep_mask(rng_ptr, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) of booleans, a pure function of (seed, offset, row, column): the same whatever the tiling.
+
+    Philox-4x32-10, keyed by the seed; one call gives the 16 bits each of eight neighbouring columns. first_column and
+    COLUMNS are multiples of 8.
+    """
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1)
+    zero = tl.zeros((ROWS, COLUMNS // 8), tl.uint32)
+    groups = first_column // 8 + tl.arange(0, COLUMNS // 8)
+    counter_row = zero + rows[:, None].to(tl.uint32)
+    counter_group = zero + groups[None, :].to(tl.uint32)
+    low = zero + (offset & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + (offset >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counter_row, counter_group, low, high)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+    bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLUMNS))
+    return bits >= threshold
+
+
+@triton.jit
+def load_scale(scale):
+    """A scale given as a number, or as a pointer to one."""
+    scale = tl.to_tensor(scale)
+    if scale.dtype.is_ptr():
+        return tl.load(scale)
+    return scale
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_kernel(partial_ptr, out_ptr, count, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    pointers = partial_ptr + offsets
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(count):
+        total += tl.load(pointers, mask=mask, other=0.0)
+        pointers += size
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
+    """partials (P, ...) float32, added in the order of P -> a tensor shaped and typed as `like`."""
+    out = torch.empty_like(like)
+    tile = Tile(rows=1, columns=1024, warps=4, stages=1)
+    grid = (triton.cdiv(out.numel(), tile.columns),)
+    launch(_sum_kernel, grid, (partials, out, partials.shape[0], out.numel()), {"BLOCK": tile.columns}, tile)
+    return out

@@ -1,0 +1,129 @@
+"""Tile choice: pure functions of (shape, dtype, architecture) to frozen records; searched offline, not at run time."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+MAX_RANK = 64  # above it tiles spill, and the thin products are GEMMs that a BLAS does well
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's tile: `rows` × `columns` of the large tensor it reads or writes; `depth` where a product loops."""
+
+    rows: int
+    columns: int
+    warps: int = 8
+    stages: int = 3
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class LowRankShape:
+    """The sizes of one `lowrank_linear`: x (rows, in_features), y (rows, out_features)."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    rank: int
+    in_blocks: int = 1
+    out_blocks: int = 1
+
+
+@dataclass(frozen=True)
+class LowRankLinearConfig:
+    """design "D1": low-rank first, cuBLAS adds to it; "D3": one kernel for small widths. One tile per kernel."""
+
+    design: str
+    block_r: int
+    chunk_r: int
+    shrink: Tile
+    mix: Tile
+    expand: Tile
+    up_bwd: Tile
+    hidden_bwd: Tile
+    core_bwd: Tile
+    down_bwd: Tile
+    fused: Tile
+
+
+def lowrank_linear_config(
+    shape: LowRankShape, dtype: torch.dtype, arch: int, design: str | None = None
+) -> LowRankLinearConfig:
+    """The design and tiles of one shape: D1 wherever no committed measurement prefers another, and none does yet.
+
+    Rows count only as "few" or "many", and rank by its power of two: neither recompiles anything inside its bucket.
+    Raises ValueError for a rank above MAX_RANK, and if `design` is asked for and cannot run this shape.
+    """
+    if shape.rank > MAX_RANK:
+        raise ValueError(f"rank: the Triton kernels take ranks up to {MAX_RANK}, not {shape.rank}")
+    problem = d3_problem(shape)
+    if design == "D3" and problem:
+        raise ValueError(f"design: 'D3' {problem}")
+    block_r = max(16, 1 << (shape.rank - 1).bit_length())
+    tiles = _float32_tiles(block_r) if dtype == torch.float32 else _half_tiles(block_r, arch)
+    if shape.rows <= 32:
+        tiles = {kernel: replace(tile, rows=16) for kernel, tile in tiles.items()}
+    if SHARED_MEMORY[_nearest(arch, SHARED_MEMORY)] < 128_000:
+        tiles = {kernel: replace(tile, stages=2) for kernel, tile in tiles.items()}
+    return LowRankLinearConfig(design or "D1", block_r, min(block_r, 16 if dtype == torch.float32 else 32), **tiles)
+
+
+# The widest tiles that the assembler gives no spills on sm_80, sm_90 and sm_100 (tests/static holds them to it).
+
+
+def _half_tiles(block_r: int, arch: int) -> dict[str, Tile]:
+    """bfloat16 and float16. up_bwd wants wide chunks: it writes block_r float32 sums per row for each of them."""
+    if arch >= 90:
+        up_bwd = Tile(64, 256 if block_r <= 32 else 128)
+    else:
+        up_bwd = {16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r]
+    wide, small = Tile(64, 128), Tile(64, block_r, stages=2)
+    return {
+        "shrink": wide,
+        "mix": small,
+        "expand": wide,
+        "up_bwd": up_bwd,
+        "hidden_bwd": small,
+        "core_bwd": small,
+        "down_bwd": wide,
+        "fused": Tile(128, 128, depth=32),
+    }
+
+
+def _float32_tiles(block_r: int) -> dict[str, Tile]:
+    """True float32 has no tensor cores: its operands live in registers, which allows smaller tiles only."""
+    wide, small = Tile(32, 64), Tile(32, block_r, stages=2)
+    return {
+        "shrink": wide,
+        "mix": small,
+        "expand": wide,
+        "up_bwd": wide,
+        "hidden_bwd": small,
+        "core_bwd": Tile(16, block_r, stages=2),
+        "down_bwd": {16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r],
+        "fused": Tile(64, 32, depth=32),
+    }
+
+
+def d3_problem(shape: LowRankShape) -> str | None:
+    """Why the one-kernel design cannot run a shape; the only place that says what it takes."""
+    if shape.in_blocks > 1:
+        return f"takes one input block, not {shape.in_blocks}"
+    if shape.rank > 32 or shape.in_features > 1024:
+        return f"takes rank ≤ 32 and in_features ≤ 1024, not {shape.rank} and {shape.in_features}"
+    return None
+
+
+def strip_tiles(rows: int, tile_rows: int, column_tiles: int, arch: int) -> int:
+    """Row tiles that one program walks through, so that about two programs run on every multiprocessor."""
+    row_tiles = -(-rows // tile_rows)
+    strips = max(1, 2 * PROCESSORS[_nearest(arch, PROCESSORS)] // column_tiles)
+    return max(1, -(-row_tiles // strips))
+
+
+def _nearest(arch: int, table: dict[int, int]) -> int:
+    """The newest architecture of the table that is not newer than `arch`."""
+    return max((known for known in table if known <= arch), default=min(table))
