@@ -1,0 +1,26 @@
+"""Shared set-up: where kernels run here, and uninitialised memory full of NaN."""
+
+import os
+
+import pytest
+import torch
+
+# Deterministic mode fills every torch.empty with NaN: whatever a kernel forgets to write shows.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

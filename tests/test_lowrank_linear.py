@@ -1,0 +1,358 @@
+"""`lowrank_linear` and `lowrank_hidden` on every backend that runs here, against the definition in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lowrank_cases import INTERPRETED, Problem, assert_as_accurate_as_torch, error, expected, recover_mask, run
+
+import peft_kernels
+from peft_kernels import lowrank_hidden, lowrank_linear
+from peft_kernels.ops import lowrank_linear as op
+
+HALVES = (torch.bfloat16, torch.float16)
+LAYOUTS = {  # the users in method section 1
+    "lora": {},
+    "aurora-paper": {"core": "flat diagonal"},
+    "aurora-released": {"core": "flat dense"},
+    "aurora-fused-qkv": {"core": "diagonal", "out_blocks": 3},
+    "aurora-fused-qkv-released": {"core": "dense", "out_blocks": 3},
+    "aurora-fc1": {"core": "dense", "out_blocks": 4, "columns_out": 24},
+    "aurora-fc2": {"core": "diagonal", "in_blocks": 4},
+    "aurora-fc2-released": {"core": "dense", "in_blocks": 4},
+    "grid": {"core": "dense", "out_blocks": 2, "in_blocks": 2, "bias": False},
+}
+BACKENDS = [("torch", None), ("triton", None), ("triton", "D3")]
+
+
+def runnable(problem: Problem, design: str | None) -> bool:
+    return design != "D3" or (problem.in_blocks == 1 and not problem.precomputed_hidden)
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(filter(None, pair)))
+def backend_design(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_and_gradients(backend_design, layout, dtype, device):
+    problem = Problem(**LAYOUTS[layout], dtype=dtype)
+    if runnable(problem, backend_design[1]):
+        assert_as_accurate_as_torch(problem, device, *backend_design)
+
+
+@pytest.mark.parametrize("place", ["input", "rank", "core"])
+@pytest.mark.parametrize("layout", ["lora", "aurora-fused-qkv", "aurora-fc2-released", "grid"])
+def test_dropout(backend_design, layout, place, device):
+    problem = Problem(**LAYOUTS[layout], dropout_p=0.3, dropout_on=place)
+    if runnable(problem, backend_design[1]):
+        assert_as_accurate_as_torch(problem, device, *backend_design)
+
+
+@pytest.mark.parametrize("layout", ["lora", "aurora-fc2", "aurora-fused-qkv-released"])
+@pytest.mark.parametrize("place", [None, "rank", "core"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_precomputed_hidden(backend, layout, place, device):
+    """`down` and x get their low-rank gradients through `lowrank_hidden`."""
+    dropout = {} if place is None else {"dropout_p": 0.3, "dropout_on": place}
+    problem = Problem(**LAYOUTS[layout], **dropout, precomputed_hidden=True)
+    assert_as_accurate_as_torch(problem, device, backend)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"rows": 1, "columns_in": 1, "columns_out": 1, "rank": 1},  # everything is a tail
+        {"rows": 63, "columns_in": 63, "columns_out": 65, "rank": 3},  # no vector width divides them
+        {"rows": 33, "columns_in": 760, "columns_out": 16, "rank": 16},  # a K loop with a ragged end
+        {"rows": 16, "columns_in": 16, "columns_out": 1128, "rank": 33},  # many column tiles, rank over a power of two
+        {"rows": 300, "columns_in": 16, "columns_out": 8, "rank": 64},  # several strips, the largest kernel rank
+    ],
+    ids=lambda sizes: "x".join(map(str, sizes.values())),
+)
+@pytest.mark.parametrize("place", [None, "input"])
+def test_ugly_sizes(backend_design, sizes, place, device):
+    problem = Problem(**sizes) if place is None else Problem(**sizes, dropout_p=0.5, dropout_on=place)
+    if backend_design[1] != "D3" or problem.rank <= 32:
+        assert_as_accurate_as_torch(problem, device, *backend_design)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_float32_factors_under_half_precision(backend_design, dtype, device):
+    """Masters stay float32 and so do their gradients."""
+    assert_as_accurate_as_torch(
+        Problem(core="flat dense", dtype=dtype, factor_dtype=torch.float32), device, *backend_design
+    )
+
+
+def test_float64_is_exact_and_matches_finite_differences(device):
+    problem = Problem(rows=3, columns_in=4, columns_out=3, rank=2, core="dense", out_blocks=2, in_blocks=2)
+    problem = replace(problem, dtype=torch.float64)
+    tensors = problem.tensors(device)
+
+    def forward(x, weight, bias, down, up, core):
+        return lowrank_linear(x, weight, bias, down, up, core, scale=0.7)
+
+    assert torch.autograd.gradcheck(forward, tuple(tensors.values()))
+    oracle = expected(problem, device, None)
+    assert all(error(value, oracle[name]) < 1e-14 for name, value in run(problem, device, "torch").items())
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 70),
+    columns_in=st.integers(1, 50),
+    columns_out=st.integers(1, 50),
+    rank=st.integers(1, 20),
+    blocks=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    core=st.sampled_from([None, "diagonal", "dense"]),
+    place=st.sampled_from([None, "input", "rank", "core"]),
+    backend=st.sampled_from(["torch", "triton"]),
+)
+def test_any_shape(rows, columns_in, columns_out, rank, blocks, core, place, backend):
+    out_blocks, in_blocks = blocks if core else (1, 1)
+    dropout = {} if place is None else {"dropout_p": 0.25, "dropout_on": place}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem(rows, columns_in, columns_out, rank, out_blocks, in_blocks, core, **dropout)
+    assert_as_accurate_as_torch(problem, device, backend)
+
+
+@pytest.mark.parametrize("needed", ["x", "weight", "bias", "down", "up", "core"])
+def test_one_gradient_at_a_time(backend_design, needed, device):
+    """Whatever the others need, a gradient comes out the same; what is not needed is not computed."""
+    problem = Problem(core="dense", out_blocks=3, dropout_p=0.2, dropout_on="core")
+    backend, design = backend_design
+    everything = run(problem, device, backend, design=design)
+    tensors = problem.tensors(device)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == needed)
+    torch.manual_seed(7)
+    y = lowrank_linear(
+        **tensors, scale=problem.scale, dropout_p=0.2, dropout_on="core", backend=backend, design=design
+    )
+    y.backward(problem.gradient(device))
+    for name, tensor in tensors.items():
+        if name == needed:
+            torch.testing.assert_close(tensor.grad, everything[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 2, 3, 24), (24,)])
+def test_leading_dimensions_and_strides(backend_design, shape, device):
+    problem = Problem()
+    backend, design = backend_design
+    tensors = problem.tensors(device)
+    del tensors["x"]
+    x = torch.randn(*shape[:-1], 48, device=device)[..., ::2]  # no unit stride anywhere
+    options = {"backend": backend, "design": design}
+    y = lowrank_linear(x, **tensors, **options)
+    assert y.shape == (*shape[:-1], 40)
+    torch.testing.assert_close(y, lowrank_linear(x.contiguous(), **tensors, **options))
+    rows = torch.randn(6, 50, device=device)[:, 3:27]  # rows a stride apart, an unaligned start
+    torch.testing.assert_close(
+        lowrank_linear(rows, **tensors, **options), op.lowrank_linear_reference(rows, **tensors), rtol=1e-5, atol=1e-5
+    )
+    transposed = torch.randn(24, 6, device=device).t().requires_grad_()
+    lowrank_linear(transposed, **tensors, **options).sum().backward()  # an expanded gradient of stride 0
+    reference = transposed.detach().requires_grad_()
+    op.lowrank_linear_reference(reference, **tensors).sum().backward()
+    torch.testing.assert_close(transposed.grad, reference.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batch(backend_design, device):
+    tensors = Problem().tensors(device)
+    x = torch.empty(2, 0, 24, device=device, requires_grad=True)
+    y = lowrank_linear(**tensors | {"x": x}, backend=backend_design[0], design=backend_design[1])
+    assert y.shape == (2, 0, 40)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all((tensors[name].grad == 0).all() for name in ("weight", "bias", "down", "up"))
+
+
+def test_nan_in_means_nan_out(backend_design, device):
+    tensors = {name: t.detach() for name, t in Problem().tensors(device).items()}
+    tensors["x"][3, 5] = float("nan")
+    y = lowrank_linear(**tensors, backend=backend_design[0], design=backend_design[1])
+    assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
+
+
+def test_scale_as_tensor(backend_design, device):
+    """A 0-d tensor scales exactly as the number it holds."""
+    tensors = Problem().tensors(device)
+    options = {"backend": backend_design[0], "design": backend_design[1]}
+    number = lowrank_linear(**tensors, scale=0.375, **options)
+    tensor = lowrank_linear(**tensors, scale=torch.tensor(0.375, device=device), **options)
+    torch.testing.assert_close(number, tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["input", "rank", "core"])
+def test_results_repeat_bit_for_bit(backend_design, place, device):
+    problem = Problem(rows=300, core="diagonal", out_blocks=3, dropout_p=0.2, dropout_on=place, dtype=torch.float16)
+    backend, design = backend_design
+    first, second = (run(problem, device, backend, design=design) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = run(problem, device, backend, design=design, seed=8)
+    assert not torch.equal(first["y"], other["y"])
+
+
+@pytest.mark.parametrize("place", ["input", "rank", "core"])
+def test_masks_are_bernoulli(backend_design, place, device):
+    """The kept share is 1 - p within five standard deviations, in all and per column, and two seeds differ."""
+    problem = Problem(rows=400, columns_in=40, rank=24, dropout_p=0.3, dropout_on=place)
+    backend, design = backend_design
+    mask, other = (recover_mask(problem, device, backend, design=design, seed=seed) for seed in (7, 8))
+    assert mask.shape == (400, problem.mask_columns)
+    deviation = (0.3 * 0.7 / mask.numel()) ** 0.5
+    assert abs(mask.double().mean() - 0.7) < 5 * deviation
+    per_column = mask.double().mean(0)
+    assert ((per_column - 0.7).abs() < 5 * (0.3 * 0.7 / 400) ** 0.5).all()
+    assert abs((mask == other).double().mean() - (0.7**2 + 0.3**2)) < 5 * (0.58 * 0.42 / mask.numel()) ** 0.5
+
+
+def test_consecutive_calls_draw_new_masks(backend_design, device):
+    tensors = Problem().tensors(device)
+    options = {"dropout_p": 0.5, "backend": backend_design[0], "design": backend_design[1]}
+    torch.manual_seed(0)
+    first, second = lowrank_linear(**tensors, **options), lowrank_linear(**tensors, **options)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(first, lowrank_linear(**tensors, **options))
+    still = lowrank_linear(**tensors, **options, training=False)
+    assert torch.equal(still, lowrank_linear(**tensors, **options | {"dropout_p": 0.0}))
+
+
+def test_autocast(backend_design, device):
+    """x, weight and bias are cast as linear casts them; float32 factors get float32 gradients."""
+    tensors = Problem().tensors(device)
+    with torch.autocast(device, torch.bfloat16):
+        y = lowrank_linear(**tensors, backend=backend_design[0], design=backend_design[1])
+    assert y.dtype == torch.bfloat16
+    y.backward(torch.ones_like(y))
+    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+    oracle = op.lowrank_linear_reference(*(tensors[n].detach().double() for n in ("x", "weight", "bias", "down", "up")))
+    assert error(y.detach(), oracle) < 1e-2
+
+
+class Quantized:
+    """A weight kept as int8 with one step per row."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.step = weight.abs().amax(1, keepdim=True) / 127
+        self.codes = (weight / self.step).round().to(torch.int8)
+        self.shape, self.calls = weight.shape, 0
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        self.calls += 1
+        return (self.codes * self.step).to(dtype)
+
+
+def test_quantized_weight(backend_design, device):
+    """Made dense afresh in each direction; nothing dense is kept."""
+    tensors = {name: t.detach() for name, t in Problem(columns_in=64, columns_out=64).tensors(device).items()}
+    quantized, dense = Quantized(tensors["weight"]), tensors["weight"]
+    dense.copy_(quantized.dequantize(dense.dtype))
+    options = {"backend": backend_design[0], "design": backend_design[1]}
+    x = tensors["x"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = lowrank_linear(**tensors | {"weight": quantized}, **options)
+    assert not any(t.shape == dense.shape for t in kept)
+    y.sum().backward()
+    assert quantized.calls == 3
+    gradient, x.grad = x.grad, None
+    again = lowrank_linear(**tensors, **options)
+    again.sum().backward()
+    assert torch.equal(y, again) and torch.equal(gradient, x.grad)
+
+
+def saved_storages(forward) -> dict[int, int]:
+    """Bytes by storage of what one forward keeps for its backward, parameters left out."""
+    storages = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        forward()
+    return storages
+
+
+def test_saved_for_backward(backend_design, device):
+    """x once for q, k and v, a thin z each, 16 bytes of seed (torch: a 1-byte mask); PEFT keeps a dropped copy of x."""
+    rows, width, rank = 64, 96, 4
+    backend, design = backend_design
+    x = torch.randn(rows, width, device=device, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(width, width, device=device), requires_grad=False)
+    down, up = (torch.nn.Parameter(torch.randn(s, device=device)) for s in ((rank, width), (width, rank)))
+    options = {"dropout_p": 0.1, "backend": backend, "design": design}
+    saved = saved_storages(lambda: [lowrank_linear(x, weight, None, down, up, **options) for _ in range(3)])
+    x_bytes, z_bytes = 4 * rows * width, 4 * rows * rank
+    assert saved.pop(x.untyped_storage().data_ptr()) == x_bytes
+    random_bytes = rows * width if backend == "torch" else 16
+    assert sorted(saved.values()) == sorted([z_bytes, random_bytes] * 3)
+
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(width, width, device=device))
+    config = peft.LoraConfig(r=rank, lora_dropout=0.1, target_modules=["0"])
+    theirs = saved_storages(lambda: peft.get_peft_model(model, config)(x))
+    ours = saved_storages(lambda: lowrank_linear(x, weight, None, down, up, **options))
+    assert sum(ours.values()) < sum(theirs.values())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the same comparison runs with float32 in the tests above")
+def test_interpreted_masks_do_not_depend_on_tiles(monkeypatch, device):
+    """A mask is a function of seed, row and column alone: other tiles, the same mask."""
+    from peft_kernels.triton_kernels import lowrank_linear as launchers
+
+    problem = Problem(rows=100, columns_in=72, in_blocks=2, core="diagonal", rank=20, dropout_p=0.4)
+    masks = {place: recover_mask(replace(problem, dropout_on=place), device, "triton") for place in op.DROPOUT_PLACES}
+    choose = launchers.lowrank_linear_config
+
+    def other_tiles(*args):
+        config = choose(*args)
+        return replace(config, shrink=replace(config.shrink, rows=16, columns=16), down_bwd=replace(config.down_bwd, columns=16),
+                       mix=replace(config.mix, rows=16), hidden_bwd=replace(config.hidden_bwd, rows=64))  # fmt: skip
+
+    monkeypatch.setattr(launchers, "lowrank_linear_config", other_tiles)
+    for place, mask in masks.items():
+        assert torch.equal(mask, recover_mask(replace(problem, dropout_on=place), device, "triton"))
+
+
+def test_hidden_alone(device):
+    for backend in ("torch", "triton"):
+        x = torch.randn(3, 5, 24, device=device, requires_grad=True)
+        down = torch.randn(4, 12, device=device, requires_grad=True)
+        z = lowrank_hidden(x, down, 2, backend=backend)
+        assert z.shape == (3, 5, 8)
+        gradient = torch.randn_like(z)
+        reference = (x.unflatten(-1, (2, 12)) @ down.t()).flatten(-2)
+        torch.testing.assert_close(z, reference, rtol=1e-5, atol=1e-5)
+        ours = torch.autograd.grad(z, (x, down), gradient)
+        theirs = torch.autograd.grad(reference, (x, down), gradient)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_one_hidden_serves_q_k_and_v(device):
+    """method section 1: one x Aᵀ for three projections that share A, or one stacked A with a slice each."""
+    problem = Problem()
+    for backend in ("torch", "triton"):
+        tensors = problem.tensors(device)
+        x, down, ups = tensors["x"], tensors["down"], [torch.randn(40, 4, device=device) for _ in range(3)]
+        stacked = torch.cat([down, 2 * down, 3 * down])
+        hidden = lowrank_hidden(x, stacked, backend=backend)
+        for i, up in enumerate(ups):
+            y = lowrank_linear(
+                x, tensors["weight"], None, (i + 1) * down, up, hidden=hidden[:, 4 * i : 4 * i + 4], backend=backend
+            )
+            alone = lowrank_linear(x, tensors["weight"], None, (i + 1) * down, up, backend=backend)
+            torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_public_names():
+    assert {"lowrank_linear", "lowrank_hidden", "use_backend", "resolve"} <= set(peft_kernels.__all__)
