@@ -1,4 +1,4 @@
-"""Random problems for `lowrank_linear`, its oracle in float64, and the error that torch itself makes in the same dtype."""
+"""Random problems for `lowrank_linear`, their oracle in float64, and the error that torch makes in the same dtype."""
 
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,7 @@ class Problem:
     rank: int = 4
     out_blocks: int = 1
     in_blocks: int = 1
-    core: str | None = None  # "diagonal" | "dense", with 3 or 4 dimensions; "flat diagonal" | "flat dense", without blocks
+    core: str | None = None  # "diagonal" | "dense" with blocks, "flat diagonal" | "flat dense" without
     dtype: torch.dtype = torch.float32
     factor_dtype: torch.dtype | None = None
     bias: bool = True
@@ -90,8 +90,10 @@ def run(problem: Problem, device: str, backend: str, *, seed: int = 7, design: s
     return {"y": y.detach()} | {name: tensor.grad for name, tensor in tensors.items()}
 
 
-def expected(problem: Problem, device: str, mask: Tensor | None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """y and every gradient by the definition and autograd, in `dtype`: float64 is the oracle, problem.dtype the peer."""
+def expected(
+    problem: Problem, device: str, mask: Tensor | None, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """y and every gradient by the definition and autograd in `dtype`: float64 is the oracle, problem.dtype the peer."""
     tensors = {name: t.detach().to(dtype).requires_grad_() for name, t in problem.tensors(device).items()}
     y = lowrank_linear_reference(
         *(tensors.get(name) for name in NAMES),
@@ -104,7 +106,7 @@ def expected(problem: Problem, device: str, mask: Tensor | None, dtype: torch.dt
 def recover_mask(problem: Problem, device: str, backend: str, *, seed: int = 7, design: str | None = None) -> Tensor:
     """The keep-mask (rows, mask_columns) that a call with this seed draws, read off its gradients.
 
-    With a zero weight, the gradient of x (of hidden for "rank" and "core") is zero exactly where an element was dropped;
+    With a zero weight, the gradient of x (of hidden for "rank" and "core") is zero just where an element was dropped;
     for "core" one output block at a time is let through.
     """
     problem = replace(problem, bias=False)

@@ -316,12 +316,28 @@ def test_interpreted_masks_do_not_depend_on_tiles(monkeypatch, device):
 
     def other_tiles(*args):
         config = choose(*args)
-        return replace(config, shrink=replace(config.shrink, rows=16, columns=16), down_bwd=replace(config.down_bwd, columns=16),
-                       mix=replace(config.mix, rows=16), hidden_bwd=replace(config.hidden_bwd, rows=64))  # fmt: skip
+        return replace(
+            config,
+            shrink=replace(config.shrink, rows=16, columns=16),
+            mix=replace(config.mix, rows=16),
+            hidden_bwd=replace(config.hidden_bwd, rows=64),
+            down_bwd=replace(config.down_bwd, columns=16),
+        )
 
     monkeypatch.setattr(launchers, "lowrank_linear_config", other_tiles)
     for place, mask in masks.items():
         assert torch.equal(mask, recover_mask(replace(problem, dropout_on=place), device, "triton"))
+
+
+@pytest.mark.parametrize("layout", ["lora", "aurora-fused-qkv", "aurora-fc2-released"])
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_strips_of_several_tiles(layout, tiles, monkeypatch, device):
+    """At full size every program walks through many tiles of rows; 300 rows would give it one."""
+    from peft_kernels.triton_kernels import lowrank_linear_bwd
+
+    monkeypatch.setattr(lowrank_linear_bwd, "strip_tiles", lambda *sizes: tiles)
+    problem = Problem(**LAYOUTS[layout], rows=300, dropout_p=0.2, dropout_on="input")
+    assert_as_accurate_as_torch(problem, device, "triton")
 
 
 def test_hidden_alone(device):

@@ -100,7 +100,7 @@ def _float32_tiles(block_r: int) -> dict[str, Tile]:
         "shrink": wide,
         "mix": small,
         "expand": wide,
-        "up_bwd": wide,
+        "up_bwd": wide if block_r == 64 else Tile(32, 128),
         "hidden_bwd": small,
         "core_bwd": Tile(16, block_r, stages=2),
         "down_bwd": {16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r],

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_kernels.backend import Choice, resolve
+from peft_kernels.backend import BACKENDS, Choice, resolve
 from peft_kernels.checks import check_choice, check_probability, check_scale
-from peft_kernels.ops.lowrank_linear import DROPOUT_PLACES, lowrank_linear
+from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
 
 CORES = (None, "diagonal", "dense")
 INITS = ("kaiming", "gaussian")
 
 
 class LowRankLinear(nn.Linear):
-    """Takes the place of `linear` and keeps its `weight` and `bias`: the same Parameters under the same state-dict keys.
+    """Takes the place of `linear` and keeps its `weight` and `bias`: the same Parameters under the same keys.
 
         y = x Wᵀ + b + scale · B core(A x)        see peft_kernels.lowrank_linear
 
@@ -57,6 +57,8 @@ class LowRankLinear(nn.Linear):
         check_choice("core", core, CORES)
         check_choice("dropout_on", dropout_on, DROPOUT_PLACES)
         check_choice("init", init, INITS)
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_choice("design", design, DESIGNS)
         check_probability("dropout_p", dropout_p)
         check_scale(scale, linear.weight)
         for name, blocks, features in (

@@ -342,6 +342,7 @@ def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str 
     """z = x Aᵀ per input block, differentiable: computed once, it serves every `lowrank_linear` that shares x and A.
 
     x: (..., in_features);  down: (R, in_features / input_blocks) in x's dtype or float32
+    backend: "auto" | "cuda" | "triton" | "torch"
     returns z: (..., input_blocks · R) in x's dtype, for `lowrank_linear(..., hidden=z)`
     Raises ValueError or TypeError, naming the argument, before anything runs.
     """

@@ -1,0 +1,164 @@
+"""Every Triton kernel as machine code for three architectures, in the tiles that config.py chooses, without a GPU.
+
+No spill, shared memory within the limit, tensor cores where they belong, 16-byte accesses, no tf32 in float32 kernels.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels decorated under the interpreter cannot be compiled", allow_module_level=True)
+
+from aot import compile_launch
+
+from peft_kernels.triton_kernels import common, lowrank_linear, lowrank_linear_bwd
+from peft_kernels.triton_kernels.config import SHARED_MEMORY
+
+ARCHITECTURES = (80, 90, 100)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward and backward whose launches are compiled; the sizes stand for every size of the same divisibility."""
+
+    dtype: torch.dtype = BF16
+    factor_dtype: torch.dtype = FP32
+    rank: int = 16
+    rows: int = 512
+    width: int = 768
+    out_blocks: int = 1
+    in_blocks: int = 1
+    core: str | None = None
+    dropout_on: str | None = None
+    design: str | None = None
+
+    def launches(self) -> list[common.Launch]:
+        def empty(*shape, dtype=self.dtype):
+            return torch.empty(shape, dtype=dtype)
+
+        x, weight, bias = empty(self.rows, self.width), empty(self.width, self.width), empty(self.width)
+        down = empty(self.rank, self.width // self.in_blocks, dtype=self.factor_dtype)
+        up = empty(self.width // self.out_blocks, self.rank, dtype=self.factor_dtype)
+        core = None
+        if self.core is not None:
+            shape = (self.rank,) if self.core == "diagonal" else (self.rank, self.rank)
+            core = empty(self.out_blocks, self.in_blocks, *shape, dtype=self.factor_dtype)
+        rng = None if self.dropout_on is None else torch.zeros(2, dtype=torch.int64)
+        options = (rng, 0.1, self.dropout_on or "input")
+        needs = (True, True, True, core is not None, False)
+        with common.record_launches(run=False) as launches:
+            y, z = lowrank_linear.lowrank_linear_fwd(x, weight, bias, down, up, core, 2.0, None, *options, self.design)
+            lowrank_linear.lowrank_linear_bwd(torch.empty_like(y), x, weight, down, up, core, 2.0, z, *options, needs)
+        return launches
+
+
+# The calls that users make, each with the dropout that costs its kernels most registers.
+CALLS = {
+    "lora": Call(dropout_on="input"),
+    "lora-without-dropout-bf16-factors": Call(factor_dtype=BF16, rank=8),
+    "lora-fp16": Call(FP16, dropout_on="input"),
+    "lora-32-D3": Call(rank=32, dropout_on="input", design="D3"),
+    "aurora-qkv": Call(rank=64, out_blocks=3, core="diagonal", dropout_on="core"),
+    "aurora-released": Call(rank=64, core="dense", dropout_on="rank"),
+    "lora-32-fp32": Call(FP32, rank=32, dropout_on="input"),
+}
+SWEEP = {
+    f"{dtype}-{rank}-{rows}-{core}-{blocks}-{place}-{design}": Call(
+        dtype, FP32, rank, rows, 768, *blocks, core, place, design
+    )
+    for dtype in (BF16, FP32)
+    for rank in (16, 32, 64)
+    for rows in (16, 512)
+    for core, blocks in ((None, (1, 1)), ("diagonal", (1, 4)), ("dense", (3, 1)))
+    for place in ("input", "core" if rank == 32 else "rank")
+    for design in (None, "D3")
+    if design is None or (rank <= 32 and blocks[1] == 1)
+}
+
+
+def check(call: Call, arch: int, monkeypatch) -> list[str]:
+    """The names of the kernels that were compiled and found good."""
+    for module in (lowrank_linear, lowrank_linear_bwd):
+        monkeypatch.setattr(module, "architecture", lambda device: arch)
+    compiled = {}
+    for launch in call.launches():
+        if launch.kernel.__name__ not in compiled:
+            compiled[launch.kernel.__name__] = compile_launch(launch, arch)
+    for name, kernel in compiled.items():
+        where = f"{name} for sm_{arch}: {kernel.registers} registers"
+        assert kernel.spills == 0, f"{where}, {kernel.spills} bytes spilled"
+        assert kernel.shared <= SHARED_MEMORY[arch], f"{where}, {kernel.shared} bytes of shared memory"
+        if call.dtype == FP32:
+            assert ".tf32" not in kernel.ptx, where
+            assert "mma" not in kernel.ptx, where
+        if name in ("_shrink_kernel", "_fused_kernel", "_up_bwd_kernel", "_down_bwd_kernel"):
+            assert reads_16_bytes(kernel.ptx), f"{where}: its large tensor is not read 16 bytes at a time"
+        if name in ("_expand_kernel", "_fused_kernel", "_down_bwd_kernel"):
+            assert re.search(r"st\.global\S*\.v4\.b32", kernel.ptx), f"{where}: not written 16 bytes at a time"
+        if name == "_fused_kernel" and call.dtype != FP32 and call.rows > 32:
+            instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
+            assert instruction in kernel.ptx, f"{where}: no {instruction}"
+    return list(compiled)
+
+
+def reads_16_bytes(ptx: str) -> bool:
+    return bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global [^;]*0x10", ptx))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", CALLS)
+def test_machine_code(name, arch, monkeypatch):
+    kernels = check(CALLS[name], arch, monkeypatch)
+    expected = {"_fused_kernel"} if CALLS[name].design == "D3" else {"_shrink_kernel", "_expand_kernel"}
+    assert expected | {"_up_bwd_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"} <= set(kernels)
+    if CALLS[name].core:
+        assert {"_mix_kernel", "_core_bwd_kernel"} <= set(kernels)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SWEEP)
+def test_machine_code_of_every_configuration(name, arch, monkeypatch):
+    assert check(SWEEP[name], arch, monkeypatch)
+
+
+def test_tf32_is_seen_when_torch_allows_it(monkeypatch):
+    """The check above can fail: allow tf32 and it is there."""
+    monkeypatch.setattr(common, "_allows_tf32", lambda: True)
+    shrink = next(launch for launch in CALLS["lora-32-fp32"].launches() if launch.kernel.__name__ == "_shrink_kernel")
+    assert ".tf32" in compile_launch(shrink, 80).ptx
+
+
+def test_one_binary_for_all_rows_scales_and_ranks_of_a_bucket():
+    """What a binary is compiled for does not change with rows, scale, rank inside its bucket, or z's row stride."""
+
+    def binaries(call: Call, scale: float) -> list:
+        keys = []
+        for launch in call.launches():
+            names = launch.kernel.arg_names
+            free = {names[i] if isinstance(i, int) else i for i in launch.kernel.do_not_specialize}
+            special = [
+                (value == 1, value % 16 == 0) if isinstance(value, int) and name not in free else None
+                for name, value in zip(names, launch.args)
+            ]
+            keys.append((launch.kernel.__name__, special, launch.constants, launch.tile))
+        return keys
+
+    base = binaries(Call(rank=16), 1.0)
+    assert base == binaries(Call(rank=16, rows=1000), 1.0) == binaries(Call(rank=16, rows=37), 1.0)
+    assert base == binaries(Call(rank=9), 3.0)
+    assert base != binaries(Call(rank=17), 1.0)
+
+
+def test_launch_counts():
+    """For LoRA two launches forward and five backward; cuBLAS adds one GEMM to each."""
+    names = [launch.kernel.__name__ for launch in CALLS["lora"].launches()]
+    assert names[:2] == ["_shrink_kernel", "_expand_kernel"]
+    assert names[2:] == ["_up_bwd_kernel", "_sum_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"]
+    assert CALLS["lora-32-D3"].launches()[0].kernel.__name__ == "_fused_kernel"

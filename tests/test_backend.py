@@ -1,0 +1,123 @@
+"""resolve, use_backend and the environment variable: precedence, reasons, and errors instead of silent fallbacks."""
+
+import threading
+
+import pytest
+import torch
+
+import peft_kernels
+from peft_kernels import BackendUnavailableError, Choice, backend, lowrank_linear, resolve, use_backend
+
+X = torch.ones(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A machine where everything can run, whatever this one has."""
+    monkeypatch.setattr(backend, "_missing", lambda name, device_type: "")
+    return torch.empty(2, 4, device="meta", dtype=torch.float32), monkeypatch
+
+
+class FakeCuda:
+    def __init__(self, dtype=torch.float32):
+        self.device, self.dtype = torch.device("cuda"), dtype
+
+
+def test_auto_takes_torch_on_a_cpu():
+    choice = resolve("lowrank_linear", [X])
+    assert choice.name == "torch" and "cpu" in choice.reason
+
+
+def test_auto_takes_triton_on_a_gpu(on_gpu):
+    choice = resolve("lowrank_linear", [FakeCuda()])
+    assert choice.name == "triton" and "GPU" in choice.reason
+
+
+@pytest.mark.parametrize(("dtype", "rank", "reason"), [(torch.float64, 4, "float64"), (torch.float32, 65, "64")])
+def test_auto_falls_back_to_torch_and_says_why(on_gpu, dtype, rank, reason):
+    choice = resolve("lowrank_linear", [FakeCuda(dtype)], rank=rank)
+    assert choice.name == "torch" and reason in choice.reason
+
+
+def test_precedence_is_call_then_context_then_environment(on_gpu, monkeypatch):
+    tensors = [FakeCuda()]
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "torch")
+    assert resolve("op", tensors) == Choice("torch", f"asked for by {backend.ENVIRONMENT_VARIABLE}")
+    with use_backend("cuda"):
+        assert resolve("op", tensors).name == "cuda"
+        assert resolve("op", tensors, "triton").name == "triton"
+        with use_backend("auto"):
+            assert resolve("op", tensors).name == "torch"
+        assert resolve("op", tensors).name == "cuda"
+    assert resolve("op", tensors).name == "torch"
+
+
+def test_context_ends_after_an_exception_and_stays_in_its_thread():
+    with pytest.raises(KeyError), use_backend("torch"):
+        raise KeyError
+    assert backend._requested.name == "auto"
+    seen = []
+    with use_backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(backend._requested.name))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_named_backend_that_cannot_run_raises_with_the_reason(name, monkeypatch):
+    monkeypatch.setattr(backend, "_missing", lambda name, device_type: "no such device here")
+    message = rf"backend '{name}' \(asked for by backend=\) cannot run: no such device here"
+    with pytest.raises(BackendUnavailableError, match=message):
+        resolve("op", [X], name)
+    with use_backend(name), pytest.raises(ValueError, match="asked for by use_backend"):
+        resolve("op", [X])
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, name)
+    with pytest.raises(ValueError, match=backend.ENVIRONMENT_VARIABLE):
+        lowrank_linear(X, torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1))
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="backend: expected 'auto'"):
+        resolve("op", [X], "trition")
+    with pytest.raises(ValueError, match="name: expected"):
+        use_backend("numpy")
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "gpu")
+    with pytest.raises(ValueError, match=f"{backend.ENVIRONMENT_VARIABLE}: expected"):
+        resolve("op", [X])
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_kernels_refuse_float64_and_large_ranks(name):
+    with pytest.raises(ValueError, match="float64"):
+        resolve("op", [X.double()], name)
+    with pytest.raises(ValueError, match="ranks up to"):
+        resolve("op", [X], name, rank=backend.MAX_RANK[name] + 1)
+
+
+def test_status_names_every_backend():
+    status = backend.status()
+    assert set(status) == set(backend.BACKENDS)
+    assert status["torch"] is None
+    assert all(reason is None or reason for reason in status.values())
+
+
+def test_explain_names_each_adapter_layer():
+    from peft_kernels.layers import LowRankLinear
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), LowRankLinear(torch.nn.Linear(4, 4), 2))
+    explanation = peft_kernels.explain(model)
+    assert list(explanation) == ["1"]
+    assert explanation["1"].name in backend.BACKENDS and explanation["1"].reason
+
+
+def test_triton_rank_limit_is_the_kernels_own():
+    pytest.importorskip("triton")
+    from peft_kernels.triton_kernels.config import MAX_RANK
+
+    assert backend.MAX_RANK["triton"] == MAX_RANK
