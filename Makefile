@@ -1,0 +1,110 @@
+# Every target works from a fresh clone: it creates .venv, installs what is missing, says what it does, and is cheap to
+# repeat. CUDA kernels are built when an nvcc is found; PEFT_KERNELS_CUDA and PEFT_KERNELS_CUDA_ARCHS are in setup.py.
+#
+#   make test      lint, the tests, then the static checks of the compiled kernels: what CI runs
+#   make demo      the example that trains a small model
+#   make lint      ruff
+#   make static    every ahead-of-time compilation, not only CI's choice
+#   make bench     the benchmarks, as tables
+#   make wheel     dist/*.whl
+#   make clean     removes build outputs; distclean also .venv
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+VENV   ?= .venv
+
+# Two workers, one thread each: the interpreted kernels are single-threaded Python. PYTEST_ARGS adds to every pytest call.
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS    ?=
+
+PY := $(VENV)/bin/python
+BUILD_REQUIRES := "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
+CHOICES := $(PYTHON) $(TORCH) $(TRITON)
+CUDA_CHOICES := $(PEFT_KERNELS_CUDA) $(PEFT_KERNELS_CUDA_ARCHS) $(CUDACXX) $(CUDA_HOME)
+CUDA_SOURCES := $(wildcard CMakeLists.txt csrc/*)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+# Without a GPU the Triton kernels run in the interpreter; with one, the tests run the real kernels.
+HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+
+.DEFAULT_GOAL := help
+.PHONY: help env test lint tests static-ci static demo bench wheel clean distclean FORCE
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+# ---- the environment -----------------------------------------------------------------------------------------------
+
+env: $(VENV)/installed
+
+# Both files are rewritten only when a choice changes: another TORCH starts afresh, another PEFT_KERNELS_CUDA reinstalls.
+$(VENV)/choices: FORCE
+	@echo '$(CHOICES)' | cmp -s - $@ || { set -e; \
+	    echo "== creating $(VENV) with $(PYTHON)"; \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python >= 3.10 is needed: make PYTHON=...")'; \
+	    $(PYTHON) -m venv --clear $(VENV); \
+	    echo '$(CHOICES)' > $@; }
+
+$(VENV)/cuda-choices: FORCE | $(VENV)/choices
+	@echo '$(CUDA_CHOICES)' | cmp -s - $@ || echo '$(CUDA_CHOICES)' > $@
+
+$(VENV)/installed: $(VENV)/choices $(VENV)/cuda-choices pyproject.toml setup.py $(CUDA_SOURCES)
+	@echo "== installing $(TORCH) $(TRITON)"
+	$(PY) -m pip install -q "$(TORCH)" $(if $(TRITON),"$(TRITON)") $(BUILD_REQUIRES)
+	@echo "== installing peft_kernels, editable (the first build of its CUDA kernels can take minutes)"
+	$(PY) -m pip install -q --no-build-isolation -e ".[test,demo]"
+	$(PY) -m peft_kernels env
+	@touch $@
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+test: lint tests static-ci
+
+lint: $(VENV)/installed
+	@echo "== lint"
+	$(PY) -m ruff check .
+
+tests: $(VENV)/installed
+	@if $(HAS_GPU); then \
+	    echo "== tests, on the GPU"; \
+	    $(PY) -m pytest tests --ignore=tests/static $(PYTEST_ARGS); \
+	else \
+	    echo "== tests, Triton kernels interpreted"; \
+	    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/static \
+	        -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS); \
+	fi
+
+# A process of its own: kernels decorated under the interpreter cannot be compiled.
+static-ci: $(VENV)/installed
+	@echo "== static checks of the compiled kernels"
+	env -u TRITON_INTERPRET $(PY) -m pytest tests/static $(PYTEST_ARGS)
+
+static: $(VENV)/installed
+	@echo "== static checks, the full sweep"
+	env -u TRITON_INTERPRET $(PY) -m pytest tests/static -m "" $(PYTEST_ARGS)
+
+# ---- what users run ------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/installed
+	@echo "== demo"
+	$(PY) examples/demo.py
+
+bench: $(VENV)/installed
+	@set -e; for file in benchmarks/bench_*.py; do \
+	    name=$$(basename $$file .py); echo "== $$name"; $(PY) -m peft_kernels.benchmarks.$$name; \
+	done
+
+wheel: $(VENV)/installed
+	@echo "== building a wheel"
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	@ls -l dist
+
+clean:
+	rm -rf build dist *.egg-info peft_kernels/_C.* $(VENV)/installed
+
+distclean: clean
+	rm -rf $(VENV)
