@@ -1,0 +1,82 @@
+// The Python module peft_kernels._C. Pointers and streams arrive as integers (`tensor.data_ptr()`,
+// `stream.cuda_stream`), so the module knows nothing of torch and one build serves every version of it. The Python side
+// checks arguments and sets the device.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <type_traits>
+
+#include "lowrank_linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A field of a params struct as a Python attribute: pointers and enums as integers, the rest as it is.
+template <typename Struct, typename Field>
+void bind_field(py::class_<Struct>& cls, const char* name, Field Struct::* field) {
+    if constexpr (std::is_pointer_v<Field>)
+        cls.def_property(
+            name, [field](const Struct& p) { return reinterpret_cast<uintptr_t>(p.*field); },
+            [field](Struct& p, uintptr_t value) { p.*field = reinterpret_cast<Field>(value); });
+    else if constexpr (std::is_enum_v<Field>)
+        cls.def_property(
+            name, [field](const Struct& p) { return static_cast<int>(p.*field); },
+            [field](Struct& p, int value) { p.*field = static_cast<Field>(value); });
+    else cls.def_readwrite(name, field);
+}
+
+py::dict build_info() {
+    py::list architectures, kernels;
+    std::istringstream words(PEFT_KERNELS_BUILT_ARCHS);
+    for (std::string word; words >> word;) architectures.append(word);
+    kernels.append("lowrank_linear");
+    py::dict info;
+    info["architectures"] = architectures;
+    info["cuda_version"] = PEFT_KERNELS_CUDA_VERSION;
+    info["kernels"] = kernels;
+    info["emulated"] = bool(PEFT_KERNELS_EMULATED);
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CUDA kernels of peft_kernels; call them through peft_kernels.cuda_kernels.";
+    m.def("build_info", build_info,
+          "The architectures, CUDA version and operations that this module was compiled for.");
+
+    py::class_<LowRankLinear> params(m, "LowRankLinear", py::module_local());
+    params.def(py::init<>());
+#define FIELD(name) bind_field(params, #name, &LowRankLinear::name)
+    FIELD(rows), FIELD(in_features), FIELD(out_features), FIELD(rank), FIELD(in_blocks), FIELD(out_blocks);
+    FIELD(dtype), FIELD(down_float), FIELD(up_float), FIELD(core_float), FIELD(core_kind), FIELD(scale),
+        FIELD(scale_ptr);
+    FIELD(rng), FIELD(dropout_p), FIELD(drop_input), FIELD(drop_rank), FIELD(drop_core);
+    FIELD(x), FIELD(x_stride), FIELD(bias), FIELD(down), FIELD(up), FIELD(core), FIELD(z), FIELD(z_stride),
+        FIELD(mixed), FIELD(y);
+    FIELD(dy), FIELD(dy_stride), FIELD(dropped), FIELD(t_partial), FIELD(ds), FIELD(dz), FIELD(dz_stride), FIELD(dx);
+    FIELD(expand_strips), FIELD(up_strips), FIELD(down_strips), FIELD(core_strips);
+    FIELD(d_up_partial), FIELD(d_down_partial), FIELD(d_core_partial), FIELD(d_up), FIELD(d_down), FIELD(d_core);
+#undef FIELD
+    m.attr("LOWRANK_LINEAR_ROWS") = kLowRankLinearRows;
+    m.attr("LOWRANK_LINEAR_COLUMNS") = kLowRankLinearColumns;
+    m.attr("LOWRANK_LINEAR_MAX_RANK") = kLowRankLinearMaxRank;
+    m.attr("LOWRANK_LINEAR_MAX_HIDDEN") = kLowRankLinearMaxHidden;
+
+    using Stream = uintptr_t;
+    m.def("lowrank_linear_fwd",
+          [](const LowRankLinear& p, Stream stream) { lowrank_linear_fwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("lowrank_linear_bwd",
+          [](const LowRankLinear& p, Stream stream) { lowrank_linear_bwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("lowrank_linear_shared_bytes", [](int dtype, int64_t rank) {
+        const auto type = static_cast<DType>(dtype);
+        return std::max(lowrank_linear_fwd_shared_bytes(type, rank), lowrank_linear_bwd_shared_bytes(type, rank));
+    });
+    m.def("philox_mask", [](uintptr_t rng, float p, int64_t rows, int64_t columns, uintptr_t keep, Stream stream) {
+        philox_mask(reinterpret_cast<const int64_t*>(rng), p, rows, columns, reinterpret_cast<uint8_t*>(keep),
+                    reinterpret_cast<void*>(stream));
+    });
+}

@@ -1,0 +1,279 @@
+// Backward of the low-rank linear. One kernel passes over a wide matrix (dY, x, or dS for the core's gradient), tile by
+// tile, each tile read once for both its products; hidden_bwd turns T into dz; reduce adds the partial sums of the
+// gradients. Nothing is added atomically, so results repeat bit for bit.
+#include "lowrank_linear.cuh"
+
+namespace peft {
+namespace {
+
+// ---- a pass over a wide matrix --------------------------------------------------------------------------------------
+// A block owns up to 128 columns of one column block of `wide`, and a strip of rows. For each 64-row tile:
+//     partial[c][r] += sum_m wide[m][c] thin[m][r]                  its 8 warps own 16 columns each
+//     UP:    t[chunk][m][r] = sum_c wide[m][c] factor[c][r]         4 row tiles x 2 halves of the rank
+//     DOWN:  out[m][c] = mask o sum_r thin[m][r] factor[r][c]       4 row tiles x 2 halves of the columns
+enum class Pass { up, down };
+
+struct WidePass {
+    Matrix wide, thin, factor;  // a null `wide` is not read, a null `factor` leaves out the second product
+    int rows, rank, block_cols, blocks;
+    int thin_block, thin_z;  // columns of `thin` from one column block, or blockIdx.z, to the next
+    float* partial;
+    int64_t partial_strip, partial_block, partial_z;  // strides
+    int partial_c, partial_r;
+    bool diagonal;  // keep only c == r
+    float* t;
+    void* out;
+    bool out_aligned;
+    Dropout dropout;
+};
+
+template <typename T, int RANK, Pass PASS>
+using FactorTile = std::conditional_t<PASS == Pass::up, Tile<T, kCols, RANK>, Tile<T, RANK, kCols>>;
+
+template <typename T, int RANK, Pass PASS> constexpr int wide_bytes() {
+    return (Tile<T, kRows, kCols>::kElements + Tile<T, kRows, RANK>::kElements + FactorTile<T, RANK, PASS>::kElements) *
+           int(sizeof(T));
+}
+
+template <typename T, int RANK, Pass PASS>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1) wide_bwd_kernel(const WidePass p) {
+    SHARED_MEMORY(memory);
+    using Wide = Tile<T, kRows, kCols>;
+    using Thin = Tile<T, kRows, RANK>;
+    using Factor = FactorTile<T, RANK, PASS>;
+    T* const wide = reinterpret_cast<T*>(memory);
+    T* const thin = wide + Wide::kElements;
+    T* const factor = thin + Thin::kElements;
+
+    const int chunks = ceil_div(p.block_cols, kCols), block = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+    const int col0 = chunk * kCols, cols = p.block_cols - col0, pieces = rank_pieces(p.rank);
+    const int64_t global0 = int64_t(block) * p.block_cols + col0;
+    const int64_t thin0 = int64_t(block) * p.thin_block + int64_t(blockIdx.z) * p.thin_z;
+    const int warp = threadIdx.x / 32, row_tile = warp % 4 * 16, half = warp / 4;
+    if (p.factor.data) {
+        if (PASS == Pass::up) Factor::template copy<true>(factor, p.factor, col0, cols, 0, p.rank);
+        else Factor::template copy<true>(factor, p.factor, 0, p.rank, col0, cols);
+    }
+
+    const bool drops = PASS == Pass::down && p.dropout.rng;
+    const Strip strip(p.rows, blockIdx.y, gridDim.y);
+    Wide w;
+    Thin t;
+    const auto load = [&](int row0) {
+        if (row0 >= strip.last) return;
+        if (p.wide.data) w.load(p.wide, row0, p.rows - row0, global0, cols);
+        if (p.thin.data) t.load(p.thin, row0, p.rows - row0, thin0, p.rank);
+    };
+    float gram[RANK / 8][4] = {};
+    load(strip.first);
+    for (int row0 = strip.first; row0 < strip.last; row0 += kRows) {
+        const int rows = p.rows - row0;
+        uint32_t keep = ~0u;
+        if (drops) keep = Wide::draw(p.dropout, row0, global0);
+        __syncthreads();
+        if (p.wide.data) {
+            if (drops) w.drop(keep, p.dropout.inverse_keep);
+            w.store(wide);
+        }
+        if (p.thin.data) t.store(thin);
+        __syncthreads();
+        load(row0 + kRows);
+        if (p.partial && warp * 16 < cols)
+            multiply<true, true>(gram, wide + warp * 16, Wide::kStride, thin, Thin::kStride, kRows, pieces);
+        if (PASS == Pass::up && p.t) {
+            const int larger = (pieces / 2 + 1) / 2 * 2, first = half * larger, count = half ? pieces - larger : larger;
+            float acc[RANK / 16][4] = {};
+            multiply<false, true>(acc, wide + row_tile * Wide::kStride, Wide::kStride, factor + first * 8,
+                                  Factor::kStride, min(kCols, (cols + 15) / 16 * 16), count);
+            for_each_element(acc, count, [&](float v, int row, int col) {
+                const int r = first * 8 + col;
+                if (row_tile + row < rows && r < p.rank)
+                    p.t[((int64_t(chunk) * p.rows + row0 + row_tile + row) * p.blocks + block) * p.rank + r] = v;
+            });
+        }
+        if (PASS == Pass::down && p.out) {
+            float acc[kCols / 16][4] = {};
+            multiply<false, true>(acc, thin + row_tile * Thin::kStride, Thin::kStride, factor + half * (kCols / 2),
+                                  Factor::kStride, pieces * 8, kCols / 16);
+            __syncthreads();
+            for_each_element(acc, kCols / 16, [&](float v, int row, int col) {
+                wide[(row_tile + row) * Wide::kStride + half * (kCols / 2) + col] = from_float<T>(v);
+            });
+            __syncthreads();
+            Wide out;
+            out.fetch(wide);
+            if (drops) out.drop(keep, p.dropout.inverse_keep);
+            out.write(static_cast<T*>(p.out), int64_t(p.blocks) * p.block_cols, p.out_aligned, row0, rows, global0,
+                      cols);
+        }
+    }
+    if (!p.partial || warp * 16 >= cols) return;
+    float* const partial = p.partial + blockIdx.y * p.partial_strip + block * p.partial_block +
+                           blockIdx.z * p.partial_z;
+    for_each_element(gram, pieces, [&](float v, int row, int r) {
+        const int c = col0 + warp * 16 + row;
+        if (c < p.block_cols && r < p.rank && (!p.diagonal || c == r)) partial[c * p.partial_c + r * p.partial_r] = v;
+    });
+}
+
+template <Pass PASS>
+void wide_bwd(const LowRankLinear& p, const WidePass& args, int64_t strips, int64_t z, void* stream) {
+    const dim3 grid(args.blocks * ceil_div(args.block_cols, kCols), strips, z);
+    with_dtype_and_rank(p.dtype, p.rank, [&](auto type, auto rank) {
+        LAUNCH((wide_bwd_kernel<decltype(type), rank, PASS>), grid, kThreads,
+               (wide_bytes<decltype(type), rank, PASS>()), stream, args);
+    });
+}
+
+// dY -> T per column chunk, dB per strip and output block
+template <typename T> void up_bwd(const LowRankLinear& p, void* stream) {
+    const int64_t cols = p.out_features / p.out_blocks, rank = p.rank;
+    WidePass args{};
+    args.wide = activation<T>(p.dy, p.dy_stride, p.out_blocks > 1 ? cols : 0);
+    args.rows = p.rows, args.rank = rank, args.block_cols = cols, args.blocks = p.out_blocks, args.thin_block = rank;
+    if (p.d_up_partial)
+        args.thin = p.mixed ? activation<T>(p.mixed, p.out_blocks * rank, p.out_blocks > 1 ? rank : 0)
+                            : activation<T>(p.z, p.z_stride, 0);
+    if (p.t_partial) args.factor = factor<T>(p.up, rank, p.up_float);
+    args.partial = p.d_up_partial, args.t = p.t_partial;
+    args.partial_strip = p.out_blocks * cols * rank, args.partial_block = cols * rank;
+    args.partial_c = rank, args.partial_r = 1;
+    wide_bwd<Pass::up>(p, args, p.up_strips, 1, stream);
+}
+
+// x -> dA per strip and input block; dz -> dx0
+template <typename T> void down_bwd(const LowRankLinear& p, void* stream) {
+    const int64_t cols = p.in_features / p.in_blocks, rank = p.rank, block_cols = p.in_blocks > 1 ? cols : 0;
+    WidePass args{};
+    if (p.d_down_partial) args.wide = activation<T>(p.x, p.x_stride, block_cols);
+    args.thin = activation<T>(p.dz, p.dz_stride, p.in_blocks > 1 ? rank : 0);
+    args.rows = p.rows, args.rank = rank, args.block_cols = cols, args.blocks = p.in_blocks, args.thin_block = rank;
+    if (p.dx) args.factor = factor<T>(p.down, cols, p.down_float);
+    args.out = p.dx, args.out_aligned = aligned16(p.dx, p.in_features, block_cols, sizeof(T));
+    args.partial = p.d_down_partial;
+    args.partial_strip = p.in_blocks * cols * rank, args.partial_block = cols * rank;
+    args.partial_c = 1, args.partial_r = cols;
+    args.dropout = make_dropout(p.drop_input ? p.rng : nullptr, p.dropout_p);
+    wide_bwd<Pass::down>(p, args, p.down_strips, 1, stream);
+}
+
+// dS, z -> dcore per strip: dK[o,i] = dS_o^T z_i, of which a diagonal core needs the diagonal
+template <typename T> void core_bwd(const LowRankLinear& p, void* stream) {
+    const int64_t rank = p.rank, per_pair = p.core_kind == Core::dense ? rank * rank : rank;
+    WidePass args{};
+    args.wide = activation<T>(p.ds, p.out_blocks * rank, p.out_blocks > 1 ? rank : 0);
+    args.thin = p.dropped ? activation<T>(p.dropped, p.in_blocks * rank, p.in_blocks > 1 ? rank : 0)
+                          : activation<T>(p.z, p.z_stride, p.in_blocks > 1 ? rank : 0);
+    args.rows = p.rows, args.rank = rank, args.block_cols = rank, args.blocks = p.out_blocks, args.thin_z = rank;
+    args.partial = p.d_core_partial, args.diagonal = p.core_kind == Core::diagonal;
+    args.partial_strip = p.out_blocks * p.in_blocks * per_pair;
+    args.partial_block = p.in_blocks * per_pair, args.partial_z = per_pair;
+    args.partial_c = args.diagonal ? 0 : rank, args.partial_r = 1;
+    wide_bwd<Pass::up>(p, args, p.core_strips, p.in_blocks, stream);
+}
+
+// ---- hidden_bwd: dS = drop(s sum_chunks T), dz_i = drop(sum_o dS_o core[o,i]) ---------------------------------------
+template <typename T> __global__ void __launch_bounds__(kThreads)
+    hidden_bwd_kernel(const LowRankLinear p, const Dropout dropout) {
+    SHARED_MEMORY(memory);
+    float* const ds = reinterpret_cast<float*>(memory);  // (kMixRows, O R)
+    const int rank = p.rank, in = p.in_blocks * rank, out = p.out_blocks * rank;
+    const int chunks = ceil_div(p.out_features / p.out_blocks, kCols);
+    const int64_t row0 = int64_t(blockIdx.x) * kMixRows;
+    const float scale = p.scale_ptr ? *p.scale_ptr : p.scale;
+    for (int e = threadIdx.x; e < kMixRows * out; e += kThreads) {
+        const int64_t row = row0 + e / out;
+        float v = 0.f;
+        if (row < p.rows) {
+#pragma unroll 4
+            for (int chunk = 0; chunk < chunks; ++chunk) v += p.t_partial[(chunk * p.rows + row) * out + e % out];
+            v *= scale;
+            if (p.drop_core) v = dropped(dropout, v, row, e % out);
+            if (p.ds) static_cast<T*>(p.ds)[row * out + e % out] = from_float<T>(v);
+        }
+        ds[e] = v;
+    }
+    __syncthreads();
+    if (!p.dz) return;
+    for (int e = threadIdx.x; e < kMixRows / 4 * in; e += kThreads) {
+        const int first = e / in * 4, col = e % in;
+        float acc[4] = {};
+        apply_core<T, true>(acc, ds + first * out, out, p, col / rank, col % rank);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int64_t row = row0 + first + i;
+            if (row >= p.rows) break;
+            const float v = p.drop_rank ? dropped(dropout, acc[i], row, col) : acc[i];
+            static_cast<T*>(p.dz)[row * p.dz_stride + col] = from_float<T>(v);
+        }
+    }
+}
+
+// ---- reduce: one launch adds the partial sums of all gradients ------------------------------------------------------
+constexpr int kReduceThreads = 128;
+
+struct Sum {
+    const float* partial;  // (count, elements); null: nothing to do
+    int64_t count, elements;
+    void* total;
+    bool is_float;
+};
+struct Reduce {
+    Sum up, down, core;
+    float scale;  // of dB; the others have it through dS
+    const float* scale_ptr;
+};
+
+template <typename T> __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reduce p) {
+    const Sum& sum = blockIdx.y == 0 ? p.up : blockIdx.y == 1 ? p.down : p.core;
+    const int64_t e = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x;
+    if (!sum.partial || e >= sum.elements) return;
+    float v = 0.f;
+#pragma unroll 8
+    for (int64_t i = 0; i < sum.count; ++i) v += sum.partial[i * sum.elements + e];
+    if (blockIdx.y == 0) v *= p.scale_ptr ? *p.scale_ptr : p.scale;
+    if (sum.is_float) static_cast<float*>(sum.total)[e] = v;
+    else static_cast<T*>(sum.total)[e] = from_float<T>(v);
+}
+
+template <typename T> void reduce(const LowRankLinear& p, void* stream) {
+    const int64_t rank = p.rank, core = p.out_blocks * p.in_blocks * (p.core_kind == Core::dense ? rank * rank : rank);
+    const Reduce args{
+        {p.d_up_partial, p.up_strips * p.out_blocks, p.out_features / p.out_blocks * rank, p.d_up, p.up_float},
+        {p.d_down_partial, p.down_strips * p.in_blocks, p.in_features / p.in_blocks * rank, p.d_down, p.down_float},
+        {p.d_core_partial, p.core_strips, core, p.d_core, p.core_float},
+        p.scale,
+        p.scale_ptr};
+    int64_t most = 0;
+    for (const Sum& sum : {args.up, args.down, args.core})
+        if (sum.partial && sum.elements > most) most = sum.elements;
+    if (most > 0) LAUNCH(reduce_kernel<T>, dim3(ceil_div(most, kReduceThreads), 3), kReduceThreads, 0, stream, args);
+}
+
+}  // namespace
+}  // namespace peft
+
+using namespace peft;
+
+void lowrank_linear_bwd(const LowRankLinear& p, void* stream) {
+    with_dtype(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        if (p.mixed || p.dropped) mix(p, stream);
+        if (p.dy) up_bwd<T>(p, stream);
+        if (p.t_partial) {
+            const size_t shared_bytes = kMixRows * p.out_blocks * p.rank * sizeof(float);
+            LAUNCH(hidden_bwd_kernel<T>, dim3(ceil_div(p.rows, kMixRows)), kThreads, shared_bytes, stream, p,
+                   make_dropout(p.rng, p.dropout_p));
+        }
+        if (p.d_core_partial) core_bwd<T>(p, stream);
+        if (p.d_down_partial || p.dx) down_bwd<T>(p, stream);
+        reduce<T>(p, stream);
+    });
+}
+
+int64_t lowrank_linear_bwd_shared_bytes(DType dtype, int64_t rank) {
+    int64_t bytes = 0;
+    with_dtype_and_rank(dtype, rank,
+                        [&](auto type, auto bucket) { bytes = wide_bytes<decltype(type), bucket, Pass::up>(); });
+    return bytes;
+}

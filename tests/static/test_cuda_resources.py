@@ -1,0 +1,143 @@
+"""What the assembler made of the CUDA kernels, read from the built peft_kernels._C; no GPU is needed."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block may take
+TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+PRODUCTS = "shrink", "expand", "wide_bwd"  # kernels that multiply matrices
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    dtype: str  # "" for a kernel of no particular type
+    rank: int  # the largest it takes, 0 for any
+    arch: str
+    registers: int
+    local: int  # bytes of stack and local memory: spills
+    code: str  # SASS
+
+    def __str__(self):
+        return f"{self.name}<{self.dtype}, {self.rank}> for {self.arch}"
+
+
+def library():
+    spec = importlib.util.find_spec("peft_kernels._C")
+    return None if spec is None else Path(spec.origin)
+
+
+def cuobjdump(*arguments):
+    """Triton's, which every CI machine has; or the toolkit's."""
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else None
+    tool = str(bundled) if bundled and bundled.is_file() else shutil.which("cuobjdump")
+    if tool is None:
+        pytest.skip("no cuobjdump: neither triton nor a CUDA toolkit is installed")
+    return subprocess.run([tool, *arguments, str(library())], capture_output=True, text=True, check=True).stdout
+
+
+def identify(symbol):
+    """_ZN4peft…shrink_kernelI6__halfLi32EE… -> shrink, float16, 32"""
+    name, dtype, rank = re.search(r"\d+([a-z_]+)_kernel(?:I(f|13__nv_bfloat16|6__half)(?:Li(\d+))?)?", symbol).groups()
+    return name, TYPES.get(dtype, ""), int(rank or 0)
+
+
+def sections(text, start):
+    """(first line, the rest) of each part of `text` that begins with `start`."""
+    return [part.split("\n", 1) for part in text.split(start)[1:]]
+
+
+@cache
+def code_for(arch):
+    return dict(sections(cuobjdump("--dump-sass", "-arch", arch), "\t\tFunction : "))
+
+
+@cache
+def kernels():
+    found = []
+    for section, usage in sections(cuobjdump("--dump-resource-usage"), "arch = "):
+        arch = section.strip()
+        for symbol, line in sections(usage, " Function "):
+            symbol = symbol.rstrip(":")
+            used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+            found.append(
+                Kernel(*identify(symbol), arch, used["REG"], used["STACK"] + used["LOCAL"], code_for(arch)[symbol])
+            )
+    return found
+
+
+@pytest.fixture(autouse=True)
+def built():
+    if library() is None:
+        pytest.skip("no CUDA build: peft_kernels._C was left out, as there was no nvcc or PEFT_KERNELS_CUDA=off")
+
+
+def failures(wrong, names=None, dtypes=None):
+    """The kernels that `wrong` is true of, among those named; there must be some to ask."""
+    asked = [k for k in kernels() if (names is None or k.name in names) and (dtypes is None or k.dtype in dtypes)]
+    assert asked
+    return [str(kernel) for kernel in asked if wrong(kernel)]
+
+
+def test_every_architecture_has_every_kernel():
+    from peft_kernels import _C
+
+    archs = {arch for arch in _C.build_info()["architectures"] if arch.startswith("sm_")}
+    assert archs == {kernel.arch for kernel in kernels()}
+    expected = {(name, dtype, rank) for name in PRODUCTS for dtype in DTYPE_CODES for rank in (32, 64, 128)}
+    expected |= {(name, dtype, 0) for name in ("mix", "hidden_bwd", "reduce") for dtype in DTYPE_CODES}
+    for arch in archs:
+        assert expected <= {(k.name, k.dtype, k.rank) for k in kernels() if k.arch == arch}
+
+
+def test_no_local_memory():
+    assert not failures(lambda k: k.local > 0)
+
+
+def test_two_blocks_fit_a_multiprocessor():
+    """65,536 registers: 128 for each of twice 256 threads, at the ranks that training uses most."""
+    assert not failures(lambda k: k.rank in (32, 64) and k.registers > 128, ["wide_bwd"], ["bfloat16", "float16"])
+    assert not failures(lambda k: k.rank == 32 and k.registers > 128, ["shrink", "expand"], ["bfloat16", "float16"])
+
+
+def test_shared_memory_within_limits():
+    from peft_kernels import _C
+
+    for arch in _C.build_info()["architectures"]:
+        for code in DTYPE_CODES.values():
+            for rank in (1, 32, 33, 64, 65, _C.LOWRANK_LINEAR_MAX_RANK):
+                assert _C.lowrank_linear_shared_bytes(code, rank) <= SHARED_LIMIT.get(arch, 227 * 1024), (
+                    arch,
+                    code,
+                    rank,
+                )
+
+
+def test_half_precision_uses_tensor_cores():
+    assert not failures(lambda k: "HMMA.16816.F32" not in k.code, PRODUCTS, ["bfloat16", "float16"])
+
+
+def test_float32_stays_float32():
+    assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code), dtypes=["float32"])
+    assert not failures(lambda k: "FFMA" not in k.code, PRODUCTS, ["float32"])
+
+
+def test_wide_matrices_move_16_bytes_at_a_time():
+    """Loads of x, dY and S; stores of y0 and, in one of the two kernels of each kind, dx0."""
+    assert not failures(lambda k: "LDG.E.128" not in k.code, PRODUCTS)
+    assert not failures(lambda k: "STG.E.128" not in k.code, ["expand"])
+    storing = {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd" and "STG.E.128" in k.code}
+    assert storing == {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd"}
+
+
+def test_no_atomics():
+    assert not failures(lambda k: re.search(r"\b(ATOMG?|RED)\.", k.code))

@@ -1,0 +1,492 @@
+"""The CUDA kernels of the low-rank linear against the float64 definition: compiled for the CPU on csrc/host_emulation.h
+everywhere, and as built for the GPU where there is one."""
+
+import ctypes
+import importlib
+import itertools
+import mmap
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS))
+import cuda_emulation  # noqa: E402
+
+from peft_kernels.cuda_kernels import extension  # noqa: E402
+from peft_kernels.cuda_kernels import lowrank_linear as kernels  # noqa: E402
+from peft_kernels.ops.lowrank_linear import lowrank_linear_reference  # noqa: E402
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321, 0.3
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int = 63
+    out_cols: int = 96  # of one block
+    in_cols: int = 63
+    rank: int = 16
+    blocks: tuple = (1, 1)
+    core: str = "none"  # none | diag | dense
+    drop: str = "no"  # no | input | rank | core
+    dtype: torch.dtype = FLOAT
+    factors: torch.dtype | None = None  # None: as dtype
+    layout: str = "dense"  # dense | strided (16-byte accesses still possible) | unaligned
+    bias: bool = True
+    hidden: bool = False
+    tensor_scale: bool = False
+    strips: bool = True  # False: every pass is one strip of rows, so that its loop over tiles runs
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        words = [
+            f"{self.rows}x{self.out_cols}x{self.in_cols}",
+            f"r{self.rank}",
+            "{}o{}i".format(*self.blocks),
+            self.core,
+            self.drop,
+            dtype,
+        ]
+        flags = "factors", "layout", "bias", "hidden", "tensor_scale", "strips"
+        return "-".join(words + [name for name in flags if getattr(self, name) != getattr(Case, name)])
+
+
+def sampled(count):
+    """A fixed random sample of the grid; its rare values have a reason each."""
+    draw = random.Random(7).choice
+    for _ in range(count):
+        blocks = draw([(1, 1), (1, 1), (3, 1), (1, 4), (4, 1), (2, 2)])
+        widths = (
+            [16, 63, 96, 200] if blocks == (1, 1) else [16, 21, 63, 136]
+        )  # 21, 63: blocks of x that begin between two draws
+        drop = draw(["no", "input", "rank", "core"])
+        yield Case(
+            rows=draw([1, 5, 63, 130, 130]),  # 130: two full tiles and a rest
+            out_cols=draw(widths),
+            in_cols=draw(widths),
+            rank=draw([1, 3, 8, 16, 16, 33, 48]) if random.Random(blocks[0]).random() else 16,
+            blocks=blocks,
+            core=draw(["diag", "dense"] if blocks != (1, 1) else ["none", "none", "diag", "dense"]),
+            drop=drop,
+            dtype=draw([FLOAT, BF16, HALF]),
+            factors=draw([None, FLOAT]),
+            layout=draw(["dense", "strided", "unaligned"]),
+            bias=draw([True, False]),
+            hidden=drop != "input" and draw([False, False, True]),
+            tensor_scale=draw([True, False]),
+            strips=draw([True, False]),
+        )
+
+
+CASES = [
+    *sampled(90),
+    *(
+        Case(rank=96, core=core, dtype=dtype, drop="core", rows=70)
+        for core in ("none", "dense")
+        for dtype in (FLOAT, BF16)
+    ),
+    Case(rank=128, in_cols=200, out_cols=200, dtype=HALF, rows=65),
+    Case(rank=128, dtype=BF16, factors=FLOAT, drop="input", rows=33, blocks=(2, 2), core="diag"),
+]
+
+
+@dataclass
+class Problem:
+    """Inputs in the case's dtypes, and what is needed to call either side."""
+
+    case: Case
+    tensors: dict  # x, weight, bias, down, up, core, hidden (some None), in the order of the reference
+    dy: torch.Tensor
+    scale: object
+    rng: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+def laid_out(t, layout):
+    """The same values with other strides, between large ones. (Not NaN: torch's own bfloat16 product on a CPU reads,
+    and multiplies by zero, the element after a row of odd length.)"""
+    if layout == "dense":
+        return t.clone()
+    extra, first = (24, 16) if layout == "strided" else (5, 3)
+    buffer = torch.full((t.numel() + t.shape[0] * extra + 64,), 3e4, dtype=t.dtype, device=t.device)
+    view = buffer[first:].as_strided(t.shape, (t.shape[1] + extra, 1), first)
+    return view.copy_(t)
+
+
+def keep_mask(rng, p, rows, columns):
+    keep = torch.empty(rows, columns, dtype=torch.uint8, device=rng.device)
+    stream = torch.cuda.current_stream().cuda_stream if rng.is_cuda else 0
+    extension().philox_mask(rng.data_ptr(), p, rows, columns, keep.data_ptr(), stream)
+    return keep.bool()
+
+
+def problem(case, device):
+    O, I = case.blocks
+    M, R, N, K = case.rows, case.rank, O * case.out_cols, I * case.in_cols
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    core = {"none": None, "diag": normal(O, I, R), "dense": normal(O, I, R, R) / R**0.5}[case.core]
+    values = {
+        "x": normal(M, K),
+        "weight": normal(N, K) / K**0.5,
+        "bias": normal(N) if case.bias else None,
+        "down": normal(R, case.in_cols) / case.in_cols**0.5,
+        "up": normal(case.out_cols, R) / R**0.5,
+        "core": core,
+        "hidden": normal(M, I * R) if case.hidden else None,
+    }
+    factors = case.factors or case.dtype
+    for name, value in values.items():
+        if value is not None:
+            value = value.to(device, factors if name in ("down", "up", "core") else case.dtype)
+            values[name] = laid_out(value, case.layout) if name in ("x", "weight", "hidden") else value
+    dy = laid_out(normal(M, N).to(device, case.dtype), case.layout)
+    scale = torch.tensor(0.7, device=device) if case.tensor_scale else 0.7
+    rng = mask = None
+    if case.drop != "no":
+        rng = torch.tensor([SEED, OFFSET], device=device)
+        mask = keep_mask(rng, P, M, {"input": K, "rank": I * R, "core": O * R}[case.drop])
+    return Problem(case, values, dy, scale, rng, mask)
+
+
+def through_kernels(p, needs=None):
+    """-> {"y", "dx", "down", "up", "core", "hidden"}, None where not needed."""
+    t, place = p.tensors, p.case.drop if p.rng is not None else "input"
+    hidden = t["hidden"] is not None
+    y, z = kernels.lowrank_linear_fwd(
+        *(t[n] for n in ("x", "weight", "bias", "down", "up", "core")), p.scale, t["hidden"], p.rng, P, place
+    )
+    assert (z is None) == hidden
+    needs = needs or (True, not hidden, True, t["core"] is not None, hidden)
+    grads = kernels.lowrank_linear_bwd(
+        *(p.dy, t["x"] if needs[1] else None, t["weight"], None if hidden else t["down"], t["up"], t["core"], p.scale),
+        *(t["hidden"] if hidden else z, p.rng, P, place, needs),
+    )
+    assert [g is not None for g in grads] == list(needs)
+    return dict(zip(("y", "dx", "down", "up", "core", "hidden"), (y, *grads)))
+
+
+def through_reference(p, dtype):
+    """The same by autograd of the definition, in `dtype`."""
+    leaves = {
+        n: None if t is None else t.detach().clone().requires_grad_(n not in ("weight", "bias"))
+        for n, t in p.tensors.items()
+    }
+    inputs = {n: None if t is None else t.to(dtype) for n, t in leaves.items()}
+    hidden = inputs.pop("hidden")
+    scale = p.scale.to(dtype) if isinstance(p.scale, torch.Tensor) else p.scale
+    if hidden is not None:
+        leaves["down"] = None
+    y = lowrank_linear_reference(
+        **inputs,
+        scale=scale,
+        hidden=hidden,
+        mask=p.mask,
+        dropout_p=P,
+        dropout_on=p.case.drop if p.mask is not None else "input",
+    )
+    y.backward(p.dy.to(dtype))
+    return {
+        "y": y.detach(),
+        **{"dx" if n == "x" else n: t.grad for n, t in leaves.items() if t is not None and t.grad is not None},
+    }
+
+
+def exact_of(p, change=lambda t: t):
+    """The reference in float64, gradients included; of changed inputs if asked."""
+    wide = {n: None if t is None else change(t.double()) for n, t in p.tensors.items()}
+    return through_reference(replace(p, tensors=wide, dy=change(p.dy)), torch.float64)
+
+
+def verify(case, device):
+    """err(kernels) <= 1.25 err(torch, same dtype) + eps, in the root mean square and, more loosely, for every element.
+
+    eps: a rounding of the result, and of a float32 sum of the absolute terms: the order of the sum is not torch's.
+    """
+    p = problem(case, device)
+    ours, exact, eager, absolute = (
+        through_kernels(p),
+        exact_of(p),
+        through_reference(p, case.dtype),
+        exact_of(p, torch.abs),
+    )
+    for name, value in ours.items():
+        if value is None:
+            continue
+        assert value.dtype == eager[name].dtype and value.shape == exact[name].shape, name
+        for measure, ratio, slack in ((rms, 1.25, 0.5), (largest, 2.5, 2.0)):
+            error, allowed = measure(value - exact[name]), measure(eager[name] - exact[name])
+            epsilon = torch.finfo(case.dtype).eps * measure(exact[name]) + torch.finfo(FLOAT).eps * measure(
+                absolute[name]
+            )
+            bound = ratio * allowed + slack * epsilon
+            assert error <= bound, (
+                f"{name}: {measure.__name__} error {error:.3g}, torch has {allowed:.3g}, bound {bound:.3g}"
+            )
+
+
+def rms(t):
+    return t.double().square().mean().sqrt().item()
+
+
+def largest(t):
+    return t.double().abs().max().item()
+
+
+# ---- fixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def emulated_module():
+    return cuda_emulation.load(cuda_emulation.build())
+
+
+def real_module():
+    try:
+        module = importlib.import_module("peft_kernels._C")
+    except ImportError:
+        return None
+    return None if module.build_info()["emulated"] else module
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and real_module() else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, emulated_module):
+    """Where the kernels run: emulated on the CPU, or the real ones."""
+    if request.param == "cuda":
+        yield "cuda"
+    else:
+        with cuda_emulation.installed(emulated_module):
+            yield "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised tensors are NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def one_strip(request, monkeypatch):
+    case = getattr(request.node, "callspec", None)
+    if case and not getattr(case.params.get("case"), "strips", True):
+        monkeypatch.setattr(kernels, "_BLOCKS", 1)
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_definition(case, device):
+    verify(case, device)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("in_blocks", [1, 3])
+def test_hidden(in_blocks, dtype, device):
+    p = problem(
+        Case(
+            dtype=dtype, in_cols=63, blocks=(1, in_blocks), core="diag" if in_blocks > 1 else "none", layout="strided"
+        ),
+        device,
+    )
+    x, down, dz = p.tensors["x"], p.tensors["down"], p.dy[:, : in_blocks * 16]
+    z = kernels.lowrank_hidden_fwd(x, down, in_blocks)
+    dx, d_down = kernels.lowrank_hidden_bwd(dz, x, down, (True, True))
+    exact = [t.double().requires_grad_() for t in (x, down)]
+    exact_z = (exact[0].unflatten(1, (in_blocks, -1)) @ exact[1].t()).flatten(1)
+    exact_z.backward(dz.double())
+    for ours, true in ((z, exact_z), (dx, exact[0].grad), (d_down, exact[1].grad)):
+        assert rms(ours - true) <= 2 * torch.finfo(dtype).eps * rms(true) and ours.dtype == dtype
+    assert kernels.lowrank_hidden_bwd(dz, None, down, (True, False))[0].equal(dx)
+    assert kernels.lowrank_hidden_bwd(dz, x, down, (False, True))[1].equal(d_down)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(core="dense", drop="rank", blocks=(2, 2), dtype=BF16), Case(drop="input"), Case(hidden=True, drop="core")],
+    ids=str,
+)
+def test_only_what_is_needed(case, device):
+    """Whatever subset is asked for, what comes is the same, bit for bit."""
+    p = problem(case, device)
+    full = list(through_kernels(p).values())[1:]
+    for needs in itertools.product((False, True), repeat=5):
+        if all(grad is not None or not need for need, grad in zip(needs, full)):
+            some = list(through_kernels(p, needs).values())[1:]
+            # whether dx has its part through z depends on who made z, not on what else is asked for
+            assert all(grad is None or grad.equal(other) for grad, other in zip(some, full)), needs
+
+
+def test_what_is_not_needed_is_not_read(device):
+    p = problem(Case(), device)
+    t = p.tensors
+    args = {"down": t["down"], "up": t["up"], "core": None, "scale": 1.0}
+    args |= {"rng": None, "dropout_p": 0.0, "dropout_on": "input"}
+    full = kernels.lowrank_linear_bwd(
+        p.dy, t["x"], t["weight"], z=t["x"][:, :16].contiguous(), needs=(True,) * 3 + (False,) * 2, **args
+    )
+    dx, *_ = kernels.lowrank_linear_bwd(p.dy, None, t["weight"], z=None, needs=(True, *[False] * 4), **args)
+    assert dx.equal(full[0])
+    _, d_down, *_ = kernels.lowrank_linear_bwd(p.dy, t["x"], None, z=None, needs=(False, True, *[False] * 3), **args)
+    assert d_down.equal(full[1])
+    args["down"] = None  # z came from outside and needs no gradient: dx has no part through it
+    dx, *_ = kernels.lowrank_linear_bwd(p.dy, None, t["weight"], z=None, needs=(True, *[False] * 4), **args)
+    assert dx.equal(p.dy @ t["weight"])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
+def test_bits_repeat(dtype, device):
+    p = problem(Case(rows=130, rank=33, blocks=(2, 2), core="dense", drop="input", dtype=dtype), device)
+    first, again = through_kernels(p), through_kernels(p)
+    assert all(first[n] is None or first[n].equal(again[n]) for n in first)
+
+
+def test_no_rows(device):
+    p = problem(Case(rows=0, core="dense", blocks=(2, 2), drop="rank"), device)
+    results = through_kernels(p)
+    assert results["y"].shape == (0, 192) and results["dx"].shape == (0, 126)
+    assert all(results[n].shape == p.tensors[n].shape and not results[n].any() for n in ("down", "up", "core"))
+    z = kernels.lowrank_hidden_fwd(p.tensors["x"], p.tensors["down"], 2)
+    assert z.shape == (0, 32)
+    dx, d_down = kernels.lowrank_hidden_bwd(z, p.tensors["x"], p.tensors["down"], (True, True))
+    assert dx.shape == (0, 126) and not d_down.any()
+
+
+def philox(row, group, seed, offset):
+    """Philox-4x32-10 as published, in Python's integers."""
+    low, key = 0xFFFFFFFF, [seed & 0xFFFFFFFF, seed >> 32]
+    counter = [row, group, offset & low, offset >> 32]
+    for _ in range(10):
+        first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [second >> 32 ^ counter[1] ^ key[0], second & low, first >> 32 ^ counter[3] ^ key[1], first & low]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    return counter
+
+
+def test_mask(device):
+    assert philox(0, 0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's known answer
+    mask = keep_mask(torch.tensor([SEED, OFFSET], device=device), P, 5, 21)
+    for row, column in itertools.product(range(5), range(21)):
+        word = philox(row, column // 8, SEED, OFFSET)[column % 8 // 2]
+        assert mask[row, column] == ((word >> column % 2 * 16 & 0xFFFF) >= round(P * 65536))
+    rng = torch.tensor([3, 4], device=device)
+    assert keep_mask(rng, 0.0, 9, 9).all()
+    kept = keep_mask(rng, 0.25, 500, 200).float().mean().item()
+    assert abs(kept - 0.75) < 0.006  # four standard deviations
+
+
+def test_limits(device):
+    x = torch.zeros(2, 8, device=device)
+    assert kernels.unsupported(x, 128) is None
+    assert "128" in kernels.unsupported(x, 129)
+    assert "1024" in kernels.unsupported(x, 128, 9)
+    assert "float64" in kernels.unsupported(x.double(), 4)
+    assert "D2" in kernels.unsupported(x, 4, design="D2")
+    assert "device" in kernels.unsupported(x.to("meta"), 4)
+
+
+def test_launch_on_the_wrong_device():
+    """The real module refuses CPU tensors before any launch; without a module the reason says how to get one."""
+    with cuda_emulation.installed(None):  # None in sys.modules: the import fails
+        with pytest.raises(ImportError, match="nvcc"):
+            extension()
+        assert "nvcc" in kernels.unsupported(torch.zeros(1, 1), 1)
+
+
+# ---- the tests' own teeth --------------------------------------------------------------------------------------------
+
+FWD, BWD, SHARED, COMMON = "lowrank_linear_fwd.cu", "lowrank_linear_bwd.cu", "lowrank_linear.cuh", "common.cuh"
+MUTANTS = {
+    "zero output": (FWD, "from_float<T>(scale * v + bias[half + col])", "from_float<T>(0.f)"),
+    "scale missing in the output": (FWD, "(scale * v + bias", "(v + bias"),
+    "scale missing in the gradient": (BWD, "            v *= scale;\n", ""),
+    "core blocks swapped": (SHARED, "int64_t(block) * p.in_blocks + b;", "int64_t(b) * p.in_blocks + block;"),
+    "other mask in the backward": (
+        BWD,
+        "Wide::draw(p.dropout, row0, global0)",
+        "Wide::draw(p.dropout, row0 + 1, global0)",
+    ),
+    "plain x in dA": (BWD, "            if (drops) w.drop(keep, p.dropout.inverse_keep);\n", ""),
+    "dx unmasked": (BWD, "            if (drops) out.drop(keep, p.dropout.inverse_keep);\n", ""),
+    "fragments swapped": (COMMON, "fragment_b[0], fragment_b[1]);", "fragment_b[1], fragment_b[0]);"),
+    "barrier missing": (
+        BWD,
+        "        if (p.thin.data) t.store(thin);\n        __syncthreads();\n",
+        "        if (p.thin.data) t.store(thin);\n",
+    ),
+}
+SENSITIVE = [
+    Case(rows=70, drop="input", dtype=BF16, core="diag", blocks=(2, 2), in_cols=21),
+    Case(rows=70, core="dense", blocks=(3, 1), dtype=FLOAT),
+]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_noticed(name):
+    module = cuda_emulation.load(cuda_emulation.build([MUTANTS[name]], optimize="-O0"))
+    with cuda_emulation.installed(module), pytest.raises(AssertionError, match=r"error .* bound"):
+        for case in SENSITIVE:
+            verify(case, "cpu")
+
+
+def guarded(shape, dtype, at_end):
+    """A NaN-filled tensor that begins, or ends, at an unmapped page."""
+    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    libc.mmap.restype, libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    count = max(1, torch.Size(shape).numel())
+    used = count * dtype.itemsize
+    whole = -(-used // page) * page
+    base = libc.mmap(None, whole + 2 * page, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    libc.mprotect(base + page, whole, mmap.PROT_READ | mmap.PROT_WRITE)
+    memory = (ctypes.c_char * used).from_address(base + page + (whole - used if at_end else 0))
+    return (
+        torch.frombuffer(memory, dtype=dtype)
+        .fill_(torch.nan if dtype.is_floating_point else 1)[: torch.Size(shape).numel()]
+        .view(shape)
+    )
+
+
+def run_guarded():
+    """In a process of its own: all that the kernels see is fenced; an access beyond it is a segmentation fault."""
+    sys.modules["peft_kernels._C"] = cuda_emulation.load(cuda_emulation.build())
+    at_end = True
+
+    def empty(*shape, dtype=torch.float32, device=None):
+        return guarded(shape, dtype, at_end)
+
+    torch.empty = kernels.torch.empty = empty
+    torch.empty_like = lambda t: guarded(t.shape, t.dtype, at_end)
+    torch.Tensor.new_empty = lambda t, *shape: guarded(shape, t.dtype, at_end)
+    for case, at_end in itertools.product(CASES[::3], (True, False)):
+        p = problem(replace(case, layout="dense"), "cpu")
+        fenced = {n: None if t is None else guarded(t.shape, t.dtype, at_end).copy_(t) for n, t in p.tensors.items()}
+        through_kernels(replace(p, tensors=fenced, dy=guarded(p.dy.shape, p.dy.dtype, at_end).copy_(p.dy)))
+    print("inside all bounds")
+
+
+def test_accesses_stay_in_bounds(emulated_module):
+    code = "import test_lowrank_linear_cuda as tests; tests.run_guarded()"
+    child = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code], cwd=TESTS, capture_output=True, text=True
+    )
+    assert "inside all bounds" in child.stdout, child.stderr[-3000:]
