@@ -1,0 +1,216 @@
+"""Result files, and the tables made from them: on the terminal after a run, and in README.md between its markers.
+
+    python -m peft_kernels.benchmarks.tables [--check]
+
+README's tables say about a GPU only what a result file of a GPU says. --check changes nothing and exits 1 if README.md
+differs from what the result files say.
+"""
+
+import argparse
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from peft_kernels import environment, ops
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+NEVER = "not yet run on a GPU"
+
+# What CI does with each backend of every operation.
+BACKENDS = {
+    "torch": ("against float64, gradcheck", "—"),
+    "triton": ("interpreted, against float64", "sm_80, sm_90, sm_100"),
+    "cuda": ("host emulation, against float64", "sm_80, sm_90a, sm_100"),
+}
+
+
+# ---- result files ---------------------------------------------------------------------------------------------------
+
+
+def provenance(device: torch.device) -> dict:
+    """Where and with what a run is made; its `cases` are still to be added. Names no host and no path."""
+    report = environment.report()
+    on_gpu = device.type == "cuda"
+    return {
+        "schema": 1,
+        "kind": "gpu" if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else report["machine"]["processor"],
+        "driver": report["gpu"].get("driver") if on_gpu else None,
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "versions": {name: version for name, version in report["versions"].items() if version},
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+        "cases": [],
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+" if files that are tracked differ from it; None outside a checkout."""
+    answers = []
+    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", "-C", HERE, *command], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        answers.append(done.stdout.strip())
+    return answers[0] + ("+" if answers[1] else "")
+
+
+def save(run: dict, path: str | Path) -> None:
+    Path(path).write_text(json.dumps(run, indent=1) + "\n")
+
+
+def load(folder: Path = RESULTS) -> list[dict]:
+    """The latest run of every device, GPUs first."""
+    latest = {}
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        key = (run["kind"], run["device"])
+        if key not in latest or run["date"] >= latest[key]["date"]:
+            latest[key] = run
+    return sorted(latest.values(), key=lambda run: (run["kind"] != "gpu", run["device"]))
+
+
+# ---- on the terminal ------------------------------------------------------------------------------------------------
+
+
+def describe(run: dict) -> str:
+    threads = f", threads: {run['threads']}" if run["threads"] else ""
+    versions = ", ".join(
+        f"{name} {run['versions'][name]}" for name in ("torch", "triton", "peft") if name in run["versions"]
+    )
+    return f"{run['device']}{threads}; {versions}; {run['date']}"
+
+
+def case_table(case: dict) -> str:
+    """One case, forward and backward; FLOPs and bytes as the design has them, launches counted on a GPU."""
+    in_graph = any(row["graph_ms"] for row in case["results"])
+    headers = ["provider", "ms", "±", "vs PEFT", "% of floor", "GFLOP", "MB moved", "launches", "MB saved"]
+    rows = []
+    for row in case["results"]:
+        cells = [row["provider"], _number(row["ms"], 3), _number(row["spread_ms"], 3)]
+        cells += [_times(row["speed_vs_peft"]), _number(row["percent_of_floor"], 0)]
+        cells += [_number(row["flops"], 2, 1e9), _number(row["bytes"], 1, 1e6)]
+        cells += [_number(row["launches"], 0), _number(row["saved_bytes"], 2, 1e6)]
+        if in_graph:
+            cells[3:3] = [_number(row["graph_ms"], 3), _times(row["graph_speed_vs_peft"])]
+        rows.append(cells)
+    if in_graph:
+        headers[3:3] = ["ms in a graph", "vs PEFT"]
+    floor = next((row["floor_ms"] for row in case["results"] if row["design"] != "linear"), None)
+    title = f"{case['op']} {case['title']}" + (f"; floor {floor:.3f} ms" if floor else "")
+    absent = [f"{name}: {reason}" for name, reason in case["absent"].items()]
+    return "\n".join([title, markdown(headers, rows), *absent])
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An aligned table: the first column to the left, figures to the right."""
+    rows = [list(headers), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    numeric = [all(cell[:1].isdigit() or cell in ("–", "") for cell in column[1:]) for column in zip(*rows)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric)]
+    return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
+
+
+def _number(value: float | None, digits: int, unit: float = 1) -> str:
+    return "–" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+# ---- in README.md ---------------------------------------------------------------------------------------------------
+
+
+def status_table(runs: Sequence[dict]) -> str:
+    rows = []
+    for op in sorted(module.name for module in pkgutil.iter_modules(ops.__path__)):
+        for backend, (in_ci, compiled) in BACKENDS.items():
+            rows.append((f"`{op}`", backend, in_ci, compiled, _run_on_gpu(op, backend, runs)))
+    return markdown(("operation", "backend", "in CI", "compiled ahead of time", "run on a GPU"), rows)
+
+
+def _run_on_gpu(op: str, backend: str, runs: Sequence[dict]) -> str:
+    devices = [
+        f"{run['device']}, {run['date']}"
+        for run in runs
+        if run["kind"] == "gpu"
+        for case in run["cases"]
+        if case["op"] == op and any(row["backend"] == backend and row["verified"] for row in case["results"])
+    ]
+    return "; ".join(dict.fromkeys(devices)) or NEVER
+
+
+def speed_table(runs: Sequence[dict]) -> str:
+    """Per device one line for every case and backend of ours; without a GPU's results only that there are none."""
+    parts = [] if any(run["kind"] == "gpu" for run in runs) else [f"GPU: {NEVER}."]
+    headers = ("operation", "M × K → N", "rank", "dtype", "dropout", "ours", "ms", "vs PEFT", "vs PEFT compiled")
+    for run in runs:
+        on_gpu = run["kind"] == "gpu"
+        rows = []
+        for case in run["cases"]:
+            compiled = next((row for row in case["results"] if row["provider"] == "PEFT compiled"), None)
+            for row in (row for row in case["results"] if row["backend"]):
+                time, versus = ("graph_ms", "graph_speed_vs_peft") if on_gpu else ("ms", "speed_vs_peft")
+                rows.append(
+                    (
+                        f"`{case['op']}`",
+                        f"{case['M']} × {case['K']} → {case['N']}",
+                        str(case["R"]),
+                        case["dtype"],
+                        f"{case['dropout']:g}",
+                        row["provider"].removeprefix("ours, "),
+                        _number(row[time], 3),
+                        _times(row[versus]),
+                        _times(compiled[time] / row[time] if compiled and compiled[time] and row[time] else None),
+                    )
+                )
+        how = "in a CUDA graph, " if on_gpu else ""
+        parts.append(f"{describe(run)}; {how}forward and backward:\n\n{markdown(headers, rows)}")
+    return "\n\n".join(parts)
+
+
+def updated(text: str, runs: Sequence[dict]) -> str:
+    """README's text with its tables made anew. Raises ValueError if a pair of markers is missing."""
+    for name, table in (("status", status_table(runs)), ("speed", speed_table(runs))):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"README: expected {begin} and, after it, {end}, each once")
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m peft_kernels.benchmarks.tables", description="README's tables.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md differs")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    text = arguments.readme.read_text()
+    new = updated(text, load(arguments.results))
+    if new == text:
+        return 0
+    if arguments.check:
+        print(f"{arguments.readme.name} differs from the result files: run `python -m peft_kernels.benchmarks.tables`")
+        return 1
+    arguments.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
