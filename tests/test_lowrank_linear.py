@@ -180,12 +180,13 @@ def test_nan_in_means_nan_out(backend_design, device):
     assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
 
 
-def test_scale_as_tensor(backend_design, device):
-    """A 0-d tensor scales exactly as the number it holds."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_scale_as_tensor(backend_design, dtype, device):
+    """A 0-d tensor of any type scales exactly as the number it holds."""
     tensors = Problem().tensors(device)
     options = {"backend": backend_design[0], "design": backend_design[1]}
     number = lowrank_linear(**tensors, scale=0.375, **options)
-    tensor = lowrank_linear(**tensors, scale=torch.tensor(0.375, device=device), **options)
+    tensor = lowrank_linear(**tensors, scale=torch.tensor(0.375, device=device, dtype=dtype), **options)
     torch.testing.assert_close(number, tensor, rtol=1e-6, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ serves every input block, and one by B every output block. `rng` is the 1-byte k
 again in the backward costs a CPU more than keeping it.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +29,7 @@ def lowrank_linear_fwd(
     """-> y (M, N), z (M, I·R); z is None when `hidden` was given."""
     z = hidden
     if z is None and rng is not None and dropout_on == "input":
-        z = lowrank_hidden_fwd(x * rng, down, _blocks(x, down)).mul_(1 / (1 - dropout_p))
+        z = lowrank_hidden_fwd(_keep(rng, x).mul_(x), down, _blocks(x, down)).mul_(1 / (1 - dropout_p))
     elif z is None:
         z = lowrank_hidden_fwd(x, down, _blocks(x, down))
     expanded = _expand(z, core, rng, dropout_p, dropout_on)
@@ -70,10 +71,12 @@ def lowrank_linear_bwd(
             dz.mul_(1 / (1 - dropout_p))
         if needs_hidden:
             d_hidden = dz
+        keep = _keep(rng, dy) if on_input else None
         if needs_down:
-            d_down = _d_down(dz, x * rng if on_input else x, down)
-        if through_down and on_input:
-            dx.addcmul_(_dx(dz, down), rng)
+            x = x * keep if on_input else x
+            d_down = _d_down(dz, x, down)
+        if through_down and on_input:  # dz A into the memory of the dropped x: fresh memory costs a CPU dearly
+            dx.addcmul_(_dx(dz, down, out=x if needs_down else None), keep)
         elif through_down:
             _add_product(dx.view(-1, down.shape[1]), dz.reshape(-1, down.shape[0]), down.to(dy.dtype), 1.0)
     return dx, d_down, d_up, d_core, d_hidden
@@ -96,10 +99,15 @@ def _d_down(dz: Tensor, x: Tensor, down: Tensor) -> Tensor:
     return (dz.reshape(-1, down.shape[0]).t() @ x.reshape(-1, down.shape[1])).to(down.dtype)
 
 
-def _dx(dz: Tensor, down: Tensor) -> Tensor:
-    return (dz.reshape(-1, down.shape[0]) @ down.to(dz.dtype)).view(
-        dz.shape[0], dz.shape[1] // down.shape[0] * down.shape[1]
-    )
+def _dx(dz: Tensor, down: Tensor, out: Tensor | None = None) -> Tensor:
+    out = None if out is None else out.view(-1, down.shape[1])
+    dx = torch.mm(dz.reshape(-1, down.shape[0]), down.to(dz.dtype), out=out)
+    return dx.view(dz.shape[0], dz.shape[1] // down.shape[0] * down.shape[1])
+
+
+def _keep(rng: Tensor, like: Tensor) -> Tensor:
+    """The mask as numbers: a CPU converts bytes faster than booleans, and anew for every mixed product."""
+    return rng.view(torch.uint8).to(like.dtype)
 
 
 def _blocks(x: Tensor, factor: Tensor) -> int:
