@@ -6,6 +6,7 @@
 #   make lint      ruff
 #   make static    every ahead-of-time compilation, not only CI's choice
 #   make bench     the benchmarks, as tables
+#   make tables    README's tables from the result files
 #   make wheel     dist/*.whl
 #   make clean     removes build outputs; distclean also .venv
 
@@ -30,7 +31,7 @@ export PIP_ROOT_USER_ACTION := ignore
 HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint tests static-ci static demo bench wheel clean distclean FORCE
+.PHONY: help env test lint tests static-ci static demo bench tables wheel clean distclean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -97,6 +98,9 @@ bench: $(VENV)/installed
 	@set -e; for file in benchmarks/bench_*.py; do \
 	    name=$$(basename $$file .py); echo "== $$name"; $(PY) -m peft_kernels.benchmarks.$$name; \
 	done
+
+tables: $(VENV)/installed
+	$(PY) -m peft_kernels.benchmarks.tables
 
 wheel: $(VENV)/installed
 	@echo "== building a wheel"
