@@ -33,7 +33,7 @@ class BackendUnavailableError(ValueError):
 
 
 class _Requested(threading.local):
-    name = "auto"
+    names = ("auto",)  # the innermost block's last
 
 
 _requested = _Requested()
@@ -43,18 +43,18 @@ class use_backend:
     """Context manager: operations of this thread inside the block use `name` ("auto", "cuda", "triton" or "torch").
 
     Raises ValueError for any other name, and BackendUnavailableError from the operation itself if it cannot run there.
-    Works inside functions compiled by torch.compile.
+    Works inside functions compiled by torch.compile. Under activation checkpointing name the backend per call or by
+    environment instead: the recomputation runs after the block has ended, and may take another backend and its masks.
     """
 
     def __init__(self, name: str):
         self.name = _checked_name(name, "name")
 
     def __enter__(self) -> None:
-        self.previous = _requested.name
-        _requested.name = self.name
+        _requested.names = (*_requested.names, self.name)
 
     def __exit__(self, *exception) -> None:
-        _requested.name = self.previous
+        _requested.names = _requested.names[:-1]
 
 
 def resolve(op: str, tensors: Sequence[Tensor | None], requested: str = "auto", *, rank: int = 1) -> Choice:
@@ -67,7 +67,7 @@ def resolve(op: str, tensors: Sequence[Tensor | None], requested: str = "auto", 
     """
     name, origin = _checked_name(requested, "backend"), "backend="
     if name == "auto":
-        name, origin = _requested.name, "use_backend"
+        name, origin = _requested.names[-1], "use_backend"
     if name == "auto":
         name, origin = _checked_name(_from_environment(), ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
     given = [t for t in tensors if t is not None]
@@ -92,8 +92,18 @@ def status() -> dict[str, str | None]:
 
 
 def explain(model: nn.Module) -> dict[str, Choice]:
-    """For every adapter layer of `model`, by module name: the backend its next forward will take, and the reason."""
-    return {name: module.choice() for name, module in model.named_modules() if hasattr(module, "choice")}
+    """For every adapter layer of `model`, by module name: the backend its next forward will take, and the reason.
+
+    "none" with the reason where the forward will raise, since a backend asked for by name cannot run.
+    """
+    choices = {}
+    for name, module in model.named_modules():
+        if callable(getattr(module, "backend_choice", None)):
+            try:
+                choices[name] = module.backend_choice()
+            except BackendUnavailableError as error:
+                choices[name] = Choice("none", str(error))
+    return choices
 
 
 def _constant_in_graphs(function: Callable) -> Callable:

@@ -1,6 +1,7 @@
 """Argument checks of the operations: ValueError or TypeError naming the argument, what it got and what it expects."""
 
-import math
+import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def check_scale(scale: object, like: Tensor) -> None:
         if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat | torch.SymInt):
             raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
         # A compiled graph keeps a changing number symbolic; asking for its value would recompile for each.
-        if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        if not torch.compiler.is_compiling() and not -sys.float_info.max <= scale <= sys.float_info.max:
             raise ValueError(f"scale: expected a finite number, got {scale}")
         return
     check_tensor("scale", scale, like)
@@ -87,6 +88,25 @@ def check_factors(core: Tensor | None, x: Tensor, weight, down: Tensor, up: Tens
     return core
 
 
+def autocasts(x: Tensor) -> bool:
+    """Does autocast, as it is now, cast what a linear layer takes? (It leaves float64 alone.)"""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def autocast_off(t: Tensor) -> AbstractContextManager:
+    """Where every dtype has been chosen already, and autocast would choose others."""
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which torch.nn.functional.linear would compute on x here."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
 def check_linear(x: object, weight: object, bias: Tensor | None, hidden: Tensor | None):
     """x, weight, bias and hidden after autocast, of one dtype."""
     check_tensor("x", x)
@@ -97,14 +117,14 @@ def check_linear(x: object, weight: object, bias: Tensor | None, hidden: Tensor 
         raise TypeError(
             f"weight: expected a Tensor or an object with .dequantize and .shape, got {type(weight).__name__}"
         )
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight: expected (out_features, in_features), got shape {tuple(weight.shape)}")
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected (out_features, in_features), neither 0, got shape {tuple(weight.shape)}")
     tensors = {"weight": None if quantized else weight, "bias": bias, "hidden": hidden}
     for name, tensor in tensors.items():
         if tensor is not None:
             check_tensor(name, tensor, x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if autocasts(x):
+        dtype = linear_dtype(x)
         x = x.to(dtype)
         tensors = {name: tensor if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():

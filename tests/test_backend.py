@@ -60,13 +60,20 @@ def test_precedence_is_call_then_context_then_environment(on_gpu, monkeypatch):
 def test_context_ends_after_an_exception_and_stays_in_its_thread():
     with pytest.raises(KeyError), use_backend("torch"):
         raise KeyError
-    assert backend._requested.name == "auto"
+    assert backend._requested.names == ("auto",)
     seen = []
     with use_backend("torch"):
-        thread = threading.Thread(target=lambda: seen.append(backend._requested.name))
+        thread = threading.Thread(target=lambda: seen.append(backend._requested.names[-1]))
         thread.start()
         thread.join()
     assert seen == ["auto"]
+
+
+def test_one_context_object_may_be_entered_twice(on_gpu):
+    context = use_backend("torch")
+    with context, context:
+        assert resolve("op", [FakeCuda()]).name == "torch"
+    assert resolve("op", [FakeCuda()]).name == "triton"
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
@@ -114,6 +121,9 @@ def test_explain_names_each_adapter_layer():
     explanation = peft_kernels.explain(model)
     assert list(explanation) == ["1"]
     assert explanation["1"].name in backend.BACKENDS and explanation["1"].reason
+    model[1].backend = "cuda"
+    model[1].rank = 1000
+    assert peft_kernels.explain(model)["1"].name == "none"
 
 
 def test_triton_rank_limit_is_the_kernels_own():

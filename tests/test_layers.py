@@ -122,8 +122,50 @@ def test_trains_only_the_adapter():
     assert free.weight.grad is not None and free.bias.grad is not None
 
 
-def test_meta_device_and_inits():
-    assert LowRankLinear(nn.Linear(24, 36, device="meta"), 4).down.device.type == "meta"
+def test_merge_under_autocast_stays_in_float32():
+    adapted, plain = layer(), layer()
+    plain.load_state_dict(adapted.state_dict())
+    plain.merge()
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted.merge()
+    assert torch.equal(adapted.weight, plain.weight)
+
+
+def test_unmerge_refuses_to_lose_a_change():
+    """Tied weights merged twice, or loaded while merged, would come back wrong."""
+    linear = nn.Linear(24, 36)
+    first, second = (LowRankLinear(linear, 4) for _ in range(2))
+    nn.init.normal_(first.up)
+    first.merge()
+    second.merge()
+    with pytest.raises(ValueError, match=r"^unmerge: weight was changed"):
+        first.unmerge()
+    loaded = layer()
+    loaded.merge()
+    loaded.load_state_dict(layer().state_dict())
+    with pytest.raises(ValueError, match=r"^unmerge: weight was changed"):
+        loaded.unmerge()
+    moved = layer()
+    original = moved.weight.clone()
+    moved.merge()
+    moved.double().unmerge()
+    assert torch.equal(moved.weight, original.double())
+
+
+def test_from_the_meta_device():
+    """The two usual ways: load with assign=True, or to_empty and reset_parameters."""
+    source, x = layer(dropout_p=0.0), torch.randn(5, 24)
+    meta = LowRankLinear(nn.Linear(24, 36, device="meta"), 4, scale=0.5, **KINDS["grid"])
+    assert meta.down.is_meta and meta(torch.empty(5, 24, device="meta")).shape == (5, 36)
+    meta.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(meta(x), source(x))
+    empty = LowRankLinear(nn.Linear(24, 36, device="meta"), 4, scale=0.5, **KINDS["grid"]).to_empty(device="cpu")
+    empty.reset_parameters()
+    assert torch.equal(empty(x), nn.functional.linear(x, empty.weight, empty.bias))
+    assert empty.down.abs().max() <= (1 / 12) ** 0.5 and empty.down.std() > 0
+
+
+def test_inits():
     torch.manual_seed(0)
     wide = LowRankLinear(nn.Linear(4096, 4), 64)
     assert wide.down.abs().max() <= 1 / 64 and wide.down.std().item() == pytest.approx(1 / 64 / 3**0.5, rel=0.02)

@@ -24,6 +24,7 @@ ORDER = (
     ("__main__",),
     ("objectives", "presets", "environment"),
     ("ops",),
+    ("dispatch",),
     ("backend", "checks"),
     BACKENDS,
     ("_C",),

@@ -27,6 +27,8 @@ BAD = [
     ("weight", {"weight": torch.ones(8, 12, dtype=torch.float16)}, TypeError),
     ("weight", {"weight": "int4"}, TypeError),
     ("weight", {"weight": torch.ones(8, 12, device="meta")}, ValueError),
+    ("weight", {"weight": torch.ones(0, 12), "bias": torch.ones(0)}, ValueError),
+    ("weight", {"x": torch.ones(5, 0), "weight": torch.ones(8, 0), "down": torch.ones(2, 0)}, ValueError),
     ("bias", {"bias": torch.ones(7)}, ValueError),
     ("bias", {"bias": torch.ones(8, 1)}, ValueError),
     ("bias", {"bias": torch.ones(8, dtype=torch.float64)}, TypeError),
@@ -50,6 +52,7 @@ BAD = [
     ("scale", {"scale": "1"}, TypeError),
     ("scale", {"scale": True}, TypeError),
     ("scale", {"scale": float("nan")}, ValueError),
+    ("scale", {"scale": 10**400}, ValueError),
     ("scale", {"scale": torch.ones(1)}, ValueError),
     ("scale", {"scale": torch.tensor(1.0, requires_grad=True)}, ValueError),
     ("scale", {"scale": torch.tensor(1.0, device="meta")}, ValueError),
@@ -129,6 +132,12 @@ def test_layer_names_the_argument(change, name):
         LowRankLinear(torch.nn.Linear(12, 8), **{"rank": 2} | change)
 
 
-def test_layer_takes_only_linears():
-    with pytest.raises(TypeError, match=r"^linear"):
-        LowRankLinear(torch.nn.Conv1d(4, 4, 1), 2)
+def test_layer_takes_only_plain_linears():
+    parametrized = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+    integer = torch.nn.Linear(4, 4)
+    integer.weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    for module in (torch.nn.Conv1d(4, 4, 1), parametrized, torch.nn.LazyLinear(4), integer):
+        with pytest.raises(TypeError, match=r"^linear"):
+            LowRankLinear(module, 2)
+    with pytest.raises(ValueError, match=r"^linear: is a LowRankLinear already"):
+        LowRankLinear(LowRankLinear(torch.nn.Linear(4, 4), 2), 2)

@@ -1,5 +1,7 @@
 """The comparison with the oracle must notice a broken backend: each mutant breaks one thing and has to fail it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lowrank_cases import Problem, assert_as_accurate_as_torch
@@ -63,6 +65,8 @@ def transposed_core(fwd, bwd):
     return broken, bwd
 
 
+D3 = ({"dropout_p": 0.3, "dropout_on": "input"}, "D3")
+ON_CORE = {"dropout_p": 0.3, "dropout_on": "core"}
 DROPPED = {"dropout_p": 0.3, "dropout_on": "input"}
 MUTANTS = [
     (zero_output, {}),
@@ -92,32 +96,39 @@ TRITON_MUTANTS = {
     "plain x in dA": ("_bwd", "x = tl.where(kept, x, 0.0)", "pass", DROPPED),
     "dx not masked": ("_bwd", "dx = tl.where(kept, dx, 0.0)", "pass", DROPPED),
     "first chunk only": ("_bwd", "for _ in range(chunks):", "for _ in range(1):", {"columns_out": 300}),
-    "scale missing in dB": ("_bwd", "acc * load_scale(scale)", "acc", {}),
-    "scale missing in y": ("_fwd", "input_precision=PRECISION) * load_scale(scale)", "input_precision=PRECISION)", {}),
+    "scale missing in dB": ("_bwd", "acc * load_scale(scale_ptr, scale)", "acc", {}),
+    "scale missing in y": ("_fwd", " * load_scale(scale_ptr, scale)\n    if bias_ptr", "\n    if bias_ptr", {}),
     "o ignored": ("_fwd", "core_ptr, o * I + i, R, BLOCK_R", "core_ptr, i, R, BLOCK_R", BLOCKS),
     "bias of the first block": ("_fwd", "bias_ptr + o * NB + offs_n", "bias_ptr + offs_n", BLOCKS),
     "tail of K lost": ("_fwd", "range(0, KB, BLOCK_K)", "range(0, KB - BLOCK_K + 1, BLOCK_K)", {"columns_in": 72}),
+    "D3: no core mask": ("_fwd", 'if DROPOUT == "core":\n        kept', "if False:\n        kept", ON_CORE, "D3"),
+    "D3: plain x": ("_fwd", "x = tl.where(keep_input(rng_ptr, rows, 0,", "tl.where(keep_input(rng_ptr, rows, 0,", *D3),
+    "z's mask missing in dz": ("_bwd", 'if DROPOUT == "rank":', "if False:", {"dropout_p": 0.3, "dropout_on": "rank"}),
+    "S's mask missing in dS": ("_bwd", 'if DROPOUT == "core":', "if False:", ON_CORE),
     "strips overlap": ("_bwd", "(strip * tiles + tile) * BLOCK_M", "(strip + tile) * BLOCK_M", {"rows": 300}),
 }
 
 
+@pytest.mark.parametrize("mutated", [False, True], ids=["control", "mutant"])
 @pytest.mark.parametrize("name", TRITON_MUTANTS)
-def test_triton_mutant_is_noticed(name, monkeypatch, device, tmp_path):
+def test_triton_mutant_is_noticed(name, mutated, monkeypatch, device, tmp_path):
+    """The control loads the same source afresh without the change, and passes."""
     pytest.importorskip("triton")
     from peft_kernels.triton_kernels import lowrank_linear, lowrank_linear_bwd, lowrank_linear_fwd
 
-    side, good, bad, sizes = TRITON_MUTANTS[name]
+    side, good, bad, sizes, *design = TRITON_MUTANTS[name]
+    design = design[0] if design else None
     module = lowrank_linear_fwd if side == "_fwd" else lowrank_linear_bwd
     with open(module.__file__) as file:
         source = file.read()
     assert good in source, "the mutant's line is gone; write it anew"
     path = tmp_path / "mutant.py"
-    path.write_text(source.replace(good, bad))
+    path.write_text(source.replace(good, bad) if mutated else source)
     namespace = {"__name__": module.__name__, "__package__": module.__package__, "__file__": str(path)}
     exec(compile(path.read_text(), str(path), "exec"), namespace)
     namespace["strip_tiles"] = lambda *sizes: 2
     for launcher in ("shrink", "mix", "expand", "fused", "up_bwd", "hidden_bwd", "core_bwd", "down_bwd"):
         if launcher in namespace and launcher in vars(module) and namespace[launcher].__module__ == module.__name__:
             monkeypatch.setattr(lowrank_linear, launcher, namespace[launcher])
-    with pytest.raises(AssertionError):
-        assert_as_accurate_as_torch(Problem(**sizes), device, "triton")
+    with pytest.raises(AssertionError) if mutated else nullcontext():
+        assert_as_accurate_as_torch(Problem(**sizes), device, "triton", design)

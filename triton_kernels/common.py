@@ -73,7 +73,7 @@ def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _allows_tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32" or torch.backends.fp32_precision == "tf32"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # inherits the global setting where it has none
 
 
 def dropout_arguments(rng: Tensor | None, dropout_p: float) -> tuple[Tensor | None, int, float]:
@@ -104,12 +104,15 @@ def keep_mask(rng_ptr, rows, first_column, threshold, ROWS: tl.constexpr, COLUMN
     return bits >= threshold
 
 
+def scale_arguments(scale: float | Tensor) -> tuple[Tensor | None, float]:
+    """(scale_ptr, scale): the kernels read the number from memory if there is a pointer."""
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+
+
 @triton.jit
-def load_scale(scale):
-    """A scale given as a number, or as a pointer to one."""
-    scale = tl.to_tensor(scale)
-    if scale.dtype.is_ptr():
-        return tl.load(scale)
+def load_scale(scale_ptr, scale):
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
     return scale
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture, dot_constants, keep_mask, launch, load_scale, sum_partials
+from .common import architecture, dot_constants, keep_mask, launch, load_scale, scale_arguments, sum_partials
 from .config import LowRankLinearConfig, strip_tiles
 from .lowrank_linear_fwd import (
     Scale,
@@ -22,7 +22,7 @@ from .lowrank_linear_fwd import (
 
 @triton.jit(do_not_specialize=["M", "R", "stride_sm", "tiles"])
 def _up_bwd_kernel(
-    dy_ptr, s_ptr, up_ptr, t_ptr, d_up_ptr, scale, M, NB, R, stride_dym, stride_sm, tiles,
+    dy_ptr, s_ptr, up_ptr, t_ptr, d_up_ptr, scale_ptr, scale, M, NB, R, stride_dym, stride_sm, tiles,
     O: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -58,12 +58,12 @@ def _up_bwd_kernel(
     if NEEDS_UP:
         part = o * tl.num_programs(1) + strip
         pointers = d_up_ptr + (part * NB + offs_n[:, None]) * R + offs_r[None, :]
-        tl.store(pointers, acc * load_scale(scale), mask=mask_n[:, None] & mask_r[None, :])
+        tl.store(pointers, acc * load_scale(scale_ptr, scale), mask=mask_n[:, None] & mask_r[None, :])
 
 
 @triton.jit
 def _load_d_mixed(
-    t_ptr, rng_ptr, scale, rows, o, first, M, R, chunks, threshold, keep_scale,
+    t_ptr, rng_ptr, scale_ptr, scale, rows, o, first, M, R, chunks, threshold, keep_scale,
     O: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dS_o = s · Σ_chunks t, through S's mask, from column `first` on; (BLOCK_M, WIDTH) in float32."""
@@ -74,7 +74,7 @@ def _load_d_mixed(
     for _ in range(chunks):
         total += tl.load(pointers, mask=mask, other=0.0)
         pointers += tl.cast(M, tl.int64) * O * R
-    total *= load_scale(scale)
+    total *= load_scale(scale_ptr, scale)
     if DROPOUT == "core":
         kept = keep_mask(rng_ptr, rows, o * BLOCK_R + first, threshold, BLOCK_M, WIDTH)
         total = tl.where(kept, total * keep_scale, 0.0)
@@ -83,7 +83,7 @@ def _load_d_mixed(
 
 @triton.jit(do_not_specialize=["M", "R", "chunks", "threshold"])
 def _hidden_bwd_kernel(
-    t_ptr, core_ptr, dz_ptr, rng_ptr, scale, M, R, chunks, threshold, keep_scale,
+    t_ptr, core_ptr, dz_ptr, rng_ptr, scale_ptr, scale, M, R, chunks, threshold, keep_scale,
     O: tl.constexpr, I: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr,
 ):  # fmt: skip
@@ -99,14 +99,14 @@ def _hidden_bwd_kernel(
         if CORE == "dense":
             for a in range(0, BLOCK_R, CHUNK_R):
                 d_mixed = _load_d_mixed(
-                    t_ptr, rng_ptr, scale, rows, o, a, M, R, chunks, threshold, keep_scale,
+                    t_ptr, rng_ptr, scale_ptr, scale, rows, o, a, M, R, chunks, threshold, keep_scale,
                     O, DROPOUT, BLOCK_M, BLOCK_R, CHUNK_R,
                 )  # fmt: skip
                 core = load_dense(core_ptr, o * I + i, a, 0, R, CHUNK_R, BLOCK_R)
                 dz = tl.dot(d_mixed.to(DOT), core.to(DOT), dz, input_precision=PRECISION)
         else:
             d_mixed = _load_d_mixed(
-                t_ptr, rng_ptr, scale, rows, o, 0, M, R, chunks, threshold, keep_scale,
+                t_ptr, rng_ptr, scale_ptr, scale, rows, o, 0, M, R, chunks, threshold, keep_scale,
                 O, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R,
             )  # fmt: skip
             if CORE == "diagonal":
@@ -122,7 +122,7 @@ def _hidden_bwd_kernel(
 
 @triton.jit(do_not_specialize=["M", "R", "stride_zm", "chunks", "threshold", "tiles"])
 def _core_bwd_kernel(
-    t_ptr, z_ptr, d_core_ptr, rng_ptr, scale, M, R, stride_zm, chunks, threshold, keep_scale, tiles,
+    t_ptr, z_ptr, d_core_ptr, rng_ptr, scale_ptr, scale, M, R, stride_zm, chunks, threshold, keep_scale, tiles,
     O: tl.constexpr, I: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr,
 ):  # fmt: skip
@@ -147,13 +147,13 @@ def _core_bwd_kernel(
         )
         if CORE == "diagonal":
             d_mixed = _load_d_mixed(
-                t_ptr, rng_ptr, scale, rows, o, 0, M, R, chunks, threshold, keep_scale,
+                t_ptr, rng_ptr, scale_ptr, scale, rows, o, 0, M, R, chunks, threshold, keep_scale,
                 O, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R,
             )  # fmt: skip
             acc += tl.sum(d_mixed * z, axis=0)
         else:
             d_mixed = _load_d_mixed(
-                t_ptr, rng_ptr, scale, rows, o, a, M, R, chunks, threshold, keep_scale,
+                t_ptr, rng_ptr, scale_ptr, scale, rows, o, a, M, R, chunks, threshold, keep_scale,
                 O, DROPOUT, BLOCK_M, BLOCK_R, CHUNK_R,
             )  # fmt: skip
             acc = tl.dot(tl.trans(d_mixed.to(DOT)), z.to(DOT), acc, input_precision=PRECISION)
@@ -229,7 +229,7 @@ def up_bwd(
         _up_bwd_kernel,
         (out_blocks * chunks, strips),
         (
-            dy, s if needs_up else None, up, t, partials, scale, rows, columns, rank,
+            dy, s if needs_up else None, up, t, partials, *scale_arguments(scale), rows, columns, rank,
             dy.stride(0), s.stride(0) if needs_up else 0, tiles,
         ),
         {
@@ -252,7 +252,7 @@ def hidden_bwd(
     launch(
         _hidden_bwd_kernel,
         (triton.cdiv(rows, config.hidden_bwd.rows), in_blocks),
-        (t, core, dz, rng, scale, rows, rank, chunks, threshold, keep_scale),
+        (t, core, dz, rng, *scale_arguments(scale), rows, rank, chunks, threshold, keep_scale),
         {
             "O": columns // rank, "I": in_blocks, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(dtype),
             **blocks(config, BLOCK_M=config.hidden_bwd.rows, CHUNK_R=config.chunk_r),
@@ -272,7 +272,7 @@ def core_bwd(t: Tensor, z: Tensor, core: Tensor, scale: Scale, drop: tuple, conf
     launch(
         _core_bwd_kernel,
         (out_blocks * in_blocks, strips, 1 if core.dim() == 3 else config.block_r // config.chunk_r),
-        (t, z, partials, rng, scale, rows, rank, z.stride(0), chunks, threshold, keep_scale, tiles),
+        (t, z, partials, rng, *scale_arguments(scale), rows, rank, z.stride(0), chunks, threshold, keep_scale, tiles),
         {
             "O": out_blocks, "I": in_blocks, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(z.dtype),
             **blocks(config, BLOCK_M=config.core_bwd.rows, CHUNK_R=config.chunk_r),

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot_constants, keep_mask, launch, load_scale
+from .common import dot_constants, keep_mask, launch, load_scale, scale_arguments
 from .config import LowRankLinearConfig
 
 Scale = float | Tensor
@@ -147,7 +147,7 @@ def load_rows(s_ptr, rows, o, M, R, stride_sm, DOT: tl.constexpr, BLOCK_R: tl.co
 
 @triton.jit(do_not_specialize=["M", "R", "stride_sm"])
 def _expand_kernel(
-    s_ptr, up_ptr, bias_ptr, y_ptr, scale, M, NB, R, stride_sm, stride_ym,
+    s_ptr, up_ptr, bias_ptr, y_ptr, scale_ptr, scale, M, NB, R, stride_sm, stride_ym,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def _expand_kernel(
     mask_n = offs_n < NB
     mixed = load_rows(s_ptr, rows, o, M, R, stride_sm, DOT, BLOCK_R)
     up = load_up(up_ptr, offs_n, mask_n, R, DOT, BLOCK_R)
-    y = tl.dot(mixed, tl.trans(up), input_precision=PRECISION) * load_scale(scale)
+    y = tl.dot(mixed, tl.trans(up), input_precision=PRECISION) * load_scale(scale_ptr, scale)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o * NB + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     pointers = y_ptr + rows[:, None] * stride_ym + o * NB + offs_n[None, :]
@@ -168,16 +168,20 @@ def _expand_kernel(
 
 @triton.jit(do_not_specialize=["M", "R", "stride_zm", "threshold"])
 def _fused_kernel(
-    x_ptr, weight_ptr, bias_ptr, down_ptr, up_ptr, core_ptr, y_ptr, z_ptr, rng_ptr, scale,
+    x_ptr, weight_ptr, bias_ptr, down_ptr, up_ptr, core_ptr, y_ptr, z_ptr, rng_ptr, scale_ptr, scale,
     M, K, NB, R, stride_xm, stride_wn, stride_wk, stride_ym, stride_zm, threshold, keep_scale,
-    CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    O: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """D3: y and z in one pass, x Aᵀ inside every column tile's K loop; grid (O · column tiles, row tiles)."""
+    """D3: y and z in one pass, x Aᵀ inside every column tile's K loop; grid (row tiles · O · column tiles,).
+
+    Neighbouring programs share rows of x, which the L2 then reads once.
+    """
     column_tiles = tl.cdiv(NB, BLOCK_N)
-    o = (tl.program_id(0) // column_tiles).to(tl.int64)
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_tile = tl.program_id(0) % (O * column_tiles)
+    o = (column_tile // column_tiles).to(tl.int64)
+    rows = (tl.program_id(0) // (O * column_tiles)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = column_tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = rows < M, offs_n < NB, offs_r < R
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -205,9 +209,9 @@ def _fused_kernel(
     if DROPOUT == "input":
         hidden *= keep_scale
     z = hidden.to(z_ptr.dtype.element_ty)
-    if tl.program_id(0) == 0:
+    if column_tile == 0:
         tl.store(z_ptr + rows[:, None] * stride_zm + offs_r[None, :], z, mask=mask_m[:, None] & mask_r[None, :])
-    mixed = z.to(tl.float32)
+    mixed = tl.where(mask_r[None, :], z.to(tl.float32), 0.0)  # an Inf in x makes NaN of the rank's padding
     if DROPOUT == "rank":
         kept = keep_mask(rng_ptr, rows, 0, threshold, BLOCK_M, BLOCK_R)
         mixed = tl.where(kept, mixed * keep_scale, 0.0)
@@ -220,7 +224,7 @@ def _fused_kernel(
         kept = keep_mask(rng_ptr, rows, o * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
         mixed = tl.where(kept, mixed * keep_scale, 0.0)
     up = load_up(up_ptr, offs_n, mask_n, R, DOT, BLOCK_R)
-    acc += tl.dot(mixed.to(DOT), tl.trans(up), input_precision=PRECISION) * load_scale(scale)
+    acc += tl.dot(mixed.to(DOT), tl.trans(up), input_precision=PRECISION) * load_scale(scale_ptr, scale)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o * NB + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     pointers = y_ptr + rows[:, None] * stride_ym + o * NB + offs_n[None, :]
@@ -275,7 +279,7 @@ def expand(
     launch(
         _expand_kernel,
         (triton.cdiv(s.shape[0], tile.rows), out_features // columns * triton.cdiv(columns, tile.columns)),
-        (s, up, bias, y, scale, s.shape[0], columns, rank, s.stride(0), y.stride(0)),
+        (s, up, bias, y, *scale_arguments(scale), s.shape[0], columns, rank, s.stride(0), y.stride(0)),
         {**dot_constants(s.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns)},
         tile,
     )
@@ -293,13 +297,13 @@ def fused(
     rng, threshold, keep_scale, place = drop
     launch(
         _fused_kernel,
-        (out_features // columns * triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)),
+        (triton.cdiv(rows, tile.rows) * (out_features // columns) * triton.cdiv(columns, tile.columns),),
         (
-            x, weight, bias, down, up, core, y, z, rng, scale, rows, x.shape[1], columns, rank,
+            x, weight, bias, down, up, core, y, z, rng, *scale_arguments(scale), rows, x.shape[1], columns, rank,
             x.stride(0), weight.stride(0), weight.stride(1), y.stride(0), z.stride(0), threshold, keep_scale,
         ),
         {
-            "CORE": core_kind(core), "DROPOUT": place, **dot_constants(x.dtype),
+            "O": out_features // columns, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(x.dtype),
             **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth),
         },
         tile,

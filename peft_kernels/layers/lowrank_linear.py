@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from peft_kernels.backend import BACKENDS, Choice, resolve
-from peft_kernels.checks import check_choice, check_probability, check_scale
+from peft_kernels.checks import DTYPES, autocast_off, check_choice, check_probability, check_scale
 from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
 
 CORES = (None, "diagonal", "dense")
@@ -50,8 +51,7 @@ class LowRankLinear(nn.Linear):
         design: str | None = None,
         freeze: bool = True,
     ):
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        _check_linear(linear)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank: expected an integer ≥ 1, got {rank!r}")
         check_choice("core", core, CORES)
@@ -65,8 +65,8 @@ class LowRankLinear(nn.Linear):
             ("out_blocks", out_blocks, linear.out_features),
             ("in_blocks", in_blocks, linear.in_features),
         ):
-            if blocks < 1 or features % blocks:
-                raise ValueError(f"{name}: expected a divisor of {features}, got {blocks}")
+            if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or features % blocks:
+                raise ValueError(f"{name}: expected a divisor of {features}, got {blocks!r}")
         if core is None and (out_blocks, in_blocks) != (1, 1):
             raise ValueError(f"core: {out_blocks} × {in_blocks} blocks need 'diagonal' or 'dense', got None")
         dtype = adapter_dtype or linear.weight.dtype
@@ -90,6 +90,12 @@ class LowRankLinear(nn.Linear):
         self.reset_adapter()
         self.train(linear.training)
 
+    def reset_parameters(self) -> None:
+        """As nn.Linear's, weight and bias too; what frameworks call after building a model on the meta device."""
+        if hasattr(self, "down"):  # nn.Linear's constructor calls it before there is an adapter
+            super().reset_parameters()
+            self.reset_adapter()
+
     def reset_adapter(self) -> None:
         """Start `down`, `up` and `core` afresh."""
         if self.init == "kaiming":
@@ -102,11 +108,14 @@ class LowRankLinear(nn.Linear):
                 self.core.copy_(torch.ones_like(self.core) if self.core.dim() == 3 else torch.eye(self.rank))
 
     def set_scale(self, scale: float) -> None:
-        """Change the update's factor; not while merged."""
+        """Change the update's factor; not while merged. In place: a captured CUDA graph sees the new value."""
         check_scale(scale, self.weight)
         self._check_unmerged("set_scale")
         self._scale = float(scale)
-        self.register_buffer("scale", self._scale_buffer(), persistent=False)
+        if "scale" in self._buffers:
+            self.scale.fill_(self._scale)
+        else:
+            self.register_buffer("scale", self._scale_buffer(), persistent=False)
 
     @property
     def merged(self) -> bool:
@@ -137,11 +146,12 @@ class LowRankLinear(nn.Linear):
         """scale · B core A as a float32 (float64 for a float64 weight) tensor (out_features, in_features)."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         down, up = self.down.to(dtype), self.up.to(dtype)
-        if self.core is None:
-            return self._scale * (up @ down)
-        core = self.core.to(dtype)
-        core = torch.diag_embed(core) if core.dim() == 3 else core
-        return self._scale * torch.einsum("na,oiab,bk->onik", up, core, down).reshape(self.weight.shape)
+        with autocast_off(self.weight):
+            if self.core is None:
+                return self.scale * (up @ down)
+            core = self.core.to(dtype)
+            core = torch.diag_embed(core) if core.dim() == 3 else core
+            return self.scale * torch.einsum("na,oiab,bk->onik", up, core, down).reshape(self.weight.shape)
 
     @torch.no_grad()
     def merge(self, keep_on: torch.device | str | None = None) -> None:
@@ -153,17 +163,19 @@ class LowRankLinear(nn.Linear):
         delta = self.delta_weight()
         original = self.weight.detach().to(keep_on or self.weight.device, copy=True)
         self.weight.copy_(delta.add_(self.weight))
-        self._original = original
+        self._original, self._merged_version = original, self._version()
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the original bits of `weight`."""
+        """Put back the original bits of `weight`. Raises ValueError if it was changed since it was merged."""
         if self._original is None:
             raise ValueError("unmerge: the layer is not merged")
+        if self._version() != self._merged_version:
+            raise ValueError("unmerge: weight was changed after merge, and would be lost")
         self.weight.copy_(self._original)
         self._original = None
 
-    def choice(self) -> Choice:
+    def backend_choice(self) -> Choice:
         """The backend that the next forward on the weight's device takes, and the reason."""
         if self.merged:
             return Choice("torch", "merged: a plain linear")
@@ -191,4 +203,27 @@ class LowRankLinear(nn.Linear):
         """Moves and casts as any module does, but leaves the scale in float32."""
         super()._apply(fn, recurse)
         self.scale = self._scale_buffer()
+        if self.merged:
+            self._merged_version = self._version()
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.scale.device != self.weight.device:  # assign=True brings a meta model to a real device
+            self.scale = self._scale_buffer()
+
+    def _version(self) -> int | None:
+        """Counts changes in place of the weight (tensors made in inference mode count none)."""
+        return None if self.weight.is_inference() else self.weight._version
+
+
+def _check_linear(linear: object) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+    if isinstance(linear, LowRankLinear):
+        raise ValueError("linear: is a LowRankLinear already; its adapter would be lost")
+    weight = linear._parameters.get("weight")
+    if weight is None or is_lazy(weight):
+        raise TypeError(f"linear: expected a plain weight Parameter, {type(linear).__name__} has none")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"linear: expected a floating-point weight, got {weight.dtype}; use lowrank_linear for it")

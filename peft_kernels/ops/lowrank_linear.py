@@ -17,17 +17,15 @@ Kept for the backward: x itself (not a copy), z, and the random seed. Uses: LoRA
 (doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation (arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
 """
 
-import importlib
-from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peft_kernels.backend import resolve
 from peft_kernels.checks import (
+    autocast_off,
     check_choice,
     check_factor,
     check_factors,
@@ -36,8 +34,9 @@ from peft_kernels.checks import (
     check_scale,
     check_shape,
     check_tensor,
+    linear_dtype,
 )
-from peft_kernels.torch_kernels import lowrank_linear as torch_lowrank_linear
+from peft_kernels.dispatch import lowrank_linear as dispatch
 
 DROPOUT_PLACES = ("input", "rank", "core")
 DESIGNS = (None, "D1", "D3")
@@ -70,115 +69,14 @@ def lowrank_linear_reference(
     return F.linear(x, weight, bias) + scale * update
 
 
-# The kernel backends as custom operators: what a compiled graph calls. Eager calls skip this layer's cost, ~16 µs.
-
-
-def _module(backend: str) -> ModuleType:
-    if backend == "torch":
-        return torch_lowrank_linear
-    return importlib.import_module(f"peft_kernels.{backend}_kernels.lowrank_linear")
-
-
-@torch.library.custom_op("peft_kernels::lowrank_linear_fwd", mutates_args=())
-def _fwd_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    core: Tensor | None,
-    scale: Tensor,
-    hidden: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    dropout_on: str,
-    design: str | None,
-    backend: str,
-) -> list[Tensor]:
-    y, z = _module(backend).lowrank_linear_fwd(
-        x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design
-    )
-    return [y] if hidden is not None else [y, z]
-
-
-@_fwd_op.register_fake
-def _(x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design, backend):
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    return [y] if hidden is not None else [y, x.new_empty(x.shape[0], x.shape[1] // down.shape[1] * down.shape[0])]
-
-
-@torch.library.custom_op("peft_kernels::lowrank_linear_bwd", mutates_args=())
-def _bwd_op(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    down: Tensor | None,
-    up: Tensor,
-    core: Tensor | None,
-    scale: Tensor,
-    z: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    dropout_on: str,
-    needs: list[bool],
-    design: str | None,
-    backend: str,
-) -> list[Tensor]:
-    grads = _module(backend).lowrank_linear_bwd(
-        dy, x, weight, down, up, core, scale, z, rng, dropout_p, dropout_on, needs, design
-    )
-    return [grad for grad in grads if grad is not None]
-
-
-@_bwd_op.register_fake
-def _(dy, x, weight, down, up, core, scale, z, rng, dropout_p, dropout_on, needs, design, backend):
-    rank, out_blocks = up.shape[1], dy.shape[1] // up.shape[0]
-    in_blocks = 1 if core is None else core.shape[-2 if core.dim() == 3 else -3]
-    grads = [
-        dy.new_empty(dy.shape[0], weight.shape[1]) if needs[0] else None,
-        torch.empty_like(down) if needs[1] else None,
-        torch.empty_like(up) if needs[2] else None,
-        torch.empty_like(core) if needs[3] else None,
-        dy.new_empty(dy.shape[0], in_blocks * rank) if needs[4] else None,
-    ]
-    assert out_blocks * up.shape[0] == dy.shape[1]
-    return [grad for grad in grads if grad is not None]
-
-
-@torch.library.custom_op("peft_kernels::lowrank_hidden_fwd", mutates_args=())
-def _hidden_fwd_op(x: Tensor, down: Tensor, input_blocks: int, backend: str) -> Tensor:
-    return _module(backend).lowrank_hidden_fwd(x, down, input_blocks)
-
-
-@_hidden_fwd_op.register_fake
-def _(x, down, input_blocks, backend):
-    return x.new_empty(x.shape[0], input_blocks * down.shape[0])
-
-
-@torch.library.custom_op("peft_kernels::lowrank_hidden_bwd", mutates_args=())
-def _hidden_bwd_op(dz: Tensor, x: Tensor | None, down: Tensor, needs: list[bool], backend: str) -> list[Tensor]:
-    return [grad for grad in _module(backend).lowrank_hidden_bwd(dz, x, down, needs) if grad is not None]
-
-
-@_hidden_bwd_op.register_fake
-def _(dz, x, down, needs, backend):
-    columns = dz.shape[1] // down.shape[0] * down.shape[1]
-    grads = [dz.new_empty(dz.shape[0], columns) if needs[0] else None, torch.empty_like(down) if needs[1] else None]
-    return [grad for grad in grads if grad is not None]
-
-
-def _spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """The inverse of leaving out what was not needed."""
-    remaining = iter(grads)
-    return [next(remaining) if needed else None for needed in needs]
-
-
-def _as_operator(backend: str) -> bool:
-    return backend != "torch" and torch.compiler.is_compiling()
-
-
-def _tensor_scale(scale: float | Tensor, like: Tensor) -> Tensor:
-    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=like.device)
+def _dense(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    dense = weight.dequantize(dtype)
+    if not isinstance(dense, Tensor) or dense.dtype != dtype or tuple(dense.shape) != tuple(weight.shape):
+        got = f"{dense.dtype} {tuple(dense.shape)}" if isinstance(dense, Tensor) else type(dense).__name__
+        raise ValueError(f"weight: expected dequantize to give {dtype} {tuple(weight.shape)}, got {got}")
+    return dense
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -191,14 +89,9 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design, backend):
         needs_x, needs_weight, _, needs_down, needs_up, needs_core = ctx.needs_input_grad[:6]
-        dense = weight if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
         hidden_rows = None if hidden is None else _rows(hidden)
-        args = (_rows(x), dense, bias, down, up, core)
-        if _as_operator(backend):
-            outputs = _fwd_op(*args, _tensor_scale(scale, x), hidden_rows, rng, dropout_p, dropout_on, design, backend)
-            y, z = outputs[0], outputs[-1]
-        else:
-            y, z = _module(backend).lowrank_linear_fwd(*args, scale, hidden_rows, rng, dropout_p, dropout_on, design)
+        args = (_rows(x), _dense(weight, x.dtype), bias, down, up, core, scale, hidden_rows, rng)
+        y, z = dispatch.lowrank_linear_fwd(backend, *args, dropout_p, dropout_on, design)
         ctx.save_for_backward(
             x if needs_weight or (needs_down and hidden is None) else None,
             weight if needs_x and isinstance(weight, Tensor) else None,
@@ -216,31 +109,24 @@ class _LowRankLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        _refuse_second_derivative("lowrank_linear")
         x, weight, down, up, core, scale, z, rng = ctx.saved_tensors
         dropout_p, dropout_on, design, backend = ctx.settings
         needs_x, needs_weight, needs_bias, needs_down, needs_up, needs_core, _, needs_hidden = ctx.needs_input_grad[:8]
         needs = (needs_x, needs_down and down is not None, needs_up, needs_core, needs_hidden)
         if needs_x and ctx.quantized is not None:
-            weight = ctx.quantized.dequantize(dy.dtype)
+            weight = _dense(ctx.quantized, dy.dtype)
         scale = ctx.scale if scale is None else scale
         dy = _rows(dy)
         x = None if x is None else _rows(x)
-        z = None if z is None else _rows(z)
-        args = (dy, x if needs[1] else None, weight, down, up, core)
-        if not any(needs):
-            grads = (None,) * 5
-        elif _as_operator(backend):
-            grads = _spread(
-                _bwd_op(*args, _tensor_scale(scale, dy), z, rng, dropout_p, dropout_on, needs, design, backend), needs
-            )
-        else:
-            grads = _module(backend).lowrank_linear_bwd(*args, scale, z, rng, dropout_p, dropout_on, needs, design)
+        args = (dy, x if needs[1] else None, weight, down, up, core, scale, None if z is None else _rows(z), rng)
+        grads = dispatch.lowrank_linear_bwd(backend, *args, dropout_p, dropout_on, needs, design)
         dx, d_down, d_up, d_core, d_hidden = grads
         dx = None if dx is None else dx.view(ctx.x_shape)
-        d_weight = dy.t() @ x if needs_weight else None
-        d_bias = dy.sum(0) if needs_bias else None
+        with autocast_off(dy):
+            d_weight = dy.t() @ x if needs_weight else None
+            d_bias = dy.sum(0) if needs_bias else None
         d_hidden = None if d_hidden is None else d_hidden.view(ctx.hidden_shape)
         return dx, d_weight, d_bias, d_down, d_up, d_core, None, d_hidden, None, None, None, None, None
 
@@ -250,21 +136,21 @@ class _LowRankHidden(torch.autograd.Function):
     def forward(ctx, x, down, input_blocks, backend):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down)
         ctx.x_shape, ctx.backend = x.shape, backend
-        run = _hidden_fwd_op if _as_operator(backend) else _module(backend).lowrank_hidden_fwd
-        z = run(_rows(x), down, input_blocks, backend) if _as_operator(backend) else run(_rows(x), down, input_blocks)
+        z = dispatch.lowrank_hidden_fwd(backend, _rows(x), down, input_blocks)
         return z.view(*x.shape[:-1], z.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dz):
+        _refuse_second_derivative("lowrank_hidden")
         x, down = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
         x = None if x is None else _rows(x)
-        if _as_operator(ctx.backend):
-            dx, d_down = _spread(_hidden_bwd_op(_rows(dz), x, down, needs, ctx.backend), needs)
-        else:
-            dx, d_down = _module(ctx.backend).lowrank_hidden_bwd(_rows(dz), x, down, needs)
+        dx, d_down = dispatch.lowrank_hidden_bwd(ctx.backend, _rows(dz), x, down, ctx.needs_input_grad[:2])
         return None if dx is None else dx.view(ctx.x_shape), d_down, None, None
+
+
+def _refuse_second_derivative(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: has first derivatives only; call backward without create_graph=True")
 
 
 def _draw(x: Tensor, backend: str, dropout_p: float, mask_columns: int) -> Tensor:
@@ -341,9 +227,13 @@ def lowrank_linear(
         columns = {"input": x.shape[-1], "rank": in_blocks * rank, "core": out_blocks * rank}[dropout_on]
         rng = _draw(x, run, dropout_p, columns)
     return _LowRankLinear.apply(
-        x, weight, bias, down.contiguous(), up.contiguous(), None if core is None else core.contiguous(), scale, hidden,
-        rng, dropout_p, dropout_on, design if run == "triton" else None, run,
+        x, weight, _contiguous(bias), down.contiguous() if hidden is None else down.detach(), up.contiguous(),
+        _contiguous(core), scale, hidden, rng, dropout_p, dropout_on, design if run == "triton" else None, run,
     )  # fmt: skip
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str = "auto") -> Tensor:
@@ -355,12 +245,11 @@ def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str 
     Raises ValueError or TypeError, naming the argument, before anything runs.
     """
     check_tensor("x", x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(linear_dtype(x))
     check_factor("down", down, x)
     if isinstance(input_blocks, bool) or not isinstance(input_blocks, int) or input_blocks < 1:
         raise ValueError(f"input_blocks: expected an integer ≥ 1, got {input_blocks!r}")
-    if down.dim() != 2 or down.shape[0] == 0 or x.dim() == 0 or down.shape[1] * input_blocks != x.shape[-1]:
+    if down.dim() != 2 or 0 in down.shape or x.dim() == 0 or down.shape[1] * input_blocks != x.shape[-1]:
         raise ValueError(
             f"down: expected (R, in_features / input_blocks) with R ≥ 1 for x {tuple(x.shape)} and "
             f"input_blocks {input_blocks}, got {tuple(down.shape)}"
