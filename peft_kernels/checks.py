@@ -90,16 +90,16 @@ def check_factors(core: Tensor | None, x: Tensor, weight, down: Tensor, up: Tens
 
 def autocasts(x: Tensor) -> bool:
     """Does autocast, as it is now, cast what a linear layer takes? (It leaves float64 alone.)"""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return _autocast_enabled(x) and x.dtype != torch.float64
 
 
 def autocast_off(t: Tensor) -> AbstractContextManager:
     """Where every dtype has been chosen already, and autocast would choose others."""
-    device = t.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(t.device.type, enabled=False) if _autocast_enabled(t) else nullcontext()
+
+
+def _autocast_enabled(t: Tensor) -> bool:
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)  # meta knows no autocast, and raises
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:

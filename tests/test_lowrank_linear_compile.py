@@ -71,7 +71,9 @@ def test_use_backend_inside_and_around_a_compiled_function(device):
     for name in ("torch", "triton"):
         with use_backend(name):
             torch.testing.assert_close(around(**tensors), expected)
-    assert kernels_called == [True, False, True]  # a change of backend outside makes a new graph
+    # Since torch 2.13 a change of backend outside makes a new graph; 2.11 does not watch thread-locals.
+    watched = torch.__version__ >= (2, 13)
+    assert kernels_called == [True, False, True] if watched else kernels_called[:2] == [True, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

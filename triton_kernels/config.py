@@ -75,33 +75,38 @@ def lowrank_linear_config(
 
 def _half_tiles(block_r: int, arch: int) -> dict[str, Tile]:
     """bfloat16 and float16. up_bwd wants wide chunks: it writes block_r float32 sums per row for each of them."""
+    wide, small = Tile(64, 128), Tile(64, block_r, warps=4, stages=2)
+    hidden_bwd, down_bwd = small, wide
     if arch >= 90:
         up_bwd = Tile(64, 256 if block_r <= 32 else 128)
     else:
         up_bwd = {16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r]
-    wide, small = Tile(64, 128), Tile(64, block_r, stages=2)
+    if block_r == 64:
+        hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2)
+    if arch >= 100 and block_r == 16:
+        down_bwd = Tile(32, 128)
     return {
         "shrink": wide,
         "mix": small,
         "expand": wide,
         "up_bwd": up_bwd,
-        "hidden_bwd": small,
-        "core_bwd": Tile(32, block_r, stages=2),
-        "down_bwd": wide,
+        "hidden_bwd": hidden_bwd,
+        "core_bwd": Tile(32, 32, warps=4, stages=2) if block_r == 32 else small,
+        "down_bwd": down_bwd,
         "fused": Tile(128, 128, depth=32),
     }
 
 
 def _float32_tiles(block_r: int) -> dict[str, Tile]:
     """True float32 has no tensor cores: its operands live in registers, which allows smaller tiles only."""
-    wide, small = Tile(32, 64), Tile(32, block_r, stages=2)
+    wide, small = Tile(32, 64), Tile(64, block_r, warps=4, stages=2)
     return {
         "shrink": wide,
         "mix": small,
         "expand": wide,
         "up_bwd": wide if block_r == 64 else Tile(32, 128),
-        "hidden_bwd": small,
-        "core_bwd": Tile(16, block_r, stages=2),
+        "hidden_bwd": replace(small, rows={16: 64, 32: 32, 64: 16}[block_r]),
+        "core_bwd": small,
         "down_bwd": {16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r],
         "fused": Tile(64, 32, depth=32),
     }
