@@ -6,49 +6,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lowrank_cases import INTERPRETED, Problem, assert_as_accurate_as_torch, error, expected, recover_mask, run
+from lowrank_cases import LAYOUTS, Problem, assert_as_accurate_as_torch, error, expected, run, skip_unless_runnable
 
 import peft_kernels
 from peft_kernels import lowrank_hidden, lowrank_linear
 from peft_kernels.ops import lowrank_linear as op
 
 HALVES = (torch.bfloat16, torch.float16)
-LAYOUTS = {  # the users in method section 1
-    "lora": {},
-    "aurora-paper": {"core": "flat diagonal"},
-    "aurora-released": {"core": "flat dense"},
-    "aurora-fused-qkv": {"core": "diagonal", "out_blocks": 3},
-    "aurora-fused-qkv-released": {"core": "dense", "out_blocks": 3},
-    "aurora-fc1": {"core": "dense", "out_blocks": 4, "columns_out": 24},
-    "aurora-fc2": {"core": "diagonal", "in_blocks": 4},
-    "aurora-fc2-released": {"core": "dense", "in_blocks": 4},
-    "grid": {"core": "dense", "out_blocks": 2, "in_blocks": 2, "bias": False},
-}
-BACKENDS = [("torch", None), ("triton", None), ("triton", "D3")]
-
-
-def skip_unless_runnable(problem: Problem, design: str | None) -> None:
-    if design == "D3" and (problem.in_blocks > 1 or problem.rank > 32):
-        pytest.skip("D3 takes one input block and ranks up to 32; that it refuses others is tested elsewhere")
-
-
-@pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(filter(None, pair)))
-def backend_design(request):
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_output_and_gradients(backend_design, layout, dtype, device):
     problem = Problem(**LAYOUTS[layout], dtype=dtype)
-    skip_unless_runnable(problem, backend_design[1])
-    assert_as_accurate_as_torch(problem, device, *backend_design)
-
-
-@pytest.mark.parametrize("place", ["input", "rank", "core"])
-@pytest.mark.parametrize("layout", ["lora", "aurora-fused-qkv", "aurora-fc2-released", "grid"])
-def test_dropout(backend_design, layout, place, device):
-    problem = Problem(**LAYOUTS[layout], dropout_p=0.3, dropout_on=place)
     skip_unless_runnable(problem, backend_design[1])
     assert_as_accurate_as_torch(problem, device, *backend_design)
 
@@ -105,8 +75,8 @@ def test_float64_is_exact_and_matches_finite_differences(device):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 70),
-    columns_in=st.integers(8, 50),  # in fewer elements the roundings do not average out; test_ugly_sizes has 1
-    columns_out=st.integers(8, 50),
+    columns_in=st.integers(1, 50),
+    columns_out=st.integers(1, 50),
     rank=st.integers(1, 20),
     blocks=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     core=st.sampled_from([None, "diagonal", "dense"]),
@@ -118,7 +88,7 @@ def test_any_shape(rows, columns_in, columns_out, rank, blocks, core, place, bac
     dropout = {} if place is None else {"dropout_p": 0.25, "dropout_on": place}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = Problem(rows, columns_in, columns_out, rank, out_blocks, in_blocks, core, **dropout)
-    assert_as_accurate_as_torch(problem, device, backend)
+    assert_as_accurate_as_torch(problem, device, backend, conditioned=True)
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "bias", "down", "up", "core"])
@@ -131,9 +101,7 @@ def test_one_gradient_at_a_time(backend_design, needed, device):
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == needed)
     torch.manual_seed(7)
-    y = lowrank_linear(
-        **tensors, scale=problem.scale, dropout_p=0.2, dropout_on="core", backend=backend, design=design
-    )
+    y = lowrank_linear(**tensors, scale=problem.scale, dropout_p=0.2, dropout_on="core", backend=backend, design=design)
     y.backward(problem.gradient(device))
     for name, tensor in tensors.items():
         if name == needed:
@@ -189,44 +157,6 @@ def test_scale_as_tensor(backend_design, dtype, device):
     number = lowrank_linear(**tensors, scale=0.375, **options)
     tensor = lowrank_linear(**tensors, scale=torch.tensor(0.375, device=device, dtype=dtype), **options)
     torch.testing.assert_close(number, tensor, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("place", ["input", "rank", "core"])
-def test_results_repeat_bit_for_bit(backend_design, place, device):
-    problem = Problem(rows=300, core="diagonal", out_blocks=3, dropout_p=0.2, dropout_on=place, dtype=torch.float16)
-    backend, design = backend_design
-    first, second = (run(problem, device, backend, design=design) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    other = run(problem, device, backend, design=design, seed=8)
-    assert not torch.equal(first["y"], other["y"])
-
-
-@pytest.mark.parametrize("place", ["input", "rank", "core"])
-def test_masks_are_bernoulli(backend_design, place, device):
-    """The kept share is 1 - p within five standard deviations, in all and per column, and two seeds differ."""
-    problem = Problem(rows=400, columns_in=40, rank=24, dropout_p=0.3, dropout_on=place)
-    backend, design = backend_design
-    mask, other = (recover_mask(problem, device, backend, design=design, seed=seed) for seed in (7, 8))
-    assert mask.shape == (400, problem.mask_columns)
-    assert mask.unique(dim=0).shape == mask.shape and mask.unique(dim=1).shape == mask.shape  # no row or column twice
-    assert ((mask.double().mean(1) - 0.7).abs() < 5.5 * (0.3 * 0.7 / problem.mask_columns) ** 0.5).all()
-    deviation = (0.3 * 0.7 / mask.numel()) ** 0.5
-    assert abs(mask.double().mean() - 0.7) < 5 * deviation
-    per_column = mask.double().mean(0)
-    assert ((per_column - 0.7).abs() < 5 * (0.3 * 0.7 / 400) ** 0.5).all()
-    assert abs((mask == other).double().mean() - (0.7**2 + 0.3**2)) < 5 * (0.58 * 0.42 / mask.numel()) ** 0.5
-
-
-def test_consecutive_calls_draw_new_masks(backend_design, device):
-    tensors = Problem().tensors(device)
-    options = {"dropout_p": 0.5, "backend": backend_design[0], "design": backend_design[1]}
-    torch.manual_seed(0)
-    first, second = lowrank_linear(**tensors, **options), lowrank_linear(**tensors, **options)
-    assert not torch.equal(first, second)
-    torch.manual_seed(0)
-    assert torch.equal(first, lowrank_linear(**tensors, **options))
-    still = lowrank_linear(**tensors, **options, training=False)
-    assert torch.equal(still, lowrank_linear(**tensors, **options | {"dropout_p": 0.0}))
 
 
 def test_autocast(backend_design, device):
@@ -358,30 +288,6 @@ def test_saved_for_backward(backend_design, device):
     theirs = saved_storages(lambda: peft.get_peft_model(model, config)(x))
     ours = saved_storages(lambda: lowrank_linear(x, weight, None, down, up, **options))
     assert sum(ours.values()) < sum(theirs.values())
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the same comparison runs with float32 in the tests above")
-def test_interpreted_masks_do_not_depend_on_tiles(monkeypatch, device):
-    """A mask is a function of seed, row and column alone: other tiles, the same mask."""
-    from peft_kernels.triton_kernels import lowrank_linear as launchers
-
-    problem = Problem(rows=100, columns_in=72, in_blocks=2, core="diagonal", rank=20, dropout_p=0.4)
-    masks = {place: recover_mask(replace(problem, dropout_on=place), device, "triton") for place in op.DROPOUT_PLACES}
-    choose = launchers.lowrank_linear_config
-
-    def other_tiles(*args):
-        config = choose(*args)
-        return replace(
-            config,
-            shrink=replace(config.shrink, rows=16, columns=16),
-            mix=replace(config.mix, rows=16),
-            hidden_bwd=replace(config.hidden_bwd, rows=64),
-            down_bwd=replace(config.down_bwd, columns=16),
-        )
-
-    monkeypatch.setattr(launchers, "lowrank_linear_config", other_tiles)
-    for place, mask in masks.items():
-        assert torch.equal(mask, recover_mask(replace(problem, dropout_on=place), device, "triton"))
 
 
 @pytest.mark.parametrize("layout", ["lora", "aurora-fused-qkv", "aurora-fc2-released"])
