@@ -191,8 +191,8 @@ def lowrank_linear(
     down: (R, in_features / I);  up: (out_features / O, R);  each in x's dtype, or float32
     core: None | (R,) | (R, R) with O = I = 1 | (O, I, R) | (O, I, R, R), in x's dtype or float32
     scale: a number, or a 0-d tensor on x's device (a changed value then recompiles nothing)
-    dropout_p: probability of dropping an element, in [0, 1); kept ones are divided by 1 - dropout_p. Kernels round it
-        to a multiple of 2⁻¹⁶. No dropout unless `training`.
+    dropout_p: probability of dropping an element, in [0, 1); kept ones are divided by 1 - dropout_p. Masks are
+        drawn with it rounded to a multiple of 2⁻¹⁶. No dropout unless `training`.
     dropout_on: "input" (x before A, as in PEFT's LoRA), "rank" (z) or "core" (S, a mask per output block)
     hidden: z (..., I·R) from `lowrank_hidden`, computed once for several calls; `down` gets its gradient through it
     backend: "auto" | "cuda" | "triton" | "torch";  design: None (chosen by shape) | "D1" | "D3" (triton)
