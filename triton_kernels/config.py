@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-MAX_RANK = 64  # above it tiles spill, and the thin products are GEMMs that a BLAS does well
+MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
 

@@ -159,7 +159,7 @@ def _draw(x: Tensor, backend: str, dropout_p: float, mask_columns: int) -> Tenso
         rows = x.numel() // x.shape[-1]
         if torch.compiler.is_compiling():  # Dynamo cannot trace random_
             return torch.empty(rows, mask_columns, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
-        # Four elements from each 64-bit word, as in the kernels; a CPU takes 3 to 5 times as long for bernoulli_
+        # Four elements from each 64-bit word, as in the kernels; bernoulli_ takes a CPU about 3 times as long
         size = rows * mask_columns
         words = torch.empty(-(-size // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         bits = words.view(torch.int16)[:size].view(rows, mask_columns)
