@@ -1,23 +1,21 @@
 """`lowrank_linear` on the chosen backend: its launchers called directly, or in a compiled graph as custom operators.
 
-An eager call skips the operators' cost of about 16 µs. Shapes as in peft_kernels/ops/lowrank_linear.py. Every dtype has
-been chosen before; autocast, which would choose others, is off in here.
+Shapes as in peft_kernels/ops/lowrank_linear.py. Every dtype has been chosen before; autocast, which would choose
+others, is off in here.
 """
 
-import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from peft_kernels.checks import autocast_off
-from peft_kernels.torch_kernels import lowrank_linear as torch_lowrank_linear
+from peft_kernels.dispatch.common import as_operator, kernels, spread, tensor_scale
+from peft_kernels.torch_kernels import lowrank_linear as torch_kernels
 
 
 def _module(backend: str) -> ModuleType:
-    if backend == "torch":
-        return torch_lowrank_linear
-    return importlib.import_module(f"peft_kernels.{backend}_kernels.lowrank_linear")
+    return torch_kernels if backend == "torch" else kernels(backend, "lowrank_linear")  # Dynamo traces no import
 
 
 @torch.library.custom_op("peft_kernels::lowrank_linear_fwd", mutates_args=())
@@ -108,26 +106,12 @@ def _(dz, x, down, needs, backend):
     return [grad for grad in grads if grad is not None]
 
 
-def _spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """The inverse of leaving out what was not needed."""
-    remaining = iter(grads)
-    return [next(remaining) if needed else None for needed in needs]
-
-
-def _as_operator(backend: str) -> bool:
-    return backend != "torch" and torch.compiler.is_compiling()
-
-
-def _tensor_scale(scale: float | Tensor, like: Tensor) -> Tensor:
-    return scale if isinstance(scale, Tensor) else torch.full((), scale, dtype=torch.float32, device=like.device)
-
-
 def lowrank_linear_fwd(backend: str, x: Tensor, weight, bias, down, up, core, scale, hidden, rng, *options):
     """-> y (M, N), z (M, I·R); z is None when `hidden` was given. options: dropout_p, dropout_on, design"""
     with autocast_off(x):
-        if not _as_operator(backend):
+        if not as_operator(backend):
             return _module(backend).lowrank_linear_fwd(x, weight, bias, down, up, core, scale, hidden, rng, *options)
-        scale = _tensor_scale(scale, x)
+        scale = tensor_scale(scale, x)
         y, *z = _fwd_op(x, weight, bias, down, up, core, scale, hidden, rng, *options, backend)
         return y, z[0] if z else None
 
@@ -140,16 +124,16 @@ def lowrank_linear_bwd(
         return (None,) * 5
     with autocast_off(dy):
         options = (z, rng, dropout_p, dropout_on, needs, design)
-        if not _as_operator(backend):
+        if not as_operator(backend):
             return _module(backend).lowrank_linear_bwd(dy, x, weight, down, up, core, scale, *options)
-        scale = _tensor_scale(scale, dy)
-        return _spread(_bwd_op(dy, x, weight, down, up, core, scale, *options, backend), needs)
+        scale = tensor_scale(scale, dy)
+        return spread(_bwd_op(dy, x, weight, down, up, core, scale, *options, backend), needs)
 
 
 def lowrank_hidden_fwd(backend: str, x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
     """-> z (M, I·R)"""
     with autocast_off(x):
-        if not _as_operator(backend):
+        if not as_operator(backend):
             return _module(backend).lowrank_hidden_fwd(x, down, input_blocks)
         return _hidden_fwd_op(x, down, input_blocks, backend)
 
@@ -157,6 +141,6 @@ def lowrank_hidden_fwd(backend: str, x: Tensor, down: Tensor, input_blocks: int)
 def lowrank_hidden_bwd(backend: str, dz: Tensor, x: Tensor | None, down: Tensor, needs: tuple[bool, bool]):
     """-> dx, d_down; `needs` says which, in that order."""
     with autocast_off(dz):
-        if not _as_operator(backend):
+        if not as_operator(backend):
             return _module(backend).lowrank_hidden_bwd(dz, x, down, needs)
-        return _spread(_hidden_bwd_op(dz, x, down, needs, backend), needs)
+        return spread(_hidden_bwd_op(dz, x, down, needs, backend), needs)

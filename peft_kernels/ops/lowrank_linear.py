@@ -17,8 +17,6 @@ Kept for the backward: x itself (not a copy), z, and the random seed. Uses: LoRA
 (doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation (arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,17 +35,10 @@ from peft_kernels.checks import (
     linear_dtype,
 )
 from peft_kernels.dispatch import lowrank_linear as dispatch
+from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows
 
 DROPOUT_PLACES = ("input", "rank", "core")
 DESIGNS = (None, "D1", "D3")
-
-
-class QuantizedWeight(Protocol):
-    """A frozen weight that is stored in another form, and made dense afresh whenever a product needs it."""
-
-    shape: torch.Size
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
 
 def lowrank_linear_reference(
@@ -69,28 +60,12 @@ def lowrank_linear_reference(
     return F.linear(x, weight, bias) + scale * update
 
 
-def _dense(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight
-    dense = weight.dequantize(dtype)
-    if not isinstance(dense, Tensor) or dense.dtype != dtype or tuple(dense.shape) != tuple(weight.shape):
-        got = f"{dense.dtype} {tuple(dense.shape)}" if isinstance(dense, Tensor) else type(dense).__name__
-        raise ValueError(f"weight: expected dequantize to give {dtype} {tuple(weight.shape)}, got {got}")
-    return dense
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(..., n) as (rows, n) with unit column stride; the same memory wherever strides allow it."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design, backend):
         needs_x, needs_weight, _, needs_down, needs_up, needs_core = ctx.needs_input_grad[:6]
-        hidden_rows = None if hidden is None else _rows(hidden)
-        args = (_rows(x), _dense(weight, x.dtype), bias, down, up, core, scale, hidden_rows, rng)
+        hidden_rows = None if hidden is None else rows(hidden)
+        args = (rows(x), dense(weight, x.dtype), bias, down, up, core, scale, hidden_rows, rng)
         y, z = dispatch.lowrank_linear_fwd(backend, *args, dropout_p, dropout_on, design)
         ctx.save_for_backward(
             x if needs_weight or (needs_down and hidden is None) else None,
@@ -110,17 +85,17 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _refuse_second_derivative("lowrank_linear")
+        refuse_second_derivative("lowrank_linear")
         x, weight, down, up, core, scale, z, rng = ctx.saved_tensors
         dropout_p, dropout_on, design, backend = ctx.settings
         needs_x, needs_weight, needs_bias, needs_down, needs_up, needs_core, _, needs_hidden = ctx.needs_input_grad[:8]
         needs = (needs_x, needs_down and down is not None, needs_up, needs_core, needs_hidden)
         if needs_x and ctx.quantized is not None:
-            weight = _dense(ctx.quantized, dy.dtype)
+            weight = dense(ctx.quantized, dy.dtype)
         scale = ctx.scale if scale is None else scale
-        dy = _rows(dy)
-        x = None if x is None else _rows(x)
-        args = (dy, x if needs[1] else None, weight, down, up, core, scale, None if z is None else _rows(z), rng)
+        dy = rows(dy)
+        x = None if x is None else rows(x)
+        args = (dy, x if needs[1] else None, weight, down, up, core, scale, None if z is None else rows(z), rng)
         grads = dispatch.lowrank_linear_bwd(backend, *args, dropout_p, dropout_on, needs, design)
         dx, d_down, d_up, d_core, d_hidden = grads
         dx = None if dx is None else dx.view(ctx.x_shape)
@@ -136,21 +111,16 @@ class _LowRankHidden(torch.autograd.Function):
     def forward(ctx, x, down, input_blocks, backend):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down)
         ctx.x_shape, ctx.backend = x.shape, backend
-        z = dispatch.lowrank_hidden_fwd(backend, _rows(x), down, input_blocks)
+        z = dispatch.lowrank_hidden_fwd(backend, rows(x), down, input_blocks)
         return z.view(*x.shape[:-1], z.shape[-1])
 
     @staticmethod
     def backward(ctx, dz):
-        _refuse_second_derivative("lowrank_hidden")
+        refuse_second_derivative("lowrank_hidden")
         x, down = ctx.saved_tensors
-        x = None if x is None else _rows(x)
-        dx, d_down = dispatch.lowrank_hidden_bwd(ctx.backend, _rows(dz), x, down, ctx.needs_input_grad[:2])
+        x = None if x is None else rows(x)
+        dx, d_down = dispatch.lowrank_hidden_bwd(ctx.backend, rows(dz), x, down, ctx.needs_input_grad[:2])
         return None if dx is None else dx.view(ctx.x_shape), d_down, None, None
-
-
-def _refuse_second_derivative(name: str) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{name}: has first derivatives only; call backward without create_graph=True")
 
 
 def _draw(x: Tensor, backend: str, dropout_p: float, mask_columns: int) -> Tensor:
@@ -227,13 +197,9 @@ def lowrank_linear(
         columns = {"input": x.shape[-1], "rank": in_blocks * rank, "core": out_blocks * rank}[dropout_on]
         rng = _draw(x, run, dropout_p, columns)
     return _LowRankLinear.apply(
-        x, weight, _contiguous(bias), down.contiguous() if hidden is None else down.detach(), up.contiguous(),
-        _contiguous(core), scale, hidden, rng, dropout_p, dropout_on, design if run == "triton" else None, run,
+        x, weight, contiguous(bias), down.contiguous() if hidden is None else down.detach(), up.contiguous(),
+        contiguous(core), scale, hidden, rng, dropout_p, dropout_on, design if run == "triton" else None, run,
     )  # fmt: skip
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str = "auto") -> Tensor:
