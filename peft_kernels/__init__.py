@@ -3,7 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from peft_kernels.backend import BackendUnavailableError, Choice, explain, resolve, use_backend
+from peft_kernels.cores import cp_core, tucker_core
+from peft_kernels.ops.batched_lowrank_linear import (
+    AdapterSegments,
+    adapter_segments,
+    batched_lowrank_linear,
+    stack_adapters,
+)
 from peft_kernels.ops.lowrank_linear import lowrank_hidden, lowrank_linear
+from peft_kernels.ops.reconstruct import reconstruct, reconstruct_stack
 
 try:
     __version__ = version("peft_kernels")
@@ -11,11 +19,19 @@ except PackageNotFoundError:  # an uninstalled checkout
     __version__ = "0+unknown"
 
 __all__ = [
+    "AdapterSegments",
     "BackendUnavailableError",
     "Choice",
+    "adapter_segments",
+    "batched_lowrank_linear",
+    "cp_core",
     "explain",
     "lowrank_hidden",
     "lowrank_linear",
+    "reconstruct",
+    "reconstruct_stack",
     "resolve",
+    "stack_adapters",
+    "tucker_core",
     "use_backend",
 ]

@@ -18,7 +18,7 @@ def check_tensor(
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, as x, got {value.device}")
+        raise ValueError(f"{name}: expected device {like.device}, as the others, got {value.device}")
 
 
 def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -70,11 +70,7 @@ def check_factors(core: Tensor | None, x: Tensor, weight, down: Tensor, up: Tens
         raise ValueError(f"down: expected rank ≥ 1, got shape {tuple(down.shape)}")
     if core is not None:
         check_factor("core", core, x)
-        dense = {1: (rank,), 2: (rank, rank), 3: (rank,), 4: (rank, rank)}.get(core.dim())
-        if dense is None or core.shape[-len(dense) :] != dense or 0 in core.shape:
-            raise ValueError(
-                f"core: expected (R,), (R, R), (O, I, R) or (O, I, R, R) with R = {rank}, got {tuple(core.shape)}"
-            )
+        check_core(core, rank)
         core = core[None, None] if core.dim() < 3 else core
     out_blocks, in_blocks = (1, 1) if core is None else core.shape[:2]
     if x.shape[-1] != weight.shape[1]:
@@ -86,6 +82,14 @@ def check_factors(core: Tensor | None, x: Tensor, weight, down: Tensor, up: Tens
         expected = f"(out_features / output blocks, R) = ({weight.shape[0]} / {out_blocks}, {rank})"
         raise ValueError(f"up: expected shape {expected}, got {tuple(up.shape)}")
     return core
+
+
+def check_core(core: Tensor, rank: int) -> None:
+    square = {1: (rank,), 2: (rank, rank), 3: (rank,), 4: (rank, rank)}.get(core.dim())
+    if square is None or core.shape[-len(square) :] != square or 0 in core.shape:
+        raise ValueError(
+            f"core: expected (R,), (R, R), (O, I, R) or (O, I, R, R) with R = {rank}, got {tuple(core.shape)}"
+        )
 
 
 def autocasts(x: Tensor) -> bool:

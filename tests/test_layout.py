@@ -22,7 +22,7 @@ ORDER = (
     ("adapters",),
     ("layers",),
     ("__main__",),
-    ("objectives", "presets", "environment"),
+    ("objectives", "presets", "environment", "cores"),
     ("ops",),
     ("dispatch",),
     ("backend", "checks"),
@@ -130,7 +130,8 @@ def backend_problems(root):
             if len(variants := {found.get(name, "missing") for found in launchers.values()}) > 1:
                 yield f"{op}: {name} differs between backends: {sorted(variants)}"
         for folder, found in launchers.items():
-            yield from (f"{op}: no {name} in {folder}" for name in (f"{op}_fwd", f"{op}_bwd") if name not in found)
+            if f"{op}_fwd" not in found:  # a backward may be made of other operations' launchers
+                yield f"{op}: no {op}_fwd in {folder}"
 
 
 def flow_problems(root):
@@ -316,7 +317,8 @@ def test_public_names_are_documented():
     problems = []
     for name in peft_kernels.__all__:
         value = getattr(peft_kernels, name)
-        is_operation = getattr(value, "__module__", "").startswith("peft_kernels.ops.")
+        ours = ("peft_kernels.ops.", "peft_kernels.cores")
+        is_operation = inspect.isfunction(value) and value.__module__.startswith(ours)
         problems += documentation_problems(name, value, is_operation)
     assert problems == []
 

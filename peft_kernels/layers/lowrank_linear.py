@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from peft_kernels.backend import BACKENDS, Choice, resolve
-from peft_kernels.checks import DTYPES, autocast_off, check_choice, check_probability, check_scale
+from peft_kernels.checks import DTYPES, check_choice, check_probability, check_scale
 from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
+from peft_kernels.ops.reconstruct import reconstruct
 
 CORES = (None, "diagonal", "dense")
 INITS = ("kaiming", "gaussian")
@@ -145,13 +146,8 @@ class LowRankLinear(nn.Linear):
     def delta_weight(self) -> Tensor:
         """scale · B core A as a float32 (float64 for a float64 weight) tensor (out_features, in_features)."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        down, up = self.down.to(dtype), self.up.to(dtype)
-        with autocast_off(self.weight):
-            if self.core is None:
-                return self.scale * (up @ down)
-            core = self.core.to(dtype)
-            core = torch.diag_embed(core) if core.dim() == 3 else core
-            return self.scale * torch.einsum("na,oiab,bk->onik", up, core, down).reshape(self.weight.shape)
+        factors = (None if t is None else t.to(dtype) for t in (self.down, self.up, self.core))
+        return reconstruct(*factors, scale=self.scale, backend=self.backend)
 
     @torch.no_grad()
     def merge(self, keep_on: torch.device | str | None = None) -> None:
@@ -160,9 +156,10 @@ class LowRankLinear(nn.Linear):
         keep_on: the device of the kept original; None is the weight's own, "cpu" frees that memory.
         """
         self._check_unmerged("merge")
-        delta = self.delta_weight()
+        factors = (self.down, self.up, self.core)
+        merged = reconstruct(*factors, scale=self.scale, base=self.weight, backend=self.backend)
         original = self.weight.detach().to(keep_on or self.weight.device, copy=True)
-        self.weight.copy_(delta.add_(self.weight))
+        self.weight.copy_(merged)
         self._original, self._merged_version = original, self._version()
 
     @torch.no_grad()

@@ -1,0 +1,230 @@
+"""Many low-rank adapters on one frozen linear layer, in one batch: every row goes through its own adapter, or none.
+
+    y[m] = x[m] Wᵀ + b + s_l · (x[m] A_lᵀ) B_lᵀ    with l = adapter_index[m];   the last term is missing where l = −1
+
+    z[m] = x[m] A_lᵀ    (M, R)
+
+Backward, with G = ∂L/∂y; the sums run over the rows of adapter l, and an adapter without rows gets zeros:
+
+    dz[m] = s_l · G[m] B_l;    dx[m] = G[m] W + dz[m] A_l
+    dB_l = s_l Σ_m G[m]ᵀ z[m];    dA_l = Σ_m dz[m]ᵀ x[m]
+
+One frozen product serves the whole batch. Around it, thin passes over rows in the order of their adapters, which
+`adapter_segments` finds on the device, once for all layers that a batch runs through. Nothing here waits for the
+device, so that a CUDA graph can capture it. Kept for the backward: x itself, z, and the order.
+
+Uses: training several adapters at once on one frozen base; unmerged inference for many tasks. Sources: LoRA (arXiv
+2106.09685); adapters side by side in one batch (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peft_kernels.backend import resolve
+from peft_kernels.checks import autocast_off, check_factor, check_linear, check_scale, check_shape, check_tensor
+from peft_kernels.dispatch import batched_lowrank_linear as dispatch
+from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows
+
+SEGMENT_ROWS = 64  # the kernels' constant: no tile has more rows, or rows of two adapters
+
+
+def batched_lowrank_linear_reference(x, weight, bias, down, up, adapter_index, *, scale=1.0):
+    """The definition, in the precision of its arguments; adapter_index has one entry per row."""
+    y = F.linear(x, weight, bias)
+    scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device).expand(down.shape[0])
+    index = adapter_index.clamp_min(0)
+    z = torch.einsum("...k,...rk->...r", x, down[index])
+    update = scale[index][..., None] * torch.einsum("...r,...nr->...n", z, up[index])
+    return y + torch.where(adapter_index[..., None] >= 0, update, 0)
+
+
+class AdapterSegments(NamedTuple):
+    """The rows of one batch in the order of their adapters; what `adapter_segments` returns, on the batch's device."""
+
+    order: Tensor  # (M,) row numbers, those without an adapter first
+    offsets: Tensor  # (L + 1,) adapter l has order[offsets[l] : offsets[l + 1]]
+    tile_adapter: Tensor  # (M // 64 + L + 1,) the adapter of each run of at most 64 places in `order`, −1 for none
+    tile_first: Tensor  # likewise, the first place; M for tiles that are not needed
+
+
+def adapter_segments(adapter_index: Tensor, adapters: int, *, validate: bool = False) -> AdapterSegments:
+    """Sort rows by adapter, on the device: once per batch, for every `batched_lowrank_linear` that it runs through.
+
+    adapter_index: (M,) int32 or int64, one adapter 0 … adapters − 1 for each row, or −1 for none
+    adapters: L, how many there are
+    validate: on a GPU, check the index too, which waits for the device; on a CPU it is always checked. Unchecked, and
+        in compiled graphs, an index out of range counts as none.
+    returns segments: (order, offsets, tile_adapter, tile_first), about a dozen small launches
+
+    Raises TypeError or ValueError, naming the argument.
+    """
+    if isinstance(adapters, bool) or not isinstance(adapters, int | torch.SymInt) or adapters < 1:
+        raise ValueError(f"adapters: expected an integer ≥ 1, got {adapters!r}")
+    check_tensor("adapter_index", adapter_index, dtypes=(torch.int64, torch.int32))
+    if adapter_index.dim() != 1:
+        raise ValueError(f"adapter_index: expected shape (M,), got {tuple(adapter_index.shape)}")
+    index, M, device = adapter_index.long(), adapter_index.numel(), adapter_index.device
+    wrong = (index < -1) | (index >= adapters)
+    if (validate or device.type == "cpu") and not torch.compiler.is_compiling() and wrong.any():
+        bad = int(index[wrong][0])
+        raise ValueError(f"adapter_index: expected -1 … {adapters - 1}, for {adapters} adapters, got {bad}")
+    sorted_index, order = index.masked_fill(wrong, -1).sort(stable=True)
+    offsets = torch.searchsorted(sorted_index, torch.arange(adapters + 1, device=device))
+    first = F.pad(offsets, (1, 0))  # of each group: no adapter, then every adapter; and the end
+    tiles = (first.diff() + SEGMENT_ROWS - 1) // SEGMENT_ROWS
+    last = tiles.cumsum(0)
+    tile = torch.arange(M // SEGMENT_ROWS + adapters + 1, device=device)
+    group = torch.searchsorted(last, tile, right=True)
+    beyond = group > adapters
+    group = group.clamp_max(adapters)
+    place = first[group] + (tile - last[group] + tiles[group]) * SEGMENT_ROWS
+    return AdapterSegments(order, offsets, (group - 1).masked_fill(beyond, -1), place.masked_fill(beyond, M))
+
+
+def stack_adapters(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Factors of several adapters, of any ranks, as the (L, R, in) and (L, out, R) that the batched operation takes.
+
+    factors: (down, up) of each adapter, (R_l, in_features) and (out_features, R_l); differentiable
+    returns both stacks: (L, R, in_features) and (L, out_features, R), R the largest rank; the rest is zeros, which
+        change no result and get no gradient
+    Raises ValueError or TypeError on shapes and dtypes that do not go together.
+    """
+    if not factors:
+        raise ValueError("factors: expected at least one (down, up), got none")
+    first_down, first_up = factors[0]
+    for index, (down, up) in enumerate(factors):
+        check_tensor(f"factors[{index}] down", down, first_down, dtypes=(first_down.dtype,))
+        check_tensor(f"factors[{index}] up", up, first_up, dtypes=(first_up.dtype,))
+        if down.dim() != 2 or up.dim() != 2:
+            raise ValueError(f"factors[{index}]: expected 2 dimensions, got {tuple(down.shape)} and {tuple(up.shape)}")
+        check_shape(f"factors[{index}] down", down, (down.shape[0], first_down.shape[1]), "(R, in_features)")
+        check_shape(f"factors[{index}] up", up, (first_up.shape[0], down.shape[0]), "(out_features, R)")
+    rank = max(down.shape[0] for down, _ in factors)
+    downs = [F.pad(down, (0, 0, 0, rank - down.shape[0])) for down, _ in factors]
+    return torch.stack(downs), torch.stack([F.pad(up, (0, rank - up.shape[1])) for _, up in factors])
+
+
+class _BatchedLowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, scale, order, offsets, tile_adapter, tile_first, backend):
+        segments = (order, offsets, tile_adapter, tile_first)
+        needs_x, needs_weight, _, needs_down, needs_up = ctx.needs_input_grad[:5]
+        y, z = dispatch.batched_lowrank_linear_fwd(
+            backend, rows(x), dense(weight, x.dtype), bias, down, up, scale, segments
+        )
+        ctx.save_for_backward(
+            x if needs_weight or needs_down else None,
+            weight if needs_x and isinstance(weight, Tensor) else None,
+            down,
+            up,
+            scale if isinstance(scale, Tensor) else None,
+            z if needs_up else None,
+            *segments,
+        )
+        ctx.scale = None if isinstance(scale, Tensor) else scale
+        ctx.quantized = None if isinstance(weight, Tensor) else weight
+        ctx.x_shape, ctx.backend = x.shape, backend
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivative("batched_lowrank_linear")
+        x, weight, down, up, scale, z, *segments = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_down, needs_up = ctx.needs_input_grad[:5]
+        if needs_x and ctx.quantized is not None:
+            weight = dense(ctx.quantized, dy.dtype)
+        scale = ctx.scale if scale is None else scale
+        dy = rows(dy)
+        x = None if x is None else rows(x)
+        args = (dy, x if needs_down else None, weight, down, up, scale, z, segments, (needs_x, needs_down, needs_up))
+        dx, d_down, d_up = dispatch.batched_lowrank_linear_bwd(ctx.backend, *args)
+        with autocast_off(dy):
+            d_weight = dy.t() @ x if needs_weight else None
+            d_bias = dy.sum(0) if needs_bias else None
+        return None if dx is None else dx.view(ctx.x_shape), d_weight, d_bias, d_down, d_up, *[None] * 6
+
+
+def _check_adapters(x: Tensor, weight, down: Tensor, up: Tensor, scale: float | Tensor) -> None:
+    for name, factor in (("down", down), ("up", up)):
+        check_factor(name, factor, x)
+        if factor.dim() != 3 or 0 in factor.shape:
+            raise ValueError(f"{name}: expected 3 dimensions, none of them 0, got shape {tuple(factor.shape)}")
+    (adapters, rank, _), (out_features, in_features) = down.shape, weight.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x: expected {in_features} = in_features columns, got shape {tuple(x.shape)}")
+    check_shape("down", down, (adapters, rank, in_features), "(L, R, in_features)")
+    check_shape("up", up, (adapters, out_features, rank), "(L, out_features, R)")
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        check_scale(scale, x)
+        return
+    check_tensor("scale", scale, x)
+    check_shape("scale", scale, (adapters,), "(L,)")
+    if scale.requires_grad:
+        raise ValueError("scale: takes no gradient; a trainable scale belongs in up")
+
+
+def _segments(adapter_index, x: Tensor, adapters: int, validate: bool) -> AdapterSegments:
+    """The rows of x in order, from one index per row, one per leading entry, or what a caller has sorted before."""
+    M = x.numel() // x.shape[-1]
+    if isinstance(adapter_index, AdapterSegments):
+        for name, tensor in adapter_index._asdict().items():
+            check_tensor(f"adapter_index.{name}", tensor, x, dtypes=(torch.int64,))
+        check_shape("adapter_index.order", adapter_index.order, (M,), "the rows of x")
+        check_shape("adapter_index.offsets", adapter_index.offsets, (adapters + 1,), "L + 1")
+        return adapter_index
+    check_tensor("adapter_index", adapter_index, x, dtypes=(torch.int64, torch.int32))
+    leading = x.shape[:-1]
+    if tuple(adapter_index.shape) not in (tuple(leading), tuple(leading[:1])):
+        expected = f"{tuple(leading)} or {tuple(leading[:1])}"
+        raise ValueError(f"adapter_index: expected shape {expected}, got {tuple(adapter_index.shape)}")
+    missing = len(leading) - adapter_index.dim()
+    per_row = adapter_index.reshape(*adapter_index.shape, *[1] * missing).expand(leading).reshape(-1)
+    return adapter_segments(per_row, adapters, validate=validate)
+
+
+def batched_lowrank_linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    adapter_index: Tensor | AdapterSegments,
+    *,
+    scale: float | Tensor = 1.0,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """y = x Wᵀ + b + scale · (the update of x by each row's own adapter), differentiable in all but scale and index.
+
+    x: (..., in_features), any strides, float32, bfloat16, float16 or (torch backend) float64
+    weight: (out_features, in_features) in x's dtype, or an object with `.dequantize(dtype) -> Tensor` and `.shape`
+    bias: (out_features,) or None
+    down: (L, R, in_features);  up: (L, out_features, R);  each in x's dtype, or float32. Adapters of smaller rank are
+        padded with zeros: `stack_adapters`.
+    adapter_index: one int32 or int64 per row, x.shape[:-1], or per leading entry, (x.shape[0],): an adapter 0 … L − 1,
+        or −1 for none; or the result of `adapter_segments`, shared by all layers of a batch
+    scale: a number, a 0-d tensor, or (L,), one for each adapter
+    backend: "auto" | "cuda" | "triton" | "torch"
+    validate: check the index on a GPU too, which waits for the device; on a CPU it is always checked. Unchecked, and in
+        compiled graphs, an index out of range counts as none.
+    returns y: (..., out_features) in x's dtype
+
+    Under autocast, x, weight and bias are cast as `torch.nn.functional.linear` would; the factors are not. On a GPU the
+    torch backend multiplies every row by all L adapters.
+    Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
+    if a backend asked for by name cannot run.
+    """
+    x, weight, bias, _ = check_linear(x, weight, bias, None)
+    _check_adapters(x, weight, down, up, scale)
+    adapters, rank = down.shape[:2]
+    choice = resolve("batched_lowrank_linear", (x, bias, down, up), backend, rank=rank)
+    segments = _segments(adapter_index, x, adapters, validate)
+    run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
+    if isinstance(scale, Tensor):
+        scale = scale.to(torch.float32 if x.dtype != torch.float64 else x.dtype).expand(adapters).contiguous()
+    args = (x, weight, contiguous(bias), down.contiguous(), up.contiguous(), scale)
+    return _BatchedLowRankLinear.apply(*args, *segments, run)

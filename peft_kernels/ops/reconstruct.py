@@ -1,0 +1,207 @@
+"""The dense update that low-rank factors stand for, alone or on its base: what merging, exporting and inspecting need.
+
+    ΔW[o, i] = s · B · diag(c[o, i]) · A    or    s · B · K[o, i] · A    or, without a core,  s · B · A
+    W'       = base + ΔW, summed in float32 and rounded once
+
+A stack of N updates that share A and B, as in a CP decomposition over layers (Aurora, arXiv 2305.08381), is the case of
+N output blocks and one input block: ΔW_k = s · B · diag(c_k) · A. All of it is one launch.
+
+Adjoint, with H[o, i] = ∂L/∂ΔW[o, i] and Q[o, i] = H[o, i] Aᵀ (out, R):
+
+    dB = s Σ Q[o, i] diag(c[o, i])      or    s Σ Q[o, i] K[o, i]ᵀ
+    dc[o, i] = s · colsum(B ∘ Q[o, i])  or    dK[o, i] = s · Bᵀ Q[o, i]
+    dA = s Σ F[o, i]ᵀ H[o, i],    F[o, i] = B diag(c[o, i])  or  B K[o, i];    dbase = H
+
+Q is H's `lowrank_hidden` and dA that operation's gradient: two reads of H by the same kernels, and thin products for
+the rest. Nothing of the size of ΔW exists besides ΔW (forward) and H (backward).
+"""
+
+import torch
+from torch import Tensor
+
+from peft_kernels.backend import resolve
+from peft_kernels.checks import autocast_off, check_core, check_factor, check_scale, check_shape, check_tensor
+from peft_kernels.dispatch import lowrank_linear as hidden_dispatch
+from peft_kernels.dispatch import reconstruct as dispatch
+from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows
+
+_HIDDEN_RANK = 64  # what `lowrank_hidden` takes at once on every kernel backend
+
+
+def reconstruct_reference(down, up, core=None, *, scale=1.0, base=None):
+    """The definition, in the precision of its arguments."""
+    if core is None or core.dim() < 3:
+        core = (up.new_ones(up.shape[1]) if core is None else core)[None, None]
+    core = torch.diag_embed(core) if core.dim() == 3 else core
+    delta = scale * torch.einsum("na,oiab,bk->onik", up, core, down).flatten(2).flatten(0, 1)
+    return delta if base is None else base + delta
+
+
+class _Reconstruct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, down, up, core, scale, base, dtype, backend):
+        ctx.save_for_backward(down, up, core, scale if isinstance(scale, Tensor) else None)
+        ctx.scale, ctx.backend = None if isinstance(scale, Tensor) else scale, backend
+        ctx.base_shape = None if base is None else base.shape
+        return dispatch.reconstruct_fwd(backend, down, up, core, scale, base, dtype)
+
+    @staticmethod
+    def backward(ctx, dw):
+        refuse_second_derivative("reconstruct")
+        down, up, core, scale = ctx.saved_tensors
+        needs_down, needs_up, needs_core, _, needs_base = ctx.needs_input_grad[:5]
+        scale = ctx.scale if scale is None else scale
+        dw = rows(dw)
+        d_down = d_up = d_core = d_base = None
+        with autocast_off(dw):
+            if needs_up or needs_core:
+                q = _hidden(ctx.backend, dw, down, 1 if core is None else core.shape[1])
+                d_up, d_core = _thin_adjoint(q, up, core, scale, needs_up, needs_core)
+            if needs_down:
+                d_down = _d_down(ctx.backend, dw, down, _fold(up, core, scale))
+            if needs_base:
+                d_base = dw if dw.shape == ctx.base_shape else dw.view(-1, *ctx.base_shape).sum(0)
+        return d_down, d_up, d_core, None, d_base, None, None
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _hidden(backend: str, dw: Tensor, down: Tensor, in_blocks: int) -> Tensor:
+    """Q (O·NB, I, R) in dw's dtype"""
+    parts = [down] if backend == "torch" else down.split(_HIDDEN_RANK)
+    q = [hidden_dispatch.lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
+    return torch.cat([part.view(dw.shape[0], in_blocks, -1) for part in q], dim=-1)
+
+
+def _thin_adjoint(
+    q: Tensor, up: Tensor, core: Tensor | None, scale: float | Tensor, needs_up: bool, needs_core: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> d_up, d_core"""
+    q = _wide(q).unflatten(0, (-1, up.shape[0])) * scale
+    if core is None:
+        return q.view_as(up).to(up.dtype), None
+    of_up, of_core = ("onir,oir->nr", "onir,nr->oir") if core.dim() == 3 else ("onib,oiab->na", "onib,na->oiab")
+    d_up = torch.einsum(of_up, q, core.to(q.dtype)).to(up.dtype) if needs_up else None
+    d_core = torch.einsum(of_core, q, up.to(q.dtype)).to(core.dtype) if needs_core else None
+    return d_up, d_core
+
+
+def _fold(up: Tensor, core: Tensor | None, scale: float | Tensor) -> Tensor:
+    """s · F (O·NB, I, R), in float32 at least"""
+    up = _wide(up) * scale
+    if core is None:
+        return up[:, None]
+    folded = torch.einsum("nr,oir->onir" if core.dim() == 3 else "na,oiab->onib", up, core.to(up.dtype))
+    return folded.flatten(0, 1)
+
+
+def _d_down(backend: str, dw: Tensor, down: Tensor, folded: Tensor) -> Tensor:
+    size = down.shape[0] if backend == "torch" else _HIDDEN_RANK
+    grads = []
+    for part, left in zip(down.split(size), folded.to(dw.dtype).split(size, dim=-1)):
+        left = left.reshape(dw.shape[0], -1)
+        grads.append(hidden_dispatch.lowrank_hidden_bwd(backend, left, dw, part, (False, True))[1])
+    return torch.cat(grads)
+
+
+def _reconstruct(op: str, down, up, core, scale, base, shape: tuple[int, ...], backend: str) -> Tensor:
+    factors = [t for t in (down, up, core) if t is not None]
+    dtype = base.dtype if base is not None else down.dtype
+    if base is None and any(t.dtype != dtype for t in factors):
+        dtype = torch.float32
+        down, up, core = (None if t is None else t.to(dtype) for t in (down, up, core))
+    choice = resolve(op, (down if base is None else base, down, up, core), backend)
+    run = choice.name if 0 not in shape else "torch"  # an empty stack: nothing to launch
+    if run != "torch" and isinstance(scale, Tensor):
+        scale = scale.to(torch.float32)
+    base = None if base is None else base.reshape(-1, base.shape[-1]).contiguous()
+    factors = (down.contiguous(), up.contiguous(), contiguous(core))
+    return _Reconstruct.apply(*factors, scale, base, dtype, run).view(shape)
+
+
+def _check(down, up, core, scale, base) -> None:
+    factors = {"down": down, "up": up} | ({} if core is None else {"core": core})
+    for name, factor in factors.items():
+        check_tensor(name, factor)
+    given = [*factors.values()] if base is None else [base]
+    if base is not None:
+        check_tensor("base", base)
+    like = next((t for t in given if t.dtype != torch.float32), given[0])
+    for name, factor in factors.items():
+        check_factor(name, factor, like)
+    for name in ("down", "up"):
+        if factors[name].dim() != 2 or 0 in factors[name].shape:
+            raise ValueError(f"{name}: expected 2 dimensions, none of them 0, got shape {tuple(factors[name].shape)}")
+    if up.shape[1] != down.shape[0]:
+        expected = f"(out_features / output blocks, R) with R = {down.shape[0]}"
+        raise ValueError(f"up: expected shape {expected}, got {tuple(up.shape)}")
+    check_scale(scale, down)
+
+
+def reconstruct(
+    down: Tensor,
+    up: Tensor,
+    core: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    base: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """base + scale · B core A, summed in float32 and rounded once; without base, the update alone. Differentiable.
+
+    down: (R, in_features / I);  up: (out_features / O, R)
+    core: None | (R,) | (R, R) with O = I = 1 | (O, I, R) | (O, I, R, R), as in `lowrank_linear`
+    scale: a number, or a 0-d tensor on the same device (takes no gradient)
+    base: None, or (out_features, in_features): the frozen weight. The factors then have its dtype or float32.
+    backend: "auto" | "cuda" | "triton" | "torch"; any rank
+    returns W: (out_features, in_features) in base's dtype; without base in the factors', or float32 if they differ
+
+    Source: method section 2; merging as LoRA's authors do (arXiv 2106.09685, section 4.1), rounded once.
+    Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
+    if a backend asked for by name cannot run.
+    """
+    _check(down, up, core, scale, base)
+    if core is not None:
+        check_core(core, down.shape[0])
+        core = core[None, None] if core.dim() < 3 else core
+    out_blocks, in_blocks = (1, 1) if core is None else core.shape[:2]
+    shape = (out_blocks * up.shape[0], in_blocks * down.shape[1])
+    if base is not None:
+        check_shape("base", base, shape, "(out_features, in_features)")
+    return _reconstruct("reconstruct", down, up, core, scale, base, shape, backend)
+
+
+def reconstruct_stack(
+    down: Tensor,
+    up: Tensor,
+    core: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    base: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """N updates that share A and B, ΔW_k = scale · B core_k A, each on its base if there is one. Differentiable.
+
+    down: (R, in_features);  up: (out_features, R)
+    core: (N, R), diagonals, as `cp_core` makes them, or (N, R, R), as `tucker_core`
+    scale, backend: as in `reconstruct`
+    base: None, (out_features, in_features) under every update, or (N, out_features, in_features)
+    returns W: (N, out_features, in_features), rounded once; its dtype as in `reconstruct`
+
+    Source: Aurora's mode approximation, arXiv 2305.08381, section 3; method sections 2 and 4.
+    Raises as `reconstruct` does.
+    """
+    check_tensor("core", core)
+    _check(down, up, core, scale, base)
+    rank = down.shape[0]
+    if core.dim() not in (2, 3) or tuple(core.shape[1:]) not in ((rank,), (rank, rank)):
+        raise ValueError(f"core: expected (N, R) or (N, R, R) with R = {rank}, got {tuple(core.shape)}")
+    matrix = (up.shape[0], down.shape[1])
+    shape = (core.shape[0], *matrix)
+    if base is not None and tuple(base.shape) not in (matrix, shape):
+        raise ValueError(
+            f"base: expected shape {matrix} or {shape} = ([N,] out_features, in_features), got {tuple(base.shape)}"
+        )
+    return _reconstruct("reconstruct_stack", down, up, core[:, None], scale, base, shape, backend)
