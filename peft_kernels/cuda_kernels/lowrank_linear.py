@@ -10,23 +10,16 @@ import torch
 from torch import Tensor
 
 from . import extension
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
-_CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
-_BLOCKS = 264  # thread blocks a pass aims at: two a multiprocessor of an H200, and the same everywhere, so sums repeat
+from .common import CORES, DTYPES, floats, hand_over, launch, require, set_scale, strips, unsupported_device, unsupported_dtype
 
 
 def unsupported(
     x: Tensor, rank: int, input_blocks: int = 1, output_blocks: int = 1, design: str | None = None
 ) -> str | None:
     """Why these kernels cannot run such a call, or None. The limits: rank 128, and 1024 for rank times blocks."""
-    try:
-        module = extension()
-    except ImportError as error:
-        return str(error)
-    hidden = rank * max(input_blocks, output_blocks)
-    if x.dtype not in _DTYPES:
-        return f"the CUDA kernels take float32, bfloat16 and float16, not {x.dtype}"
+    if problem := unsupported_dtype(x.dtype):
+        return problem
+    module, hidden = extension(), rank * max(input_blocks, output_blocks)
     if rank > module.LOWRANK_LINEAR_MAX_RANK:
         return f"the CUDA kernels take ranks up to {module.LOWRANK_LINEAR_MAX_RANK}, not {rank}"
     if hidden > module.LOWRANK_LINEAR_MAX_HIDDEN:
@@ -35,31 +28,22 @@ def unsupported(
         return f"the CUDA kernels implement design 'D1', not {design!r}"
     if x[..., 0].numel() >= 2**31:
         return f"the CUDA kernels take fewer than 2³¹ rows, not {x[..., 0].numel()}"
-    if x.device.type != ("cpu" if module.build_info()["emulated"] else "cuda"):
-        return f"the CUDA kernels need a tensor on a CUDA device, not on {x.device}"
-    if x.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(x.device)
-        if gpu.major < 8:
-            return f"the CUDA kernels need compute capability 8.0 or later, not {gpu.major}.{gpu.minor}"
-        needed = module.lowrank_linear_shared_bytes(_DTYPES[x.dtype], rank)
-        if needed > gpu.shared_memory_per_block_optin:
-            available = gpu.shared_memory_per_block_optin
-            return f"rank {rank} in {x.dtype} takes {needed} bytes of shared memory, this GPU has {available}"
-    return None
+    needed = module.lowrank_linear_shared_bytes(DTYPES[x.dtype], rank)
+    return unsupported_device(x, needed, f"rank {rank} in {x.dtype}")
 
 
 def lowrank_linear_fwd(x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design=None):
     """-> y (M, N), and z (M, I*R) or None if it was given as `hidden`."""
-    _require_supported(x, up.shape[1], weight.shape[1] // down.shape[1], weight.shape[0] // up.shape[0], design)
+    require(unsupported(x, up.shape[1], weight.shape[1] // down.shape[1], weight.shape[0] // up.shape[0], design))
     params = _params(x, down if hidden is None else None, up, core, scale, rng, dropout_p, dropout_on)
     params.in_features, params.out_features = weight.shape[1], weight.shape[0]
     y = x.new_empty(x.shape[0], weight.shape[0])
     z = x.new_empty(x.shape[0], params.in_blocks * params.rank) if hidden is None else hidden
     if x.shape[0] > 0:
         mixed = _mixed(x, params, core, rng, dropout_on)
-        _set(params, x=x, bias=bias, z=z, mixed=mixed, y=y)
-        params.expand_strips = _strips(x.shape[0], up.shape[0], params.out_blocks)
-        _launch(extension().lowrank_linear_fwd, params, x)
+        hand_over(params, x=x, bias=bias, z=z, mixed=mixed, y=y)
+        params.expand_strips = strips(x.shape[0], up.shape[0], params.out_blocks)
+        launch(extension().lowrank_linear_fwd, params, x)
         y.addmm_(x, weight.t())
     return y, z if hidden is None else None
 
@@ -88,25 +72,25 @@ def lowrank_linear_bwd(dy, x, weight, down, up, core, scale, z, rng, dropout_p, 
     params.in_features = 0 if down is None else down.shape[1] * in_blocks
     buffers = {}  # kept until the launch is queued
     if need_up:
-        params.up_strips = _strips(rows, up.shape[0], out_blocks)
+        params.up_strips = strips(rows, up.shape[0], out_blocks)
         buffers["mixed"] = _mixed(dy, params, core, rng, dropout_on)
-        buffers["d_up_partial"] = _floats(dy, params.up_strips * out_blocks * up.numel())
+        buffers["d_up_partial"] = floats(dy, params.up_strips * out_blocks * up.numel())
     if dz is not None or need_core:
         chunks = -(-up.shape[0] // extension().LOWRANK_LINEAR_COLUMNS)
-        buffers["t_partial"] = _floats(dy, chunks * rows * out_blocks * rank)
+        buffers["t_partial"] = floats(dy, chunks * rows * out_blocks * rank)
     if need_core:
-        params.core_strips = _strips(rows, rank, out_blocks * in_blocks)
+        params.core_strips = strips(rows, rank, out_blocks * in_blocks)
         buffers["dropped"] = dy.new_empty(rows, in_blocks * rank) if rng is not None and dropout_on == "rank" else None
         buffers["ds"] = dy.new_empty(rows, out_blocks * rank)
-        buffers["d_core_partial"] = _floats(dy, params.core_strips * core.numel())
+        buffers["d_core_partial"] = floats(dy, params.core_strips * core.numel())
     if through_z:
-        params.down_strips = _strips(rows, down.shape[1], in_blocks)
+        params.down_strips = strips(rows, down.shape[1], in_blocks)
     if through_z and need_down:
-        buffers["d_down_partial"] = _floats(dy, params.down_strips * in_blocks * down.numel())
+        buffers["d_down_partial"] = floats(dy, params.down_strips * in_blocks * down.numel())
     if buffers:
-        _set(params, dy=dy, x=x if need_down else None, z=z, dz=dz, dx=dx if through_z else None)
-        _set(params, d_down=d_down, d_up=d_up, d_core=d_core, **buffers)
-        _launch(extension().lowrank_linear_bwd, params, dy)
+        hand_over(params, dy=dy, x=x if need_down else None, z=z, dz=dz, dx=dx if through_z else None)
+        hand_over(params, d_down=d_down, d_up=d_up, d_core=d_core, **buffers)
+        launch(extension().lowrank_linear_bwd, params, dy)
     if need_x and through_z:
         dx.addmm_(dy, weight)
     return dx, d_down, d_up, d_core, dz if need_hidden else None
@@ -114,12 +98,12 @@ def lowrank_linear_bwd(dy, x, weight, down, up, core, scale, z, rng, dropout_p, 
 
 def lowrank_hidden_fwd(x, down, input_blocks):
     """-> z (M, I*R): z_i = x_i Aᵀ."""
-    _require_supported(x, down.shape[0], input_blocks)
+    require(unsupported(x, down.shape[0], input_blocks))
     z = x.new_empty(x.shape[0], input_blocks * down.shape[0])
     if x.shape[0] > 0:
         params = _hidden_params(x, down, input_blocks)
-        _set(params, x=x, z=z)
-        _launch(extension().lowrank_linear_fwd, params, x)
+        hand_over(params, x=x, z=z)
+        launch(extension().lowrank_linear_fwd, params, x)
     return z
 
 
@@ -132,32 +116,24 @@ def lowrank_hidden_bwd(dz, x, down, needs):
         return dx, _zero(d_down)
     if needs[0] or needs[1]:
         params = _hidden_params(dz, down, in_blocks)
-        params.down_strips = _strips(rows, down.shape[1], in_blocks)
-        partial = _floats(dz, params.down_strips * in_blocks * down.numel()) if needs[1] else None
-        _set(params, x=x if needs[1] else None, dz=dz, dx=dx, d_down=d_down, d_down_partial=partial)
-        _launch(extension().lowrank_linear_bwd, params, dz)
+        params.down_strips = strips(rows, down.shape[1], in_blocks)
+        partial = floats(dz, params.down_strips * in_blocks * down.numel()) if needs[1] else None
+        hand_over(params, x=x if needs[1] else None, dz=dz, dx=dx, d_down=d_down, d_down_partial=partial)
+        launch(extension().lowrank_linear_bwd, params, dz)
     return dx, d_down
-
-
-def _require_supported(*call) -> None:
-    if problem := unsupported(*call):
-        raise ValueError(f"backend: 'cuda' cannot run this call: {problem}")
 
 
 def _params(like, down, up, core, scale, rng, dropout_p, dropout_on):
     """csrc's params struct with everything but the feature counts and the activations."""
     params = extension().LowRankLinear()
-    params.rows, params.rank, params.dtype = like.shape[0], up.shape[1], _DTYPES[like.dtype]
-    _set(params, up=up, down=down, core=core, rng=rng)
+    params.rows, params.rank, params.dtype = like.shape[0], up.shape[1], DTYPES[like.dtype]
+    hand_over(params, up=up, down=down, core=core, rng=rng)
     params.up_float = up.dtype == torch.float32
     params.down_float = down is not None and down.dtype == torch.float32
     if core is not None:
         params.out_blocks, params.in_blocks = core.shape[:2]
-        params.core_kind, params.core_float = _CORES[core.dim()], core.dtype == torch.float32
-    if isinstance(scale, Tensor):
-        params.scale_ptr = scale.data_ptr()
-    else:
-        params.scale = scale
+        params.core_kind, params.core_float = CORES[core.dim()], core.dtype == torch.float32
+    set_scale(params, scale)
     if rng is not None:
         params.dropout_p = dropout_p
         setattr(params, f"drop_{dropout_on}", True)
@@ -166,29 +142,11 @@ def _params(like, down, up, core, scale, rng, dropout_p, dropout_on):
 
 def _hidden_params(like, down, in_blocks):
     params = extension().LowRankLinear()
-    params.rows, params.rank, params.dtype = like.shape[0], down.shape[0], _DTYPES[like.dtype]
+    params.rows, params.rank, params.dtype = like.shape[0], down.shape[0], DTYPES[like.dtype]
     params.in_blocks, params.in_features = in_blocks, in_blocks * down.shape[1]
     params.down_float = down.dtype == torch.float32
-    _set(params, down=down)
+    hand_over(params, down=down)
     return params
-
-
-def _set(params, **tensors: Tensor | None) -> None:
-    """Hands over tensors by address, and the row strides of those that may have any."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(params, name, tensor.data_ptr())
-            if name in ("x", "dy", "z", "dz"):
-                setattr(params, f"{name}_stride", tensor.stride(0))
-
-
-def _strips(rows: int, block_columns: int, blocks: int) -> int:
-    """Into how many row strips a pass is split: a pure function of the shape, and with it the order of every sum."""
-    tiles, chunks = (
-        -(-rows // extension().LOWRANK_LINEAR_ROWS),
-        -(-block_columns // extension().LOWRANK_LINEAR_COLUMNS),
-    )
-    return max(1, min(tiles, _BLOCKS // (chunks * blocks)))
 
 
 def _mixed(like, params, core, rng, dropout_on) -> Tensor | None:
@@ -198,18 +156,5 @@ def _mixed(like, params, core, rng, dropout_on) -> Tensor | None:
     return like.new_empty(like.shape[0], params.out_blocks * params.rank)
 
 
-def _floats(like: Tensor, count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.float32, device=like.device)
-
-
 def _zero(gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is None else gradient.zero_()
-
-
-def _launch(launcher, params, like: Tensor) -> None:
-    """On the current stream of the tensor's device; on the CPU if the module is the host emulation."""
-    if like.device.type == "cuda":
-        with torch.cuda.device(like.device):
-            launcher(params, torch.cuda.current_stream().cuda_stream)
-    else:
-        launcher(params, 0)

@@ -72,7 +72,7 @@ def _hidden(backend: str, dw: Tensor, down: Tensor, in_blocks: int) -> Tensor:
     """Q (O·NB, I, R) in dw's dtype"""
     parts = [down] if backend == "torch" else down.split(_HIDDEN_RANK)
     q = [hidden_dispatch.lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
-    return torch.cat([part.view(dw.shape[0], in_blocks, -1) for part in q], dim=-1)
+    return torch.cat([part.unflatten(1, (in_blocks, -1)) for part in q], dim=-1)
 
 
 def _thin_adjoint(
@@ -101,8 +101,7 @@ def _d_down(backend: str, dw: Tensor, down: Tensor, folded: Tensor) -> Tensor:
     size = down.shape[0] if backend == "torch" else _HIDDEN_RANK
     grads = []
     for part, left in zip(down.split(size), folded.to(dw.dtype).split(size, dim=-1)):
-        left = left.reshape(dw.shape[0], -1)
-        grads.append(hidden_dispatch.lowrank_hidden_bwd(backend, left, dw, part, (False, True))[1])
+        grads.append(hidden_dispatch.lowrank_hidden_bwd(backend, left.flatten(1), dw, part, (False, True))[1])
     return torch.cat(grads)
 
 

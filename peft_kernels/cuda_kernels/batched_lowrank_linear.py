@@ -1,0 +1,80 @@
+"""CUDA launchers of the low-rank linear with an adapter for each row: thin passes around torch's GEMM; no checks.
+
+Forward:  shrink (x -> z), expand (z -> y0 = s z Bᵀ + b), y0 += x Wᵀ.
+Backward: shrink (dY -> dz), gram (dY, z -> dB and x, dz -> dA), expand (dz -> dx0), one launch adds the partial sums of
+both gradients, dx0 += dY W. Shapes and formulas: peft_kernels/ops/batched_lowrank_linear.py; the params struct:
+csrc/batched_lowrank_linear.h.
+"""
+
+import torch
+from torch import Tensor
+
+from . import extension
+from .common import DTYPES, floats, hand_over, launch, require, set_scale, strips, unsupported_device, unsupported_dtype
+
+
+def unsupported(x: Tensor, rank: int) -> str | None:
+    """Why these kernels cannot run such a call, or None. The limit: rank 128."""
+    if problem := unsupported_dtype(x.dtype):
+        return problem
+    module = extension()
+    if rank > module.LOWRANK_LINEAR_MAX_RANK:
+        return f"the CUDA kernels take ranks up to {module.LOWRANK_LINEAR_MAX_RANK}, not {rank}"
+    if x.shape[0] >= 2**31:
+        return f"the CUDA kernels take fewer than 2³¹ rows, not {x.shape[0]}"
+    needed = module.batched_lowrank_linear_shared_bytes(DTYPES[x.dtype], rank)
+    return unsupported_device(x, needed, f"rank {rank} in {x.dtype}")
+
+
+def batched_lowrank_linear_fwd(x, weight, bias, down, up, scale, segments):
+    """-> y (M, N), z (M, R)"""
+    require(unsupported(x, down.shape[1]))
+    params = _params(x, down, up, scale, segments)
+    y, z = x.new_empty(x.shape[0], up.shape[1]), x.new_empty(x.shape[0], down.shape[1])
+    hand_over(params, x=x, bias=bias, z=z, y=y)
+    launch(extension().batched_lowrank_linear_fwd, params, x)
+    return y.addmm_(x, weight.t()), z
+
+
+def batched_lowrank_linear_bwd(dy, x, weight, down, up, scale, z, segments, needs):
+    """-> dx, d_down, d_up: those that `needs`, three bools in that order, asks for.
+
+    x: read for d_down only; weight: for dx only; z: for d_up only.
+    """
+    need_x, need_down, need_up = needs
+    if not any(needs):
+        return None, None, None
+    params = _params(dy, down, up, scale, segments)
+    dx = dy.new_empty(dy.shape[0], down.shape[2]) if need_x else None
+    d_down, d_up = (torch.empty_like(f) if need else None for f, need in ((down, need_down), (up, need_up)))
+    buffers = {}  # kept until the launch is queued
+    if need_x or need_down:
+        buffers["dz"] = dy.new_empty(dy.shape[0], down.shape[1])
+    if need_down:
+        params.down_strips = strips(dy.shape[0], down.shape[2], down.shape[0])
+        buffers["d_down_partial"] = _partial(d_down, params.down_strips)
+    if need_up:
+        params.up_strips = strips(dy.shape[0], up.shape[1], up.shape[0])
+        buffers["d_up_partial"] = _partial(d_up, params.up_strips)
+    hand_over(params, dy=dy, x=x if need_down else None, z=z if need_up else None, dx=dx, d_down=d_down, d_up=d_up)
+    hand_over(params, **buffers)
+    launch(extension().batched_lowrank_linear_bwd, params, dy)
+    return dx.addmm_(dy, weight) if need_x else None, d_down, d_up
+
+
+def _params(like, down, up, scale, segments):
+    """csrc's params struct with everything but the activations."""
+    params = extension().BatchedLowRankLinear()
+    params.adapters, params.rank, params.in_features = down.shape
+    params.rows, params.out_features, params.dtype = like.shape[0], up.shape[1], DTYPES[like.dtype]
+    params.down_float, params.up_float = down.dtype == torch.float32, up.dtype == torch.float32
+    set_scale(params, scale)
+    order, offsets, tile_adapter, tile_first = segments
+    params.tiles = tile_adapter.numel()
+    hand_over(params, down=down, up=up, order=order, offsets=offsets, tile_adapter=tile_adapter, tile_first=tile_first)
+    return params
+
+
+def _partial(gradient: Tensor, count: int) -> Tensor | None:
+    """A buffer for partial sums; one strip writes the gradient itself."""
+    return floats(gradient, count * gradient.numel()) if count > 1 else None

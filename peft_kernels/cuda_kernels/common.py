@@ -1,0 +1,74 @@
+"""What the launchers share: which calls can run at all, and how tensors reach csrc's params structs and its kernels."""
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
+CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
+BLOCKS = 264  # thread blocks a pass aims at: two a multiprocessor of an H200, and the same everywhere, so sums repeat
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str | None:
+    """Why there are no CUDA kernels, or none for results of this dtype, or None."""
+    try:
+        extension()
+    except ImportError as error:
+        return str(error)
+    return None if dtype in DTYPES else f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
+
+
+def unsupported_device(like: Tensor, shared_bytes: int, what: str) -> str | None:
+    """Why these kernels cannot run where this tensor lies; one of them has blocks with so much shared memory."""
+    if like.device.type != ("cpu" if extension().build_info()["emulated"] else "cuda"):
+        return f"the CUDA kernels need a tensor on a CUDA device, not on {like.device}"
+    if like.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(like.device)
+        if gpu.major < 8:
+            return f"the CUDA kernels need compute capability 8.0 or later, not {gpu.major}.{gpu.minor}"
+        available = gpu.shared_memory_per_block_optin
+        if shared_bytes > available:
+            return f"{what} takes {shared_bytes} bytes of shared memory, this GPU has {available}"
+    return None
+
+
+def require(problem: str | None) -> None:
+    if problem:
+        raise ValueError(f"backend: 'cuda' cannot run this call: {problem}")
+
+
+def hand_over(params, **tensors: Tensor | None) -> None:
+    """Tensors by address, and their row strides where the struct has a field for them."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(params, name, tensor.data_ptr())
+            if hasattr(params, f"{name}_stride"):
+                setattr(params, f"{name}_stride", tensor.stride(0))
+
+
+def set_scale(params, scale: float | Tensor) -> None:
+    if isinstance(scale, Tensor):
+        params.scale_ptr = scale.data_ptr()
+    else:
+        params.scale = scale
+
+
+def strips(rows: int, block_columns: int, blocks: int) -> int:
+    """Into how many row strips a pass is split: a pure function of the shape, and with it the order of every sum."""
+    module = extension()
+    tiles, chunks = -(-rows // module.LOWRANK_LINEAR_ROWS), -(-block_columns // module.LOWRANK_LINEAR_COLUMNS)
+    return max(1, min(tiles, BLOCKS // (chunks * blocks)))
+
+
+def floats(like: Tensor, count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float32, device=like.device)
+
+
+def launch(launcher, params, like: Tensor) -> None:
+    """On the current stream of the tensor's device; on the CPU if the module is the host emulation."""
+    if like.device.type == "cuda":
+        with torch.cuda.device(like.device):
+            launcher(params, torch.cuda.current_stream().cuda_stream)
+    else:
+        launcher(params, 0)
