@@ -8,7 +8,9 @@
 #include <string>
 #include <type_traits>
 
+#include "batched_lowrank_linear.h"
 #include "lowrank_linear.h"
+#include "reconstruct.h"
 
 namespace py = pybind11;
 
@@ -32,7 +34,7 @@ py::dict build_info() {
     py::list architectures, kernels;
     std::istringstream words(PEFT_KERNELS_BUILT_ARCHS);
     for (std::string word; words >> word;) architectures.append(word);
-    kernels.append("lowrank_linear");
+    for (const char* kernel : {"lowrank_linear", "batched_lowrank_linear", "reconstruct"}) kernels.append(kernel);
     py::dict info;
     info["architectures"] = architectures;
     info["cuda_version"] = PEFT_KERNELS_CUDA_VERSION;
@@ -41,16 +43,14 @@ py::dict build_info() {
     return info;
 }
 
-}  // namespace
+using Stream = uintptr_t;
 
-PYBIND11_MODULE(_C, m) {
-    m.doc() = "CUDA kernels of peft_kernels; call them through peft_kernels.cuda_kernels.";
-    m.def("build_info", build_info,
-          "The architectures, CUDA version and operations that this module was compiled for.");
+#define FIELD(name) bind_field(params, #name, &Params::name)
 
-    py::class_<LowRankLinear> params(m, "LowRankLinear", py::module_local());
+void bind_lowrank_linear(py::module_& m) {
+    using Params = LowRankLinear;
+    py::class_<Params> params(m, "LowRankLinear", py::module_local());
     params.def(py::init<>());
-#define FIELD(name) bind_field(params, #name, &LowRankLinear::name)
     FIELD(rows), FIELD(in_features), FIELD(out_features), FIELD(rank), FIELD(in_blocks), FIELD(out_blocks);
     FIELD(dtype), FIELD(down_float), FIELD(up_float), FIELD(core_float), FIELD(core_kind), FIELD(scale),
         FIELD(scale_ptr);
@@ -60,17 +60,14 @@ PYBIND11_MODULE(_C, m) {
     FIELD(dy), FIELD(dy_stride), FIELD(dropped), FIELD(t_partial), FIELD(ds), FIELD(dz), FIELD(dz_stride), FIELD(dx);
     FIELD(expand_strips), FIELD(up_strips), FIELD(down_strips), FIELD(core_strips);
     FIELD(d_up_partial), FIELD(d_down_partial), FIELD(d_core_partial), FIELD(d_up), FIELD(d_down), FIELD(d_core);
-#undef FIELD
     m.attr("LOWRANK_LINEAR_ROWS") = kLowRankLinearRows;
     m.attr("LOWRANK_LINEAR_COLUMNS") = kLowRankLinearColumns;
     m.attr("LOWRANK_LINEAR_MAX_RANK") = kLowRankLinearMaxRank;
     m.attr("LOWRANK_LINEAR_MAX_HIDDEN") = kLowRankLinearMaxHidden;
-
-    using Stream = uintptr_t;
     m.def("lowrank_linear_fwd",
-          [](const LowRankLinear& p, Stream stream) { lowrank_linear_fwd(p, reinterpret_cast<void*>(stream)); });
+          [](const Params& p, Stream stream) { lowrank_linear_fwd(p, reinterpret_cast<void*>(stream)); });
     m.def("lowrank_linear_bwd",
-          [](const LowRankLinear& p, Stream stream) { lowrank_linear_bwd(p, reinterpret_cast<void*>(stream)); });
+          [](const Params& p, Stream stream) { lowrank_linear_bwd(p, reinterpret_cast<void*>(stream)); });
     m.def("lowrank_linear_shared_bytes", [](int dtype, int64_t rank) {
         const auto type = static_cast<DType>(dtype);
         return std::max(lowrank_linear_fwd_shared_bytes(type, rank), lowrank_linear_bwd_shared_bytes(type, rank));
@@ -79,4 +76,54 @@ PYBIND11_MODULE(_C, m) {
         philox_mask(reinterpret_cast<const int64_t*>(rng), p, rows, columns, reinterpret_cast<uint8_t*>(keep),
                     reinterpret_cast<void*>(stream));
     });
+}
+
+void bind_batched_lowrank_linear(py::module_& m) {
+    using Params = BatchedLowRankLinear;
+    py::class_<Params> params(m, "BatchedLowRankLinear", py::module_local());
+    params.def(py::init<>());
+    FIELD(rows), FIELD(in_features), FIELD(out_features), FIELD(rank), FIELD(adapters);
+    FIELD(dtype), FIELD(down_float), FIELD(up_float), FIELD(scale), FIELD(scale_ptr);
+    FIELD(order), FIELD(offsets), FIELD(tile_adapter), FIELD(tile_first), FIELD(tiles);
+    FIELD(x), FIELD(x_stride), FIELD(bias), FIELD(down), FIELD(up), FIELD(z), FIELD(y);
+    FIELD(dy), FIELD(dy_stride), FIELD(dz), FIELD(dx), FIELD(up_strips), FIELD(down_strips);
+    FIELD(d_up_partial), FIELD(d_down_partial), FIELD(d_up), FIELD(d_down);
+    m.attr("SEGMENT_ROWS") = kSegmentRows;
+    m.def("batched_lowrank_linear_fwd",
+          [](const Params& p, Stream stream) { batched_lowrank_linear_fwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("batched_lowrank_linear_bwd",
+          [](const Params& p, Stream stream) { batched_lowrank_linear_bwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("batched_lowrank_linear_shared_bytes", [](int dtype, int64_t rank) {
+        const auto type = static_cast<DType>(dtype);
+        return std::max(batched_lowrank_linear_fwd_shared_bytes(type, rank),
+                        batched_lowrank_linear_bwd_shared_bytes(type, rank));
+    });
+}
+
+void bind_reconstruct(py::module_& m) {
+    using Params = Reconstruct;
+    py::class_<Params> params(m, "Reconstruct", py::module_local());
+    params.def(py::init<>());
+    FIELD(block_rows), FIELD(block_cols), FIELD(rank), FIELD(in_blocks), FIELD(out_blocks);
+    FIELD(dtype), FIELD(down_float), FIELD(up_float), FIELD(core_float), FIELD(core_kind), FIELD(scale),
+        FIELD(scale_ptr);
+    FIELD(down), FIELD(up), FIELD(core), FIELD(base), FIELD(base_shared), FIELD(out);
+    m.attr("RECONSTRUCT_ROWS") = kReconstructRows;
+    m.attr("RECONSTRUCT_COLUMNS") = kReconstructColumns;
+    m.def("reconstruct_fwd",
+          [](const Params& p, Stream stream) { reconstruct_fwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("reconstruct_shared_bytes", [](int dtype) { return reconstruct_shared_bytes(static_cast<DType>(dtype)); });
+}
+
+#undef FIELD
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CUDA kernels of peft_kernels; call them through peft_kernels.cuda_kernels.";
+    m.def("build_info", build_info,
+          "The architectures, CUDA version and operations that this module was compiled for.");
+    bind_lowrank_linear(m);
+    bind_batched_lowrank_linear(m);
+    bind_reconstruct(m);
 }

@@ -162,12 +162,13 @@ template <typename T, int ROWS, int COLS> struct Tile {
     static __device__ __forceinline__ int row_of(int i) { return int(threadIdx.x) / kPerRow + i * kRowStep; }
     static __device__ __forceinline__ int col() { return int(threadIdx.x) % kPerRow * 8; }
 
-    // Reads `rows` x `cols` elements from (row0, col0) on. MIXED: the matrix may be float32 while T is not.
-    template <bool MIXED = false>
+    // Reads `rows` x `cols` elements from (row0, col0) on. MIXED: the matrix may be float32 while Stored, the type of
+    // all other matrices, is not.
+    template <bool MIXED = false, typename Stored = T>
     __device__ __forceinline__ void load(const Matrix& m, int row0, int rows, int64_t col0, int cols) {
-        if constexpr (MIXED && sizeof(T) != 4)
+        if constexpr (MIXED && sizeof(Stored) != 4)
             if (m.is_float) return load_as(static_cast<const float*>(m.data), m, row0, rows, col0, cols);
-        load_as(static_cast<const T*>(m.data), m, row0, rows, col0, cols);
+        load_as(static_cast<const Stored*>(m.data), m, row0, rows, col0, cols);
     }
 
     template <typename From>
@@ -180,8 +181,32 @@ template <typename T, int ROWS, int COLS> struct Tile {
             if constexpr (std::is_same_v<From, T>) octs[i] = oct;
             else
 #pragma unroll
-                for (int j = 0; j < 8; ++j) octs[i].v[j] = from_float<T>(oct.v[j]);
+                for (int j = 0; j < 8; ++j) octs[i].v[j] = from_float<T>(to_float(oct.v[j]));
         }
+    }
+
+    // The rows that lie at some places of a list of row numbers: those of this thread's octs, -1 beyond the last.
+    struct Rows {
+        int at[kOcts];
+        __device__ __forceinline__ void find(const int64_t* list, int count) {
+#pragma unroll
+            for (int i = 0; i < kOcts; ++i) at[i] = row_of(i) < count ? int(list[row_of(i)]) : -1;
+        }
+    };
+
+    __device__ __forceinline__ void gather(const Matrix& m, const Rows& rows, int64_t col0, int cols) {
+#pragma unroll
+        for (int i = 0; i < kOcts; ++i)
+            octs[i] = load_oct(static_cast<const T*>(m.data) + max(rows.at[i], 0) * m.stride + col0 + col(),
+                               rows.at[i] < 0 ? 0 : cols - col(), m.aligned);
+    }
+
+    __device__ __forceinline__ void scatter(T* data, int64_t stride, bool aligned, const Rows& rows, int64_t col0,
+                                            int cols) const {
+        data += col0 + col();
+#pragma unroll
+        for (int i = 0; i < kOcts; ++i)
+            if (rows.at[i] >= 0) store_oct(data + rows.at[i] * stride, octs[i], cols - col(), aligned);
     }
 
     // The keep bits of this thread's elements, 8 for each group.
@@ -289,6 +314,23 @@ template <typename T> struct Mma {
     }
 };
 
+// Two neighbouring floats in shared memory, read at once.
+struct alignas(8) Pair {
+    float v[2];
+};
+__device__ __forceinline__ Pair pair_at(const float* p) { return *reinterpret_cast<const Pair*>(p); }
+
+// Elements k and k + 1 of row m, in a matrix that lies as [m][k], or as [k][m] if TRANSPOSED.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_pair(float (&pair)[2], const float* matrix, int stride, int m, int k) {
+    if (TRANSPOSED) {
+        pair[0] = matrix[k * stride + m], pair[1] = matrix[(k + 1) * stride + m];
+    } else {
+        const Pair both = pair_at(matrix + m * stride + k);
+        pair[0] = both.v[0], pair[1] = both.v[1];
+    }
+}
+
 // C (16 x 8n) += A (16 x k) B (k x 8n) by one warp, both operands in shared memory. A lies as [m][k], or as [k][m] if
 // TRANSPOSE_A; B lies as [n][k], or as [k][n] if TRANSPOSE_B. k is a multiple of 16, n even and at most N. float stays
 // float: no tf32.
@@ -297,19 +339,30 @@ __device__ __forceinline__ void multiply(float (&c)[N][4], const T* a, int strid
                                          int n) {
     if constexpr (sizeof(T) == 4) {
         const int row = lane_row(), col = lane_col();
-        const int a_m = TRANSPOSE_A ? 1 : stride_a, a_k = TRANSPOSE_A ? stride_a : 1;
-        const int b_n = TRANSPOSE_B ? 1 : stride_b, b_k = TRANSPOSE_B ? stride_b : 1;
-#pragma unroll 2
-        for (int i = 0; i < k; ++i) {
-            const float a0 = a[row * a_m + i * a_k], a1 = a[(row + 8) * a_m + i * a_k];
+#pragma unroll 1
+        for (int i = 0; i < k; i += 2) {  // two steps at once: all that is adjacent in memory is read as pairs
+            float a0[2], a1[2];
+            load_pair<TRANSPOSE_A>(a0, a, stride_a, row, i);
+            load_pair<TRANSPOSE_A>(a1, a, stride_a, row + 8, i);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 if (j >= n) break;
-                const float b0 = b[(j * 8 + col) * b_n + i * b_k], b1 = b[(j * 8 + col + 1) * b_n + i * b_k];
-                c[j][0] += a0 * b0;
-                c[j][1] += a0 * b1;
-                c[j][2] += a1 * b0;
-                c[j][3] += a1 * b1;
+                float b0[2], b1[2];
+                if (TRANSPOSE_B) {
+                    const Pair first = pair_at(b + i * stride_b + j * 8 + col);
+                    const Pair second = pair_at(b + (i + 1) * stride_b + j * 8 + col);
+                    b0[0] = first.v[0], b1[0] = first.v[1], b0[1] = second.v[0], b1[1] = second.v[1];
+                } else {
+                    load_pair<false>(b0, b, stride_b, j * 8 + col, i);
+                    load_pair<false>(b1, b, stride_b, j * 8 + col + 1, i);
+                }
+#pragma unroll
+                for (int step = 0; step < 2; ++step) {
+                    c[j][0] += a0[step] * b0[step];
+                    c[j][1] += a0[step] * b1[step];
+                    c[j][2] += a1[step] * b0[step];
+                    c[j][3] += a1[step] * b1[step];
+                }
             }
         }
     } else {

@@ -1,4 +1,4 @@
-// What the forward and backward kernels of the low-rank linear share.
+// What the forward and backward kernels of the low-rank linear share, with each other and with the other operations.
 #pragma once
 #include "common.cuh"
 #include "lowrank_linear.h"
@@ -66,5 +66,19 @@ template <typename F> void with_dtype_and_rank(DType dtype, int64_t rank, F&& f)
 }
 
 void mix(const LowRankLinear& p, void* stream);
+
+// One launch adds the partial sums of up to three gradients, in order.
+struct Sum {
+    const float* partial;  // (count, elements); null: nothing to do
+    int64_t count, elements;
+    void* total;
+    bool is_float;
+};
+struct Reduce {
+    Sum up, down, core;
+    float scale;  // of the first; the others have it already
+    const float* scale_ptr;
+};
+void reduce(const Reduce& sums, DType dtype, void* stream);
 
 }  // namespace peft

@@ -209,20 +209,8 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// ---- reduce: one launch adds the partial sums of all gradients ------------------------------------------------------
+// ---- reduce ---------------------------------------------------------------------------------------------------------
 constexpr int kReduceThreads = 128;
-
-struct Sum {
-    const float* partial;  // (count, elements); null: nothing to do
-    int64_t count, elements;
-    void* total;
-    bool is_float;
-};
-struct Reduce {
-    Sum up, down, core;
-    float scale;  // of dB; the others have it through dS
-    const float* scale_ptr;
-};
 
 template <typename T> __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reduce p) {
     const Sum& sum = blockIdx.y == 0 ? p.up : blockIdx.y == 1 ? p.down : p.core;
@@ -236,21 +224,28 @@ template <typename T> __global__ void __launch_bounds__(kReduceThreads) reduce_k
     else static_cast<T*>(sum.total)[e] = from_float<T>(v);
 }
 
-template <typename T> void reduce(const LowRankLinear& p, void* stream) {
+void reduce_gradients(const LowRankLinear& p, void* stream) {
     const int64_t rank = p.rank, core = p.out_blocks * p.in_blocks * (p.core_kind == Core::dense ? rank * rank : rank);
-    const Reduce args{
-        {p.d_up_partial, p.up_strips * p.out_blocks, p.out_features / p.out_blocks * rank, p.d_up, p.up_float},
-        {p.d_down_partial, p.down_strips * p.in_blocks, p.in_features / p.in_blocks * rank, p.d_down, p.down_float},
-        {p.d_core_partial, p.core_strips, core, p.d_core, p.core_float},
-        p.scale,
-        p.scale_ptr};
-    int64_t most = 0;
-    for (const Sum& sum : {args.up, args.down, args.core})
-        if (sum.partial && sum.elements > most) most = sum.elements;
-    if (most > 0) LAUNCH(reduce_kernel<T>, dim3(ceil_div(most, kReduceThreads), 3), kReduceThreads, 0, stream, args);
+    reduce({{p.d_up_partial, p.up_strips * p.out_blocks, p.out_features / p.out_blocks * rank, p.d_up, p.up_float},
+            {p.d_down_partial, p.down_strips * p.in_blocks, p.in_features / p.in_blocks * rank, p.d_down, p.down_float},
+            {p.d_core_partial, p.core_strips, core, p.d_core, p.core_float},
+            p.scale,
+            p.scale_ptr},
+           p.dtype, stream);
 }
 
 }  // namespace
+
+void reduce(const Reduce& sums, DType dtype, void* stream) {
+    int64_t most = 0;
+    for (const Sum& sum : {sums.up, sums.down, sums.core})
+        if (sum.partial && sum.elements > most) most = sum.elements;
+    if (most == 0) return;
+    with_dtype(dtype, [&](auto type) {
+        LAUNCH(reduce_kernel<decltype(type)>, dim3(ceil_div(most, kReduceThreads), 3), kReduceThreads, 0, stream, sums);
+    });
+}
+
 }  // namespace peft
 
 using namespace peft;
@@ -267,7 +262,7 @@ void lowrank_linear_bwd(const LowRankLinear& p, void* stream) {
         }
         if (p.d_core_partial) core_bwd<T>(p, stream);
         if (p.d_down_partial || p.dx) down_bwd<T>(p, stream);
-        reduce<T>(p, stream);
+        reduce_gradients(p, stream);
     });
 }
 

@@ -1,4 +1,5 @@
-"""Problems for the CUDA kernels of the low-rank linear, their float64 definition, and the bound on the error."""
+"""Problems for the CUDA kernels of the low-rank linear, their float64 definition, and the bound on the error that the
+batched operation's tests use too."""
 
 import random
 from dataclasses import dataclass, replace
@@ -192,26 +193,24 @@ def exact_of(p, change=lambda t: t):
 
 
 def verify(case, device):
+    p = problem(case, device)
+    exact, absolute = exact_of(p), exact_of(p, torch.abs)
+    compare(through_kernels(p), exact, through_reference(p, case.dtype), absolute, case.dtype)
+
+
+def compare(ours, exact, eager, absolute, dtype):
     """err(kernels) <= 1.25 err(torch, same dtype) + eps, in the root mean square and, more loosely, for every element.
 
     eps: a rounding of the result, and of a float32 sum of the absolute terms: the order of the sum is not torch's.
+    Each argument is a dictionary of results by name; None: not asked for.
     """
-    p = problem(case, device)
-    ours, exact, eager, absolute = (
-        through_kernels(p),
-        exact_of(p),
-        through_reference(p, case.dtype),
-        exact_of(p, torch.abs),
-    )
     for name, value in ours.items():
         if value is None:
             continue
         assert value.dtype == eager[name].dtype and value.shape == exact[name].shape, name
         for measure, ratio, slack in ((rms, 1.25, 0.5), (largest, 2.5, 2.0)):
             error, allowed = measure(value - exact[name]), measure(eager[name] - exact[name])
-            epsilon = torch.finfo(case.dtype).eps * measure(exact[name]) + torch.finfo(FLOAT).eps * measure(
-                absolute[name]
-            )
+            epsilon = torch.finfo(dtype).eps * measure(exact[name]) + torch.finfo(FLOAT).eps * measure(absolute[name])
             bound = ratio * allowed + slack * epsilon
             assert error <= bound, (
                 f"{name}: {measure.__name__} error {error:.3g}, torch has {allowed:.3g}, bound {bound:.3g}"

@@ -1,40 +1,54 @@
-"""Builds csrc/ with g++ on csrc/host_emulation.h: a module `peft_kernels._C` whose kernels run on the CPU."""
+"""Builds csrc/ with g++ on csrc/host_emulation.h: a module `peft_kernels._C` whose kernels run on the CPU.
+
+Also what every test of the CUDA kernels needs: where they run here, and memory that ends at an unmapped page.
+"""
 
 import contextlib
+import ctypes
 import fcntl
+import functools
 import hashlib
+import importlib
 import importlib.util
+import mmap
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-KERNELS = "lowrank_linear_fwd.cu", "lowrank_linear_bwd.cu"
+import torch
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
 DEFINES = "PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'
 FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -U_FORTIFY_SOURCE -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 
 
-def build(replacements=(), optimize="-O1"):
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+def build(replacements=()):
     """Path of the compiled module. `replacements`, for mutants: (file, old, new), where `old` occurs once.
 
-    Objects and modules are cached by content, so a mutant recompiles one file and an unchanged tree nothing.
+    Objects and modules are cached by content, so a mutant recompiles what it changes (with -O0, which is quicker to
+    compile and slower to run) and an unchanged tree nothing.
     """
-    sources = {
-        path.name: path.read_text() for path in sorted(CSRC.iterdir()) if path.suffix in (".cu", ".cuh", ".h", ".cpp")
-    }
+    sources = {path.name: path.read_text() for path in sorted(CSRC.iterdir())}
+    changed = dict(sources)
     for file, old, new in replacements:
-        assert sources[file].count(old) == 1, f"{file}: expected once: {old!r}"
-        sources[file] = sources[file].replace(old, new)
+        assert changed[file].count(old) == 1, f"{file}: expected once: {old!r}"
+        changed[file] = changed[file].replace(old, new)
     cache = Path(tempfile.gettempdir()) / f"peft_kernels_emulation_{os.getuid()}"
     cache.mkdir(exist_ok=True)
-    headers = "".join(text for name, text in sources.items() if name.endswith("h"))
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several pytest workers compiles, the others wait
-        objects = [_object(cache, sources, headers, name, optimize) for name in KERNELS]
-        objects.append(_object(cache, sources, sources["lowrank_linear.h"], "bindings.cpp", "-O0"))
+        objects = []
+        for name in (name for name in sources if name.endswith((".cu", ".cpp"))):
+            same = _read_by(name, changed) == _read_by(name, sources)
+            objects.append(_object(cache, changed, name, "-O1" if same and name.endswith(".cu") else "-O0"))
         module = cache / _digest(*map(str, objects)) / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not module.exists():
             module.parent.mkdir(exist_ok=True)
@@ -42,16 +56,28 @@ def build(replacements=(), optimize="-O1"):
     return module
 
 
-def _object(cache, sources, headers, name, optimize):
+def _read_by(name, sources):
+    """{file: text} of a source and of all that it includes from this folder."""
+    found, unread = {}, [name]
+    while unread:
+        file = unread.pop()
+        if file in sources and file not in found:
+            found[file] = sources[file]
+            unread += re.findall(r'#include "([^"]+)"', sources[file])
+    return found
+
+
+def _object(cache, sources, name, optimize):
     import pybind11
 
     flags = [*FLAGS.split(), optimize, *(f"-D{define}" for define in DEFINES)]
     if name == "bindings.cpp":
         flags += ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
-    result = cache / f"{_digest(headers, sources[name], *flags)}.o"
+    files = _read_by(name, sources)
+    result = cache / f"{_digest(*map(str, sorted(files.items())), *flags)}.o"
     if not result.exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            for file, text in sources.items():
+            for file, text in files.items():
                 Path(folder, file).write_text(text)
             _compile(result, *flags, "-c", "-x", "c++", str(Path(folder, name)))
     return result
@@ -68,6 +94,9 @@ def _compile(result, *arguments):
 
 def _digest(*texts):
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def load(path):
@@ -90,3 +119,81 @@ def installed(module):
             del sys.modules["peft_kernels._C"]
         else:
             sys.modules["peft_kernels._C"] = before
+
+
+@functools.cache
+def emulated_module():
+    return load(build())
+
+
+def _real_module():
+    try:
+        module = importlib.import_module("peft_kernels._C")
+    except ImportError:
+        return None
+    return None if module.build_info()["emulated"] else module
+
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and _real_module() else ["cpu"]
+
+
+@contextlib.contextmanager
+def kernels_on(device):
+    """Inside, the CUDA kernels run there: emulated on the CPU, or the real ones."""
+    with installed(emulated_module()) if device == "cpu" else contextlib.nullcontext():
+        yield device
+
+
+# ---- bounds ----------------------------------------------------------------------------------------------------------
+
+
+def guarded(shape, dtype, at_end):
+    """A NaN-filled tensor that begins, or ends, at an unmapped page."""
+    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    libc.mmap.restype, libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    count = max(1, torch.Size(shape).numel())
+    used = count * dtype.itemsize
+    whole = -(-used // page) * page
+    base = libc.mmap(None, whole + 2 * page, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    libc.mprotect(base + page, whole, mmap.PROT_READ | mmap.PROT_WRITE)
+    memory = (ctypes.c_char * used).from_address(base + page + (whole - used if at_end else 0))
+    return (
+        torch.frombuffer(memory, dtype=dtype)
+        .fill_(torch.nan if dtype.is_floating_point else 1)[: torch.Size(shape).numel()]
+        .view(shape)
+    )
+
+
+def fenced(value, at_end):
+    """Tensors, alone or in a tuple, a list or a dictionary, as copies that are guarded; the rest as it is."""
+    if isinstance(value, torch.Tensor):
+        return guarded(value.shape, value.dtype, at_end).copy_(value)
+    if isinstance(value, dict):
+        return {name: fenced(one, at_end) for name, one in value.items()}
+    return type(value)(fenced(one, at_end) for one in value) if isinstance(value, (tuple, list)) else value
+
+
+def run_fenced(call):
+    """call(at_end) with all new memory guarded, at either end. In a process of its own: whatever a kernel sees is
+    fenced, and an access beyond it is a segmentation fault."""
+    sys.modules["peft_kernels._C"] = emulated_module()
+    for at_end in (True, False):
+        torch.empty = lambda *shape, dtype=torch.float32, device=None: guarded(shape, dtype, at_end)  # noqa: B023
+        torch.empty_like = lambda t: guarded(t.shape, t.dtype, at_end)  # noqa: B023
+        torch.Tensor.new_empty = lambda t, *shape: guarded(shape, t.dtype, at_end)  # noqa: B023
+        call(at_end)
+    print("inside all bounds")
+
+
+def assert_inside_bounds(module):
+    """Runs `run_guarded()` of that test module, which calls run_fenced, in another process."""
+    emulated_module()
+    code = f"import {module} as tests; tests.run_guarded()"
+    child = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code], cwd=TESTS, capture_output=True, text=True
+    )
+    assert "inside all bounds" in child.stdout, child.stderr[-3000:]

@@ -1,60 +1,32 @@
 """The CUDA kernels of the low-rank linear against the float64 definition: compiled for the CPU on csrc/host_emulation.h
 everywhere, and as built for the GPU where there is one."""
 
-import ctypes
-import importlib
 import itertools
-import mmap
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import cuda_emulation
 import pytest
 import torch
 from cuda_cases import BF16, CASES, FLOAT, HALF, OFFSET, SEED, Case, P, keep_mask, problem, rms, through_kernels, verify
+from cuda_emulation import fenced
 
-from peft_kernels.cuda_kernels import extension
+from peft_kernels.cuda_kernels import common, extension
 from peft_kernels.cuda_kernels import lowrank_linear as kernels
-
-TESTS = Path(__file__).resolve().parent
-
 
 # ---- fixtures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def emulated_module():
-    return cuda_emulation.load(cuda_emulation.build())
-
-
-def real_module():
-    try:
-        module = importlib.import_module("peft_kernels._C")
-    except ImportError:
-        return None
-    return None if module.build_info()["emulated"] else module
-
-
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and real_module() else ["cpu"]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request, emulated_module):
-    """Where the kernels run: emulated on the CPU, or the real ones."""
-    if request.param == "cuda":
-        yield "cuda"
-    else:
-        with cuda_emulation.installed(emulated_module):
-            yield "cpu"
+@pytest.fixture(params=cuda_emulation.DEVICES)
+def device(request):
+    with cuda_emulation.kernels_on(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
 def one_strip(request, monkeypatch):
     case = getattr(request.node, "callspec", None)
     if case and not getattr(case.params.get("case"), "strips", True):
-        monkeypatch.setattr(kernels, "_BLOCKS", 1)
+        monkeypatch.setattr(common, "BLOCKS", 1)
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -208,54 +180,20 @@ SENSITIVE = [
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_noticed(name):
-    module = cuda_emulation.load(cuda_emulation.build([MUTANTS[name]], optimize="-O0"))
+    module = cuda_emulation.load(cuda_emulation.build([MUTANTS[name]]))
     with cuda_emulation.installed(module), pytest.raises(AssertionError, match=r"error .* bound"):
         for case in SENSITIVE:
             verify(case, "cpu")
 
 
-def guarded(shape, dtype, at_end):
-    """A NaN-filled tensor that begins, or ends, at an unmapped page."""
-    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-    libc.mmap.restype, libc.mmap.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
-    )
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    count = max(1, torch.Size(shape).numel())
-    used = count * dtype.itemsize
-    whole = -(-used // page) * page
-    base = libc.mmap(None, whole + 2 * page, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    libc.mprotect(base + page, whole, mmap.PROT_READ | mmap.PROT_WRITE)
-    memory = (ctypes.c_char * used).from_address(base + page + (whole - used if at_end else 0))
-    return (
-        torch.frombuffer(memory, dtype=dtype)
-        .fill_(torch.nan if dtype.is_floating_point else 1)[: torch.Size(shape).numel()]
-        .view(shape)
-    )
-
-
 def run_guarded():
-    """In a process of its own: all that the kernels see is fenced; an access beyond it is a segmentation fault."""
-    sys.modules["peft_kernels._C"] = cuda_emulation.load(cuda_emulation.build())
-    at_end = True
+    def check(at_end):
+        for case in CASES[::3]:
+            p = problem(replace(case, layout="dense"), "cpu")
+            through_kernels(replace(p, tensors=fenced(p.tensors, at_end), dy=fenced(p.dy, at_end)))
 
-    def empty(*shape, dtype=torch.float32, device=None):
-        return guarded(shape, dtype, at_end)
-
-    torch.empty = kernels.torch.empty = empty
-    torch.empty_like = lambda t: guarded(t.shape, t.dtype, at_end)
-    torch.Tensor.new_empty = lambda t, *shape: guarded(shape, t.dtype, at_end)
-    for case, at_end in itertools.product(CASES[::3], (True, False)):
-        p = problem(replace(case, layout="dense"), "cpu")
-        fenced = {n: None if t is None else guarded(t.shape, t.dtype, at_end).copy_(t) for n, t in p.tensors.items()}
-        through_kernels(replace(p, tensors=fenced, dy=guarded(p.dy.shape, p.dy.dtype, at_end).copy_(p.dy)))
-    print("inside all bounds")
+    cuda_emulation.run_fenced(check)
 
 
-def test_accesses_stay_in_bounds(emulated_module):
-    code = "import test_lowrank_linear_cuda as tests; tests.run_guarded()"
-    child = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", code], cwd=TESTS, capture_output=True, text=True
-    )
-    assert "inside all bounds" in child.stdout, child.stderr[-3000:]
+def test_accesses_stay_in_bounds():
+    cuda_emulation.assert_inside_bounds("test_lowrank_linear_cuda")

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import extension
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
-CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
+_CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
 BLOCKS = 264  # thread blocks a pass aims at: two a multiprocessor of an H200, and the same everywhere, so sums repeat
 
 
@@ -52,6 +52,14 @@ def set_scale(params, scale: float | Tensor) -> None:
         params.scale_ptr = scale.data_ptr()
     else:
         params.scale = scale
+
+
+def set_core(params, core: Tensor | None) -> None:
+    """(O, I, R) or (O, I, R, R); the numbers of blocks are 1 unless it says otherwise."""
+    if core is not None:
+        params.out_blocks, params.in_blocks = core.shape[:2]
+        params.core_kind, params.core_float = _CORES[core.dim()], core.dtype == torch.float32
+        hand_over(params, core=core)
 
 
 def strips(rows: int, block_columns: int, blocks: int) -> int:

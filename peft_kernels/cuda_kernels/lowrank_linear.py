@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .common import CORES, DTYPES, floats, hand_over, launch, require, set_scale, strips, unsupported_device, unsupported_dtype
+from .common import (
+    DTYPES,
+    floats,
+    hand_over,
+    launch,
+    require,
+    set_core,
+    set_scale,
+    strips,
+    unsupported_device,
+    unsupported_dtype,
+)
 
 
 def unsupported(
@@ -127,12 +138,10 @@ def _params(like, down, up, core, scale, rng, dropout_p, dropout_on):
     """csrc's params struct with everything but the feature counts and the activations."""
     params = extension().LowRankLinear()
     params.rows, params.rank, params.dtype = like.shape[0], up.shape[1], DTYPES[like.dtype]
-    hand_over(params, up=up, down=down, core=core, rng=rng)
+    hand_over(params, up=up, down=down, rng=rng)
+    set_core(params, core)
     params.up_float = up.dtype == torch.float32
     params.down_float = down is not None and down.dtype == torch.float32
-    if core is not None:
-        params.out_blocks, params.in_blocks = core.shape[:2]
-        params.core_kind, params.core_float = CORES[core.dim()], core.dtype == torch.float32
     set_scale(params, scale)
     if rng is not None:
         params.dropout_p = dropout_p

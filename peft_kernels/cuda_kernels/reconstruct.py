@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .common import CORES, DTYPES, hand_over, launch, require, set_scale, unsupported_device, unsupported_dtype
+from .common import DTYPES, hand_over, launch, require, set_core, set_scale, unsupported_device, unsupported_dtype
 
 
 def unsupported(
@@ -32,13 +32,12 @@ def reconstruct_fwd(down, up, core, scale, base, dtype):
     require(unsupported(down, up, dtype, in_blocks, out_blocks))
     params = extension().Reconstruct()
     params.block_rows, params.block_cols, params.rank = up.shape[0], down.shape[1], down.shape[0]
-    params.out_blocks, params.in_blocks, params.dtype = out_blocks, in_blocks, DTYPES[dtype]
+    params.dtype = DTYPES[dtype]
     params.down_float, params.up_float = down.dtype == torch.float32, up.dtype == torch.float32
-    if core is not None:
-        params.core_kind, params.core_float = CORES[core.dim()], core.dtype == torch.float32
+    set_core(params, core)
     set_scale(params, scale)
     out = torch.empty(out_blocks * up.shape[0], in_blocks * down.shape[1], dtype=dtype, device=down.device)
     params.base_shared = base is not None and base.shape[0] != out.shape[0]
-    hand_over(params, down=down, up=up, core=core, base=base, out=out)
+    hand_over(params, down=down, up=up, base=base, out=out)
     launch(extension().reconstruct_fwd, params, down)
     return out

@@ -13,7 +13,9 @@ import pytest
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block may take
 TYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
-PRODUCTS = "shrink", "expand", "wide_bwd"  # kernels that multiply matrices
+# Kernels that multiply matrices, one for each dtype and largest rank; and the one that takes any rank.
+PRODUCTS = "shrink", "expand", "wide_bwd", "batched_shrink", "batched_expand", "gram"
+RECONSTRUCT = "reconstruct", "reconstruct_from_float", "reconstruct_dense_from_float"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,13 @@ def cuobjdump(*arguments):
 
 
 def identify(symbol):
-    """_ZN4peft…shrink_kernelI6__halfLi32EE… -> shrink, float16, 32"""
-    name, dtype, rank = re.search(r"\d+([a-z_]+)_kernel(?:I(f|13__nv_bfloat16|6__half)(?:Li(\d+))?)?", symbol).groups()
+    """_ZN4peft…shrink_kernelI6__halfLi32EE… -> shrink, float16, 32; …reconstruct_kernelI6__halffLb1EE… -> that float16
+    weight from float32 factors and a dense core."""
+    name, dtype, rank, operand, dense = re.search(
+        r"\d+([a-z_]+)_kernel(?:I(f|13__nv_bfloat16|6__half)(?:Li(\d+))?(?:(f|S\d*_)Lb([01])E)?)?", symbol
+    ).groups()
+    if operand:
+        name += ("_dense" if dense == "1" else "") + ("_from_float" if operand == "f" else "")
     return name, TYPES.get(dtype, ""), int(rank or 0)
 
 
@@ -94,7 +101,9 @@ def test_every_architecture_has_every_kernel():
     archs = {arch for arch in _C.build_info()["architectures"] if arch.startswith("sm_")}
     assert archs == {kernel.arch for kernel in kernels()}
     expected = {(name, dtype, rank) for name in PRODUCTS for dtype in DTYPE_CODES for rank in (32, 64, 128)}
-    expected |= {(name, dtype, 0) for name in ("mix", "hidden_bwd", "reduce") for dtype in DTYPE_CODES}
+    any_rank = "mix", "hidden_bwd", "reduce", *RECONSTRUCT[1:]
+    expected |= {(name, dtype, 0) for name in any_rank for dtype in DTYPE_CODES}
+    expected |= {("reconstruct", dtype, 0) for dtype in ("bfloat16", "float16")}
     for arch in archs:
         assert expected <= {(k.name, k.dtype, k.rank) for k in kernels() if k.arch == arch}
 
@@ -107,6 +116,10 @@ def test_two_blocks_fit_a_multiprocessor():
     """65,536 registers: 128 for each of twice 256 threads, at the ranks that training uses most."""
     assert not failures(lambda k: k.rank in (32, 64) and k.registers > 128, ["wide_bwd"], ["bfloat16", "float16"])
     assert not failures(lambda k: k.rank == 32 and k.registers > 128, ["shrink", "expand"], ["bfloat16", "float16"])
+    batched = [name for name in PRODUCTS if name.startswith("batched")] + ["gram"]
+    assert not failures(lambda k: k.rank in (32, 64) and k.registers > 128, batched, ["bfloat16", "float16"])
+    assert not failures(lambda k: k.registers > 128, RECONSTRUCT)
+    assert not failures(lambda k: k.registers > 80, RECONSTRUCT[:2])  # three
 
 
 def test_shared_memory_within_limits():
@@ -114,27 +127,32 @@ def test_shared_memory_within_limits():
 
     for arch in _C.build_info()["architectures"]:
         for code in DTYPE_CODES.values():
+            limit = SHARED_LIMIT.get(arch, 227 * 1024)
+            assert _C.reconstruct_shared_bytes(code) <= 48 * 1024, (arch, code)
             for rank in (1, 32, 33, 64, 65, _C.LOWRANK_LINEAR_MAX_RANK):
-                assert _C.lowrank_linear_shared_bytes(code, rank) <= SHARED_LIMIT.get(arch, 227 * 1024), (
-                    arch,
-                    code,
-                    rank,
-                )
+                assert _C.lowrank_linear_shared_bytes(code, rank) <= limit, (arch, code, rank)
+                assert _C.batched_lowrank_linear_shared_bytes(code, rank) <= limit, (arch, code, rank)
 
 
 def test_half_precision_uses_tensor_cores():
-    assert not failures(lambda k: "HMMA.16816.F32" not in k.code, PRODUCTS, ["bfloat16", "float16"])
+    assert not failures(lambda k: "HMMA.16816.F32" not in k.code, [*PRODUCTS, "reconstruct"], ["bfloat16", "float16"])
 
 
 def test_float32_stays_float32():
     assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code), dtypes=["float32"])
     assert not failures(lambda k: "FFMA" not in k.code, PRODUCTS, ["float32"])
+    assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code) or "FFMA" not in k.code, RECONSTRUCT[1:])
+
+
+def test_float32_operands_are_read_in_pairs():
+    """Eight bytes at a time: products in float32 are limited by reads of shared memory."""
+    assert not failures(lambda k: k.code.count("LDS.64") < 8, [*PRODUCTS, *RECONSTRUCT[1:]], ["float32"])
 
 
 def test_wide_matrices_move_16_bytes_at_a_time():
-    """Loads of x, dY and S; stores of y0 and, in one of the two kernels of each kind, dx0."""
-    assert not failures(lambda k: "LDG.E.128" not in k.code, PRODUCTS)
-    assert not failures(lambda k: "STG.E.128" not in k.code, ["expand"])
+    """Loads of x, dY, S and bases; stores of y0, of whole weights and, in one of the two kernels of each kind, dx0."""
+    assert not failures(lambda k: "LDG.E.128" not in k.code, [*PRODUCTS, *RECONSTRUCT])
+    assert not failures(lambda k: "STG.E.128" not in k.code, ["expand", "batched_expand", *RECONSTRUCT])
     storing = {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd" and "STG.E.128" in k.code}
     assert storing == {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd"}
 
