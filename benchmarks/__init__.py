@@ -1,1 +1,1 @@
-"""What each operation costs: cases and providers in bench_<op>.py, the least time possible in floor.py."""
+"""What each operation costs: bench_<op>.py has cases and providers, floor_<op>.py the least time possible."""

@@ -11,9 +11,10 @@ import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,73 @@ BACKENDS = {
     "triton": ("interpreted, against float64", "sm_80, sm_90, sm_100"),
     "cuda": ("host emulation, against float64", "sm_80, sm_90a, sm_100"),
 }
+
+
+class Layout(NamedTuple):
+    """The columns of one operation's tables: what tells its cases apart, its figures, and the peers in its ratios."""
+
+    case: dict[str, Callable[[dict], object]]
+    figures: tuple[str, ...]  # of FIGURES
+    versus: dict[str, str]  # short name: provider; the first is the one on the terminal
+
+
+FIGURES = {  # heading: what a result holds, its digits and unit
+    "GB/s": ("gb_per_s", 1, 1),
+    "% of copy": ("percent_of_copy", 0, 1),
+    "% of floor": ("percent_of_floor", 0, 1),
+    "GFLOP": ("flops", 2, 1e9),
+    "MB moved": ("bytes", 1, 1e6),
+    "launches": ("launches", 0, 1),
+    "MB saved": ("saved_bytes", 2, 1e6),
+}
+
+
+def _pass(case: dict) -> str:
+    return "fwd + bwd" if case.get("backward", True) else "fwd"
+
+
+LAYOUTS = {
+    "lowrank_linear": Layout(
+        {
+            "M × K → N": lambda case: f"{case['M']} × {case['K']} → {case['N']}",
+            "rank": lambda case: case["R"],
+            "dtype": lambda case: case["dtype"],
+            "dropout": lambda case: f"{case['dropout']:g}",
+            "pass": _pass,
+        },
+        (),
+        {"PEFT": "PEFT", "PEFT compiled": "PEFT compiled"},
+    ),
+    "reconstruct": Layout(
+        {
+            "N × out × in": lambda case: f"{case['N']} × {case['rows']} × {case['columns']}",
+            "rank": lambda case: case["R"],
+            "core": lambda case: case["core"],
+            "base": lambda case: "yes" if case["base"] else "no",
+            "dtype": lambda case: case["dtype"],
+            "pass": _pass,
+        },
+        ("GB/s", "% of copy"),
+        {"einsum": "torch einsum", "bmm": "torch bmm", "loop": "matmul loop", "PEFT": "PEFT's merge formula"},
+    ),
+    "batched_lowrank_linear": Layout(
+        {
+            "rows × K → N": lambda case: f"{case['entries']}·{case['tokens']} × {case['K']} → {case['N']}",
+            "rank": lambda case: case["R"],
+            "adapters": lambda case: case["L"],
+            "one per": lambda case: case["adapter_of"],
+            "dtype": lambda case: case["dtype"],
+            "pass": _pass,
+        },
+        (),
+        {"loop": "loop of lowrank_linear", "PEFT": "PEFT, adapter_names", "merged weights": "merged weights"},
+    ),
+}
+
+
+def operations() -> list[str]:
+    """The name of every operation."""
+    return sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if not module.name.startswith("_"))
 
 
 # ---- result files ---------------------------------------------------------------------------------------------------
@@ -91,20 +159,16 @@ def describe(run: dict) -> str:
 
 
 def case_table(case: dict) -> str:
-    """One case, forward and backward; FLOPs and bytes as the design has them, launches counted on a GPU."""
+    """One case; FLOPs and bytes as the design has them, launches counted on a GPU."""
     in_graph = any(row["graph_ms"] for row in case["results"])
-    headers = ["provider", "ms", "±", "vs PEFT", "% of floor", "GFLOP", "MB moved", "launches", "MB saved"]
+    peer, provider = next(iter(LAYOUTS[case["op"]].versus.items()))
+    headers = ["provider", "ms", "±", f"vs {peer}", *(["ms in a graph", f"vs {peer}"] if in_graph else []), *FIGURES]
     rows = []
     for row in case["results"]:
-        cells = [row["provider"], _number(row["ms"], 3), _number(row["spread_ms"], 3)]
-        cells += [_times(row["speed_vs_peft"]), _number(row["percent_of_floor"], 0)]
-        cells += [_number(row["flops"], 2, 1e9), _number(row["bytes"], 1, 1e6)]
-        cells += [_number(row["launches"], 0), _number(row["saved_bytes"], 2, 1e6)]
+        cells = [row["provider"], _number(row["ms"], 3), _number(row["spread_ms"], 3), _speed(case, row, provider)]
         if in_graph:
-            cells[3:3] = [_number(row["graph_ms"], 3), _times(row["graph_speed_vs_peft"])]
-        rows.append(cells)
-    if in_graph:
-        headers[3:3] = ["ms in a graph", "vs PEFT"]
+            cells += [_number(row["graph_ms"], 3), _speed(case, row, provider, "graph_ms")]
+        rows.append([*cells, *_figures(row, FIGURES)])
     floor = next((row["floor_ms"] for row in case["results"] if row["design"] != "linear"), None)
     title = f"{case['op']} {case['title']}" + (f"; floor {floor:.3f} ms" if floor else "")
     absent = [f"{name}: {reason}" for name, reason in case["absent"].items()]
@@ -129,8 +193,17 @@ def _number(value: float | None, digits: int, unit: float = 1) -> str:
     return "–" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×"
+def _figures(row: dict, headings: Iterable[str]) -> list[str]:
+    return [_number(row.get(key), digits, unit) for key, digits, unit in map(FIGURES.get, headings)]
+
+
+def _speed(case: dict, row: dict, provider: str, time: str = "ms") -> str:
+    """How many times as fast as a provider: by the rounds of a CPU's run, by medians where there are none."""
+    speed = row.get("speed_vs", {}).get(provider) if time == "ms" else None
+    other = next((each[time] for each in case["results"] if each["provider"] == provider), None)
+    if speed is None and other and row[time]:
+        speed = other / row[time]
+    return "–" if speed is None else f"{speed:.2f}×"
 
 
 # ---- in README.md ---------------------------------------------------------------------------------------------------
@@ -138,7 +211,7 @@ def _times(value: float | None) -> str:
 
 def status_table(runs: Sequence[dict]) -> str:
     rows = []
-    for op in sorted(module.name for module in pkgutil.iter_modules(ops.__path__)):
+    for op in operations():
         for backend, (in_ci, compiled) in BACKENDS.items():
             rows.append((f"`{op}`", backend, in_ci, compiled, _run_on_gpu(op, backend, runs)))
     return markdown(("operation", "backend", "in CI", "compiled ahead of time", "run on a GPU"), rows)
@@ -156,32 +229,29 @@ def _run_on_gpu(op: str, backend: str, runs: Sequence[dict]) -> str:
 
 
 def speed_table(runs: Sequence[dict]) -> str:
-    """Per device one line for every case and backend of ours; without a GPU's results only that there are none."""
+    """Per device a table for every operation; without a GPU's results only that there are none."""
     parts = [] if any(run["kind"] == "gpu" for run in runs) else [f"GPU: {NEVER}."]
-    headers = ("operation", "M × K → N", "rank", "dtype", "dropout", "ours", "ms", "vs PEFT", "vs PEFT compiled")
     for run in runs:
-        on_gpu = run["kind"] == "gpu"
-        rows = []
-        for case in run["cases"]:
-            compiled = next((row for row in case["results"] if row["provider"] == "PEFT compiled"), None)
-            for row in (row for row in case["results"] if row["backend"]):
-                time, versus = ("graph_ms", "graph_speed_vs_peft") if on_gpu else ("ms", "speed_vs_peft")
-                rows.append(
-                    (
-                        f"`{case['op']}`",
-                        f"{case['M']} × {case['K']} → {case['N']}",
-                        str(case["R"]),
-                        case["dtype"],
-                        f"{case['dropout']:g}",
-                        row["provider"].removeprefix("ours, "),
-                        _number(row[time], 3),
-                        _times(row[versus]),
-                        _times(compiled[time] / row[time] if compiled and compiled[time] and row[time] else None),
-                    )
-                )
-        how = "in a CUDA graph, " if on_gpu else ""
-        parts.append(f"{describe(run)}; {how}forward and backward:\n\n{markdown(headers, rows)}")
+        time, how = ("graph_ms", "; in a CUDA graph") if run["kind"] == "gpu" else ("ms", "")
+        parts.append(f"{describe(run)}{how}.")
+        measured = {case["op"] for case in run["cases"]}
+        parts += [_op_table(op, run["cases"], time) for op in LAYOUTS if op in measured]
     return "\n\n".join(parts)
+
+
+def _op_table(op: str, cases: Sequence[dict], time: str) -> str:
+    """One line for every case and backend of ours; a column that is empty throughout is left out."""
+    layout = LAYOUTS[op]
+    headers = [*layout.case, "ours", "ms", *layout.figures, *(f"vs {peer}" for peer in layout.versus)]
+    rows = []
+    for case in (case for case in cases if case["op"] == op):
+        for row in (row for row in case["results"] if row["backend"]):
+            cells = [str(cell(case)) for cell in layout.case.values()]
+            cells += [row["provider"].removeprefix("ours, "), _number(row[time], 3), *_figures(row, layout.figures)]
+            rows.append(cells + [_speed(case, row, provider, time) for provider in layout.versus.values()])
+    kept = [index for index, column in enumerate(zip(*rows)) if set(column) != {"–"}]
+    table = markdown([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
+    return f"`{op}`:\n\n{table}"
 
 
 def updated(text: str, runs: Sequence[dict]) -> str:

@@ -1,5 +1,6 @@
 """Measuring: time on a CPU and on a GPU, kernel launches, and what a forward keeps for its backward."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,17 +23,27 @@ class Times(NamedTuple):
         return cls(middle, (high - low) / 2, list(samples))
 
 
-def time_on_cpu(steps: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Times]:
+FEWEST_ROUNDS, MOST_ROUNDS, SECONDS = 6, 100, 1.2
+
+
+def time_on_cpu(steps: dict[str, Callable[[], object]], rounds: int | None = None, warmup: int = 1) -> dict[str, Times]:
     """Every step once per round, so that whatever else the machine does strikes all alike; compare within a round.
 
-    Every other round runs backwards: nobody always follows the same neighbour's use of the caches.
+    The order is drawn for every other round, and the next one runs backwards: nobody always follows the same neighbour,
+    whose use of the caches doubles the time of a small step. Without a number of rounds, as many as fit into SECONDS,
+    within reason.
     """
     for step in steps.values():
         for _ in range(warmup):
             step()
     samples = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name in list(steps) if turn % 2 == 0 else reversed(steps):
+    order, draw = list(steps), random.Random(0)
+    begin = time.perf_counter()
+    for turn in range(rounds or MOST_ROUNDS):
+        if not rounds and turn >= FEWEST_ROUNDS and time.perf_counter() - begin > SECONDS:
+            break
+        draw.shuffle(order) if turn % 2 == 0 else order.reverse()
+        for name in order:
             start = time.perf_counter()
             steps[name]()
             samples[name].append(time.perf_counter() - start)
@@ -62,7 +73,10 @@ def time_on_gpu(step: Callable[[int], object], copies: int) -> Times:
 
 
 def time_in_graph(step: Callable[[int], object], copies: int, replays: int = 20) -> Times:
-    """The same without the cost of issuing: one call on each set of inputs in a CUDA graph, replayed; per call."""
+    """The same without the cost of issuing: one call on each set of inputs in a CUDA graph, replayed; per call.
+
+    The results stay alive until the last call, so that no call writes where another has left its lines in the cache.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -71,8 +85,7 @@ def time_in_graph(step: Callable[[int], object], copies: int, replays: int = 20)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(copies):
-            step(index)
+        kept = [step(index) for index in range(copies)]
     samples = []
     for _ in range(3 + replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -81,6 +94,7 @@ def time_in_graph(step: Callable[[int], object], copies: int, replays: int = 20)
         end.record()
         end.synchronize()
         samples.append(start.elapsed_time(end) / 1e3 / copies)
+    del kept
     return Times.of(samples[3:])
 
 
@@ -97,9 +111,11 @@ def count_launches(step: Callable[[], object]) -> int:
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
-def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> int:
+def saved_bytes(
+    forward: Callable[[Tensor | None], Tensor], x: Tensor | None, parameters: Sequence[Tensor | None]
+) -> int:
     """Bytes kept between forward and backward besides x and the parameters, each storage once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *parameters)}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *parameters) if tensor is not None}
     storages = {}
 
     def pack(tensor: Tensor) -> Tensor:

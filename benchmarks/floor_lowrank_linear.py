@@ -1,0 +1,105 @@
+"""What `lowrank_linear` costs, by formula: peft_kernels/ops/lowrank_linear.py with O = I = 1 and no core.
+
+Sizes: M rows, K in features, N out features, R rank, `size` bytes per element.
+"""
+
+from .floor import Pass, Work
+
+DESIGNS = ("linear", "eager", "torch", "D1", "D3")  # "eager" is a LoRA written down as in its paper, PEFT's too
+
+
+def compulsory(M: int, K: int, N: int, R: int, size: int) -> tuple[Work, Work]:
+    """(forward, backward): what no design can avoid. R = 0 is the frozen linear alone.
+
+    The six thin products are x Aᵀ and S Bᵀ; G B, Gᵀ S, dzᵀ x and dz A.
+    """
+    gemm, thin = 2 * M * N * K, 2 * M * R * (K + N)
+    parameters = N * K + R * (K + N)
+    forward = M * K + parameters + M * (N + R)  # read x; write y and z
+    backward = M * (N + K + R) + parameters + M * K + R * (K + N)  # read dy, x, z; write dx, dA, dB
+    if R == 0:
+        backward -= M * K  # nothing needs x
+    return Work(gemm + thin, forward * size), Work(gemm + 2 * thin, backward * size)
+
+
+def passes(design: str, M: int, K: int, N: int, R: int, size: int, dropout: bool) -> tuple[list[Pass], list[Pass]]:
+    """(forward, backward) of one design.
+
+    Partial sums of the kernels are taken to stay in the L2 cache: their passes count as launches of few bytes.
+    """
+    x, y, z, weight, down, up = (n * size for n in (M * K, M * N, M * R, N * K, R * K, N * R))
+    mask = M * K if dropout else 0  # one byte per element of x
+    gemm, thin_x, thin_y = 2 * M * N * K, 2 * M * R * K, 2 * M * R * N
+    linear = Pass("x Wᵀ + b", gemm, x + weight + y)
+    linear_bwd = Pass("dy W", gemm, y + weight + x)
+
+    if design == "linear":
+        return [linear], [linear_bwd]
+
+    if design == "eager":
+        forward = [
+            linear,
+            Pass("z = x Aᵀ", thin_x, x + down + z),
+            Pass("z Bᵀ", thin_y, z + up + y),
+            Pass("times s", M * N, 2 * y),
+            Pass("add", M * N, 3 * y),
+        ]
+        backward = [
+            Pass("dy times s", M * N, 2 * y),
+            Pass("dB", thin_y, y + z + up),
+            Pass("dz", thin_y, y + up + z),
+            Pass("dA", thin_x, x + z + down),
+            Pass("dz A", thin_x, z + down + x),
+            linear_bwd,
+            Pass("add", M * K, 3 * x),
+        ]
+        if dropout:
+            forward.insert(1, Pass("dropped x, mask", M * K, 2 * x + mask))
+            backward.insert(5, Pass("masked", M * K, 2 * x + mask))
+        return forward, backward
+
+    if design == "torch":
+        forward = [
+            linear,
+            Pass("z = x Aᵀ", thin_x, x + down + z),
+            Pass("y += s z Bᵀ", thin_y, z + up + 2 * y),
+        ]
+        backward = [
+            Pass("dB", thin_y, y + z + up),
+            Pass("dz", thin_y, y + up + z),
+            Pass("dz times s", M * R, 2 * z),
+            linear_bwd,
+            Pass("dA", thin_x, x + z + down),
+            Pass("dx += dz A", thin_x, z + down + 2 * x),
+        ]
+        if dropout:
+            forward[1:1] = [Pass("mask", M * K, mask), Pass("x times mask", M * K, 2 * x + mask)]
+            backward[4:4] = [Pass("x times mask", M * K, 2 * x + mask)]
+            backward[-1:] = [
+                Pass("dz A", thin_x, z + down + x),
+                Pass("dx += mask · dz A", M * K, 3 * x + mask),
+            ]
+        return forward, backward
+
+    if design in ("D1", "D3"):
+        forward = [
+            Pass("shrink: z = drop(x) Aᵀ", thin_x, x + down + z),
+            Pass("expand: y = s z Bᵀ + b", thin_y, z + up + y),
+            Pass("y += x Wᵀ", gemm, x + weight + 2 * y),
+        ]
+        if design == "D3":  # x Aᵀ again for each of ⌈N / 128⌉ column tiles, at no traffic
+            tiles = -(-N // 128)
+            forward = [Pass("fused", gemm + thin_x * tiles + thin_y, x + weight + down + up + y + z)]
+        backward = [
+            Pass("up_bwd: dy B, dB", 2 * thin_y, y + z + up),
+            Pass("sum of dB", 0, up),
+            Pass("hidden_bwd: dz", M * R, z),
+            Pass("down_bwd: mask · dz A, dA", 2 * thin_x, x + z + down + x),
+            Pass("sum of dA", 0, down),
+            Pass("dx += dy W", gemm, y + weight + 2 * x),
+        ]
+        if dropout:
+            forward.insert(0, Pass("seed", 0, 16))
+        return forward, backward
+
+    raise ValueError(f"design: expected one of {DESIGNS}, got {design!r}")

@@ -1,0 +1,152 @@
+"""A run of every operation's benchmark, its result file, and that README's tables say what was measured."""
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from benchmark_cases import EAGER, TINY
+
+from peft_kernels.benchmarks import __main__ as every
+from peft_kernels.benchmarks import bench_lowrank_linear, bench_reconstruct, runner, tables
+
+BENCH = bench_reconstruct.BENCH
+
+# ---- a run of everything --------------------------------------------------------------------------------------------
+
+
+def _tiny(bench):
+    """The bench with its real providers, those of a compiler left out, and one shape in one dtype."""
+    providers = {name: each for name, each in bench.providers.items() if name in EAGER}
+    return dataclasses.replace(
+        bench, providers=providers, cases=lambda on_cpu, dtypes: bench.shaped(TINY[bench.op], dtypes[0])
+    )
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "cpu.json"
+    which = ["--device", "cpu", "--dtype", "float32", "--rounds", "2", "--save", str(path)]
+    runner.main([_tiny(bench) for bench in every.BENCHES], "", which)
+    return json.loads(path.read_text())
+
+
+def test_every_operation_is_measured_and_has_its_columns():
+    benched = {bench.op for bench in every.BENCHES}
+    assert benched <= set(tables.operations()) and "_frozen" not in tables.operations()
+    assert benched == set(tables.LAYOUTS) == set(TINY)
+    for bench in every.BENCHES:
+        assert set(tables.LAYOUTS[bench.op].versus.values()) <= bench.providers.keys()
+        usual = [bench.cases(on_cpu, ["float32", "bfloat16"]) for on_cpu in (True, False)]
+        assert all(len(set(found)) == len(found) for found in usual)
+
+
+def test_run_saves_what_tables_need(saved_run):
+    assert saved_run["kind"] == "cpu" and saved_run["schema"] == 1
+    assert {"python", "torch", "peft"} <= saved_run["versions"].keys()
+    assert {"device", "threads", "commit", "date"} <= saved_run.keys()
+    assert {case["op"] for case in saved_run["cases"]} == set(TINY)
+    for case in saved_run["cases"]:
+        assert "ours, torch" in [row["provider"] for row in case["results"]]
+        assert all(row["verified"] and row["ms"] > 0 and row["percent_of_floor"] > 0 for row in case["results"])
+        assert all(row["gb_per_s"] > 0 and row["percent_of_copy"] > 0 for row in case["results"])
+        assert all((row["saved_bytes"] is not None) == case["backward"] for row in case["results"])
+        table = tables.case_table(case)
+        assert all(row["provider"] in table for row in case["results"])
+        assert case["op"] in table and case["dtype"] in table
+
+
+def test_quick_takes_two_cases(capsys):
+    bench = dataclasses.replace(_tiny(BENCH), providers={"torch bmm": BENCH.providers["torch bmm"]})
+    runner.main([bench], "", ["--quick", "--device", "cpu", "--dtype", "float32"])
+    assert capsys.readouterr().out.count("reconstruct 3 × 24 × 40") == 2
+
+
+# ---- README's tables ------------------------------------------------------------------------------------------------
+
+MARKED = "# A\n<!-- status:begin -->\n<!-- status:end -->\nb\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nc\n"
+
+
+def _on_gpu(run):
+    run = copy.deepcopy(run)
+    run.update(kind="gpu", device="NVIDIA Test", driver="1.2", threads=None)
+    for case in run["cases"]:
+        for row in case["results"]:
+            row.update(graph_ms=row["ms"] / 2, backend=row["backend"] and "triton")
+            if case["op"] == "lowrank_linear" and row["provider"] == "PEFT":
+                row["graph_ms"] = 1234.5 * next(r["ms"] / 2 for r in case["results"] if r["backend"])
+    run["cases"] = [case for case in run["cases"] if case["op"] != "reconstruct"]
+    return run
+
+
+def test_without_a_gpu_result_tables_say_so_and_nothing_else(saved_run):
+    text = tables.updated(MARKED, [saved_run])
+    status = [line for line in text.splitlines() if "interpreted" in line or "emulation" in line]
+    assert [line.split("|")[-2].strip() for line in status] == [tables.NEVER] * 2 * len(tables.operations())
+    assert f"GPU: {tables.NEVER}." in text and "old" not in text and text.endswith("\nc\n")
+    assert all(f"\n`{op}`:\n" in text for op in TINY)
+    assert all(shape in text for shape in ("24 × 16 → 40", "3 × 24 × 40", "4·6 × 24 → 40"))
+
+
+def test_gpu_result_shows_for_what_it_verified(saved_run):
+    text = tables.updated(MARKED, [_on_gpu(saved_run), saved_run])
+    for line in (line for line in text.splitlines() if "interpreted" in line or "emulation" in line):
+        seen = "interpreted" in line and any(f"`{op}`" in line for op in ("lowrank_linear", "batched_lowrank_linear"))
+        assert ("NVIDIA Test" in line) == seen and (tables.NEVER in line) != seen
+    assert f"GPU: {tables.NEVER}" not in text and "1234.50×" in text and "; in a CUDA graph." in text
+
+
+def test_ratios_are_those_of_the_rounds_where_there_are_some():
+    rows = [{"provider": "a", "ms": 4.0, "graph_ms": 3.0}, {"provider": "b", "ms": 2.0, "graph_ms": 1.0}]
+    assert tables._speed({"results": rows}, rows[1], "a") == "2.00×"
+    assert tables._speed({"results": rows}, rows[1], "a", "graph_ms") == "3.00×"
+    assert tables._speed({"results": rows}, rows[1], "c") == "–"
+    rows[1]["speed_vs"] = {"a": 2.5}
+    assert tables._speed({"results": rows}, rows[1], "a") == "2.50×"
+
+
+def test_tables_command(saved_run, tmp_path):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    tables.save(saved_run, results / "cpu-old.json")
+    readme.write_text(MARKED)
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert tables.main([*arguments, "--check"]) == 1 and readme.read_text() == MARKED
+    assert tables.main(arguments) == 0 and tables.main([*arguments, "--check"]) == 0
+    tables.save(_on_gpu(saved_run), results / "gpu.json")
+    assert tables.main([*arguments, "--check"]) == 1
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="status:begin"):
+        tables.main(arguments)
+
+
+def test_later_run_of_a_device_replaces_the_earlier(saved_run, tmp_path):
+    for name, date in (("a", "2026-02-01"), ("b", "2026-01-01")):
+        tables.save({**saved_run, "date": date}, tmp_path / f"{name}.json")
+    assert [run["date"] for run in tables.load(tmp_path)] == ["2026-02-01"]
+
+
+def test_readme_is_in_sync():
+    text = tables.README.read_text() if tables.README.is_file() else MARKED
+    if "<!-- status:begin -->" in text and text != MARKED:
+        assert tables.updated(text, tables.load()) == text, "run `python -m peft_kernels.benchmarks.tables`"
+
+
+def test_committed_results_name_no_host_and_no_path():
+    for path in Path(tables.RESULTS).glob("*.json"):
+        run = json.loads(path.read_text())
+        assert {"kind", "device", "versions", "commit", "date", "cases"} <= run.keys(), path.name
+        assert not re.search(r'"[^"]*(?:/\w+){2}', path.read_text()), path.name
+
+
+def test_command_of_one_operation(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--shape", "24,16,40", "--dtype", "bfloat16", "--providers", "frozen linear"]
+    path = tmp_path / "run.json"
+    runner.main([bench_lowrank_linear.BENCH], "", [*arguments, "--rounds", "2", "--save", str(path)])
+    assert [case["R"] for case in json.loads(path.read_text())["cases"]] == [16, 16]
+    for wrong in ("24,x,40", "24,0,40"):
+        with pytest.raises(SystemExit):
+            runner.main([bench_lowrank_linear.BENCH], "", ["--shape", wrong])
+    assert "expected numbers like" in capsys.readouterr().err
