@@ -7,6 +7,7 @@ import torch
 MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
+SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; the same number as kSegmentRows in csrc
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,13 @@ def lowrank_linear_config(
     The number of rows does not matter, and rank only by its power of two: neither recompiles anything in its bucket.
     Raises ValueError for a rank above MAX_RANK, and if `design` is asked for and cannot run this shape.
     """
-    if shape.rank > MAX_RANK:
-        raise ValueError(f"rank: the Triton kernels take ranks up to {MAX_RANK}, not {shape.rank}")
+    block_r = _block_rank(shape.rank)
     problem = d3_problem(shape)
     if design == "D3" and problem:
         raise ValueError(f"design: 'D3' {problem}")
-    block_r = max(16, 1 << (shape.rank - 1).bit_length())
     tiles = _float32_tiles(block_r) if dtype == torch.float32 else _half_tiles(block_r, arch)
-    if SHARED_MEMORY[_nearest(arch, SHARED_MEMORY)] < 128_000:
-        tiles = {kernel: replace(tile, stages=2) for kernel, tile in tiles.items()}
-    return LowRankLinearConfig(design or "D1", block_r, min(block_r, 16 if dtype == torch.float32 else 32), **tiles)
+    chunk_r = min(block_r, 16 if dtype == torch.float32 else 32)
+    return LowRankLinearConfig(design or "D1", block_r, chunk_r, **_fitted(tiles, arch))
 
 
 # The widest tiles that the assembler gives no spills on sm_80, sm_90 and sm_100, for widths divisible by 16
@@ -128,6 +126,85 @@ def strip_tiles(rows: int, tile_rows: int, column_tiles: int, arch: int) -> int:
     return max(1, -(-row_tiles // strips))
 
 
+@dataclass(frozen=True)
+class BatchedConfig:
+    """One tile per kernel of `batched_lowrank_linear`; `rows` divides SEGMENT_ROWS in the first two."""
+
+    block_r: int
+    shrink: Tile
+    expand: Tile
+    gram: Tile
+
+
+def batched_config(rank: int, dtype: torch.dtype, arch: int) -> BatchedConfig:
+    """The tiles for one rank, by its power of two alone. Raises ValueError for a rank above MAX_RANK."""
+    block_r = _block_rank(rank)
+    wide = Tile(32, 64) if dtype == torch.float32 else Tile(64, 128)
+    shrink = gram = wide
+    if block_r == 64:
+        shrink = replace(wide, stages=2) if dtype == torch.float32 else Tile(64, 64)
+    if block_r == 16 and arch < 90:
+        gram = replace(wide, stages=2)
+    return BatchedConfig(block_r, **_fitted({"shrink": shrink, "expand": wide, "gram": gram}, arch))
+
+
+def adapter_strips(rows: int, adapters: int, tile_rows: int, column_tiles: int, arch: int) -> int:
+    """Strips of one adapter's rows, so that about two programs run on every multiprocessor.
+
+    The number never depends on how the rows are spread over the adapters, which the host does not know.
+    """
+    wanted = 2 * PROCESSORS[_nearest(arch, PROCESSORS)] // (adapters * column_tiles)
+    return max(1, min(wanted, -(-rows // tile_rows)))
+
+
+def reconstruct_tile(rank: int, core: str, dtype: torch.dtype, exact: bool, arch: int) -> Tile:
+    """The tile of `reconstruct`: `rows` × `columns` of the result, `depth` of the rank at a time.
+
+    exact: half-precision factors are multiplied as they are, not as float32. Not the widest tiles without spills: with
+    at most 128 registers a thread, one program on a multiprocessor multiplies while another one writes. A dense core is
+    multiplied anew for every column tile, so its tiles stay wide.
+    """
+    if exact:
+        return Tile(64, 128, stages=2, depth=16 if rank <= 16 else 32)
+    if dtype == torch.float32:
+        return Tile(32, 128, stages=1 if core == "dense" else 2, depth=16)
+    if arch >= 90 and core != "dense":
+        return Tile(64, 64, stages=2, depth=16)
+    return Tile(32, 128, stages=2, depth=16)
+
+
+def _block_rank(rank: int) -> int:
+    """The power of two that a rank is padded to."""
+    if rank > MAX_RANK:
+        raise ValueError(f"rank: the Triton kernels take ranks up to {MAX_RANK}, not {rank}")
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _fitted(tiles: dict[str, Tile], arch: int) -> dict[str, Tile]:
+    """Fewer stages where a block has little shared memory."""
+    if SHARED_MEMORY[_nearest(arch, SHARED_MEMORY)] < 128_000:
+        return {kernel: replace(tile, stages=2) for kernel, tile in tiles.items()}
+    return tiles
+
+
 def _nearest(arch: int, table: dict[int, int]) -> int:
     """The newest architecture of the table that is not newer than `arch`."""
     return max((known for known in table if known <= arch), default=min(table))
+
+
+@dataclass(frozen=True)
+class WeightDistanceConfig:
+    """One tile per kernel of `weight_distance`; `depth` of a rank or of a product's inner dimension at a time."""
+
+    distance: Tile
+    finish: Tile
+    product: Tile
+
+
+def weight_distance_config(arch: int) -> WeightDistanceConfig:
+    """Tiles for true float32, whose operands live in registers; one launch takes matrices of any shape."""
+    return WeightDistanceConfig(
+        distance=Tile(64, 64, warps=8, stages=2, depth=16),
+        finish=Tile(128, 64, warps=8, stages=1),
+        product=Tile(64, 32, warps=8, stages=3, depth=32),
+    )

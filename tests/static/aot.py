@@ -14,6 +14,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from peft_kernels.triton_kernels.config import SHARED_MEMORY
+
+ARCHITECTURES = (80, 90, 100)
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # each architecture's widest product
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -32,6 +36,21 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+
+    def reads_16_bytes(self) -> bool:
+        return bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global [^;]*0x10", self.ptx))
+
+    def reads_2_bytes(self) -> bool:
+        """Some half-precision tensor is read element by element."""
+        return bool(re.search(r"ld\.global\S*\.b16", self.ptx))
+
+    def writes_16_bytes(self) -> bool:
+        """Nothing is written in smaller pieces."""
+        stores = re.findall(r"st\.global\S*", self.ptx)
+        return bool(stores) and all(".v4.b32" in store for store in stores)
+
+    def uses_tensor_cores(self) -> bool:
+        return bool(re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx))
 
 
 def compile_launch(launch, arch: int) -> Compiled:
@@ -64,6 +83,32 @@ def compile_launch(launch, arch: int) -> Compiled:
         number("LOCAL") + number("STACK"),
         compiled.metadata.shared,
     )
+
+
+def check_resources(kernel: Compiled, arch: int) -> str:
+    """No spill, and the shared memory there is; returns the kernel in words, for what is asserted next."""
+    where = f"{kernel.name} for sm_{arch}: {kernel.registers} registers"
+    assert kernel.spills == 0, f"{where}, {kernel.spills} bytes spilled"
+    assert kernel.shared <= SHARED_MEMORY[arch], f"{where}, {kernel.shared} bytes of shared memory"
+    return where
+
+
+def binaries(launches: list) -> list:
+    """What Triton compiles these launches for: two equal lists share their binaries."""
+    keys = []
+    for launch in launches:
+        names = launch.kernel.arg_names
+        free = {names[i] if isinstance(i, int) else i for i in launch.kernel.do_not_specialize}
+        special = [
+            (value == 1, value % 16 == 0) if isinstance(value, int) and name not in free else _type(value)
+            for name, value in zip(names, launch.args)
+        ]
+        keys.append((launch.kernel.__name__, special, launch.constants, launch.tile))
+    return keys
+
+
+def _type(value):
+    return value.dtype if isinstance(value, Tensor) else type(value)
 
 
 def _kind(value) -> str | None:

@@ -1,4 +1,4 @@
-"""Every Triton kernel as machine code for three architectures, in the tiles that config.py chooses, without a GPU.
+"""The Triton kernels of `lowrank_linear` as machine code for three architectures, in config.py's tiles, without a GPU.
 
 No spill, shared memory within the limit, tensor cores where they belong, 16-byte accesses, no tf32 in float32 kernels.
 """
@@ -14,12 +14,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels decorated under the interpreter cannot be compiled", allow_module_level=True)
 
-from aot import compile_launch
+from aot import ARCHITECTURES, TENSOR_CORES, binaries, check_resources, compile_launch
 
 from peft_kernels.triton_kernels import common, lowrank_linear, lowrank_linear_bwd
-from peft_kernels.triton_kernels.config import SHARED_MEMORY
 
-ARCHITECTURES = (80, 90, 100)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -91,24 +89,17 @@ def check(call: Call, arch: int, monkeypatch) -> list[str]:
         if launch.kernel.__name__ not in compiled:
             compiled[launch.kernel.__name__] = compile_launch(launch, arch)
     for name, kernel in compiled.items():
-        where = f"{name} for sm_{arch}: {kernel.registers} registers"
-        assert kernel.spills == 0, f"{where}, {kernel.spills} bytes spilled"
-        assert kernel.shared <= SHARED_MEMORY[arch], f"{where}, {kernel.shared} bytes of shared memory"
+        where = check_resources(kernel, arch)
         if call.dtype == FP32:
             assert ".tf32" not in kernel.ptx, where
             assert "mma" not in kernel.ptx, where
         if name in ("_shrink_kernel", "_fused_kernel", "_up_bwd_kernel", "_down_bwd_kernel"):
-            assert reads_16_bytes(kernel.ptx), f"{where}: its large tensor is not read 16 bytes at a time"
+            assert kernel.reads_16_bytes(), f"{where}: its large tensor is not read 16 bytes at a time"
         if name in ("_expand_kernel", "_fused_kernel", "_down_bwd_kernel"):
             assert re.search(r"st\.global\S*\.v4\.b32", kernel.ptx), f"{where}: not written 16 bytes at a time"
         if name == "_fused_kernel" and call.dtype != FP32:
-            instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-            assert instruction in kernel.ptx, f"{where}: no {instruction}"
+            assert TENSOR_CORES[arch] in kernel.ptx, f"{where}: no {TENSOR_CORES[arch]}"
     return list(compiled)
-
-
-def reads_16_bytes(ptx: str) -> bool:
-    return bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global [^;]*0x10", ptx))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -137,23 +128,10 @@ def test_tf32_is_seen_when_torch_allows_it(monkeypatch):
 
 def test_one_binary_for_all_rows_scales_and_ranks_of_a_bucket():
     """What a binary is compiled for does not change with rows, scale, rank inside its bucket, or z's row stride."""
-
-    def binaries(call: Call) -> list:
-        keys = []
-        for launch in call.launches():
-            names = launch.kernel.arg_names
-            free = {names[i] if isinstance(i, int) else i for i in launch.kernel.do_not_specialize}
-            special = [
-                (value == 1, value % 16 == 0) if isinstance(value, int) and name not in free else type(value)
-                for name, value in zip(names, launch.args)
-            ]
-            keys.append((launch.kernel.__name__, special, launch.constants, launch.tile))
-        return keys
-
-    base = binaries(Call(rank=16))
-    assert base == binaries(Call(rank=16, rows=1000)) == binaries(Call(rank=16, rows=37))
-    assert base == binaries(Call(rank=9))
-    assert base != binaries(Call(rank=17))
+    base = binaries(Call(rank=16).launches())
+    assert base == binaries(Call(rank=16, rows=1000).launches()) == binaries(Call(rank=16, rows=37).launches())
+    assert base == binaries(Call(rank=9).launches())
+    assert base != binaries(Call(rank=17).launches())
 
 
 def test_launch_counts():

@@ -1,0 +1,131 @@
+"""The Triton kernel of `reconstruct` as machine code for three architectures, in config.py's tiles, without a GPU."""
+
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels decorated under the interpreter cannot be compiled", allow_module_level=True)
+
+from aot import ARCHITECTURES, TENSOR_CORES, binaries, check_resources, compile_launch
+
+from peft_kernels.triton_kernels import common, reconstruct
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch to compile; the sizes stand for every size of the same divisibility."""
+
+    dtype: torch.dtype = BF16
+    factor_dtype: torch.dtype = FP32
+    rank: int = 16
+    width: int = 768
+    out_blocks: int = 1
+    in_blocks: int = 1
+    core: str | None = None
+    base: str | None = "full"  # | "shared" | None
+    tensor_scale: bool = True
+
+    def launches(self) -> list[common.Launch]:
+        def empty(*shape, dtype=self.factor_dtype):
+            return torch.empty(shape, dtype=dtype)
+
+        down, up, core = empty(self.rank, self.width), empty(self.width, self.rank), None
+        if self.core is not None:
+            core = empty(self.out_blocks, self.in_blocks, *(self.rank,) * (1 if self.core == "diagonal" else 2))
+        shape = (self.out_blocks * self.width, self.in_blocks * self.width)
+        shape = (self.width, self.width) if self.base == "shared" else shape
+        base = None if self.base is None else empty(*shape, dtype=self.dtype)
+        scale = torch.ones(()) if self.tensor_scale else 2.0
+        with common.record_launches(run=False) as launches:
+            reconstruct.reconstruct_fwd(down, up, core, scale, base, self.dtype)
+        return launches
+
+    @property
+    def exact(self) -> bool:
+        """Half-precision factors that are multiplied as they are."""
+        return self.core is None and self.factor_dtype == self.dtype != FP32
+
+
+CALLS = {
+    "merge-lora": Call(factor_dtype=BF16),
+    "merge-lora-float32-factors": Call(),
+    "aurora-stack-float32": Call(FP32, rank=64, out_blocks=36, core="diagonal", base=None),
+    "aurora-released-stack-on-one-base": Call(rank=64, out_blocks=36, core="dense", base="shared"),
+}
+SWEEP = {
+    f"{dtype}-{factor_dtype}-{rank}-{core}-{blocks}-{base}": Call(dtype, factor_dtype, rank, 768, *blocks, core, base)
+    for dtype, factor_dtype in ((BF16, BF16), (BF16, FP32), (FP16, FP32), (FP32, FP32))
+    for rank in (16, 96)  # one binary for both but where the factors are multiplied as they are
+    for core, blocks in ((None, (1, 1)), ("diagonal", (3, 1)), ("dense", (3, 1)), ("dense", (2, 2)))
+    for base in ("full", "shared", None)
+    if base != "shared" or blocks == (3, 1)
+}
+
+
+def check(call: Call, arch: int, monkeypatch) -> None:
+    monkeypatch.setattr(reconstruct, "architecture", lambda device: arch)
+    [launch] = call.launches()
+    kernel = compile_launch(launch, arch)
+    where = check_resources(kernel, arch)
+    assert kernel.registers <= 128, f"{where}: two programs do not fit a multiprocessor"
+    assert kernel.writes_16_bytes(), f"{where}: its result is not written 16 bytes at a time"
+    if call.base is not None:
+        assert kernel.reads_16_bytes(), f"{where}: its base is not read 16 bytes at a time"
+        if call.dtype != call.factor_dtype:  # only the base is half precision
+            assert not kernel.reads_2_bytes(), f"{where}: its base is read one by one"
+    if call.dtype == FP32:
+        assert ".tf32" not in kernel.ptx, where
+        assert not kernel.uses_tensor_cores(), where
+    elif call.exact:
+        assert ".tf32" not in kernel.ptx, f"{where}: half-precision factors are multiplied as tf32"
+        assert TENSOR_CORES[arch] in kernel.ptx, f"{where}: no {TENSOR_CORES[arch]}"
+    else:  # on purpose: three tf32 products are a float32 product to 22 bits
+        assert "tf32" in kernel.ptx, f"{where}: no tf32x3"
+        assert kernel.uses_tensor_cores(), where
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", CALLS)
+def test_machine_code(name, arch, monkeypatch):
+    check(CALLS[name], arch, monkeypatch)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SWEEP)
+def test_machine_code_of_every_configuration(name, arch, monkeypatch):
+    check(SWEEP[name], arch, monkeypatch)
+
+
+@pytest.mark.parametrize("core", [None, "diagonal", "dense"])
+def test_a_half_precision_result_is_float32s_sum_in_three_products(core):
+    """One tf32 product, as torch's setting may allow for float32 results, would not round correctly."""
+    precision = lambda call: call.launches()[0].constants["PRECISION"]  # noqa: E731
+    assert precision(Call(core=core)) == "tf32x3"
+    assert precision(Call(FP32, core=core)) == "ieee"
+    if core is not None:  # the product of a factor and a core is not exact in half precision
+        assert precision(Call(factor_dtype=BF16, core=core)) == "tf32x3"
+
+
+def test_one_binary_for_all_ranks_blocks_rows_and_scales():
+    """A rank or a number of matrices that was not seen before compiles nothing; only ranks up to 16 have shorter loops
+    where half-precision factors are multiplied as they are."""
+    stack = Call(rank=64, out_blocks=36, core="diagonal")
+    base = binaries(stack.launches())
+    assert all(base == binaries(replace(stack, rank=rank).launches()) for rank in (1, 3, 16, 96, 128))
+    assert all(base == binaries(replace(stack, out_blocks=blocks).launches()) for blocks in (1, 3))
+    assert base != binaries(replace(stack, width=760).launches())
+    lora = Call(factor_dtype=BF16, tensor_scale=False)
+    assert binaries(lora.launches()) == binaries(replace(lora, rank=5).launches())
+    assert binaries(replace(lora, rank=17).launches()) == binaries(replace(lora, rank=128).launches())
+
+
+def test_one_launch_whatever_it_sums():
+    for call in (*CALLS.values(), *SWEEP.values()):
+        assert [launch.kernel.__name__ for launch in call.launches()] == ["_reconstruct_kernel"]

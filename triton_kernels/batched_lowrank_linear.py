@@ -1,0 +1,265 @@
+"""`batched_lowrank_linear` in Triton: thin passes, each row through its own adapter, around torch's GEMM.
+
+The mathematics, every shape and the segments: peft_kernels/ops/batched_lowrank_linear.py. M rows, L adapters, rank R;
+"wide" is x, dy, y or dx with W columns, "thin" is z or dz with R. A factor is `down` (L, R, W) or, with UP, `up`
+(L, W, R).
+
+    forward    shrink   x -> z                 expand   z -> s · z Bᵀ + b;  then torch adds x Wᵀ
+    backward   shrink   dy -> dz = s · dy B    expand   dz -> dz A;  then torch adds dy W
+               gram     dy, z -> dB; x, dz -> dA, by strips of each adapter's rows
+
+Programs take a tile of rows of one adapter, which they gather and scatter through `order`; partial sums are added in
+a fixed order: gradients repeat bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import architecture, dot_constants, launch, scale_arguments, sum_partials
+from .config import SEGMENT_ROWS, BatchedConfig, adapter_strips, batched_config
+from .lowrank_linear_fwd import Scale, load_up
+
+Segments = Sequence[Tensor]  # order, offsets, tile_adapter, tile_first
+
+
+@triton.jit
+def _load_tile(
+    order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr, BLOCK_M: tl.constexpr, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """This program's adapter (-1: none), the rows it gathers and which of them there are."""
+    parts: tl.constexpr = SEGMENT // BLOCK_M
+    tile = tl.program_id(0) // parts
+    adapter = tl.load(tile_adapter_ptr + tile)
+    first = tl.load(tile_first_ptr + tile) + tl.program_id(0) % parts * BLOCK_M
+    places = first + tl.arange(0, BLOCK_M)
+    mask_m = places < tl.load(offsets_ptr + adapter + 1)
+    return adapter, tl.load(order_ptr + places, mask=mask_m, other=0), mask_m
+
+
+@triton.jit
+def _load_scale(scale_ptr, scale, adapter):
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + adapter)
+    return scale
+
+
+@triton.jit
+def _load_factor(
+    factor_ptr, adapter, offs_w, mask_w, W, R, UP: tl.constexpr, DOT: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Some columns of F_l, (BLOCK_R, columns)."""
+    if UP:
+        factor = tl.trans(load_up(factor_ptr + adapter * W * R, offs_w, mask_w, R, DOT, BLOCK_R))
+    else:
+        offs_r = tl.arange(0, BLOCK_R)
+        pointers = factor_ptr + (adapter * R + offs_r[:, None]) * W + offs_w[None, :]
+        factor = tl.load(pointers, mask=(offs_r < R)[:, None] & mask_w[None, :], other=0.0).to(DOT)
+    return factor
+
+
+@triton.jit(do_not_specialize=["R", "stride_tm"])
+def _batched_shrink_kernel(
+    wide_ptr, factor_ptr, thin_ptr, scale_ptr, scale, order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr,
+    W, R, stride_wm, stride_tm,
+    UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """thin = s_l · wide F_lᵀ; rows without an adapter are left alone; grid (row tiles,)."""
+    adapter, rows, mask_m = _load_tile(order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr, BLOCK_M, SEGMENT)
+    if adapter < 0:
+        return
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for w in range(0, W, BLOCK_W):
+        offs_w = w + tl.arange(0, BLOCK_W)
+        mask_w = offs_w < W
+        pointers = wide_ptr + rows[:, None] * stride_wm + offs_w[None, :]
+        wide = tl.load(pointers, mask=mask_m[:, None] & mask_w[None, :], other=0.0).to(DOT)
+        factor = _load_factor(factor_ptr, adapter, offs_w, mask_w, W, R, UP, DOT, BLOCK_R)
+        acc = tl.dot(wide, tl.trans(factor), acc, input_precision=PRECISION)
+    acc *= _load_scale(scale_ptr, scale, adapter)
+    pointers = thin_ptr + rows[:, None] * stride_tm + offs_r[None, :]
+    tl.store(pointers, acc.to(thin_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_r < R)[None, :])
+
+
+@triton.jit
+def _load_thin(thin_ptr, rows, mask_m, R, stride_tm, DOT: tl.constexpr, BLOCK_R: tl.constexpr):
+    offs_r = tl.arange(0, BLOCK_R)
+    mask = mask_m[:, None] & (offs_r < R)[None, :]
+    return tl.load(thin_ptr + rows[:, None] * stride_tm + offs_r[None, :], mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit(do_not_specialize=["R", "stride_tm"])
+def _batched_expand_kernel(
+    thin_ptr, factor_ptr, bias_ptr, wide_ptr, scale_ptr, scale,
+    order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr, W, R, stride_tm, stride_wm,
+    UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """wide = s_l · thin F_l + bias; rows without an adapter get the bias alone; grid (row tiles, column tiles)."""
+    adapter, rows, mask_m = _load_tile(order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr, BLOCK_M, SEGMENT)
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask_w = offs_w < W
+    acc = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+    if adapter >= 0:
+        thin = _load_thin(thin_ptr, rows, mask_m, R, stride_tm, DOT, BLOCK_R)
+        factor = _load_factor(factor_ptr, adapter, offs_w, mask_w, W, R, UP, DOT, BLOCK_R)
+        acc = tl.dot(thin, factor, acc, input_precision=PRECISION) * _load_scale(scale_ptr, scale, adapter)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
+    pointers = wide_ptr + rows[:, None] * stride_wm + offs_w[None, :]
+    tl.store(pointers, acc.to(wide_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_w[None, :])
+
+
+@triton.jit(do_not_specialize=["R", "stride_tm", "adapters", "strips"])
+def _gram_kernel(
+    thin_ptr, wide_ptr, out_ptr, scale_ptr, scale, order_ptr, offsets_ptr, W, R, stride_tm, stride_wm, adapters, strips,
+    UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out[strip, l] = s_l · Σ thinᵀ wide over one strip of the rows of l; an adapter without rows gets zeros.
+
+    out: (strips, L, R, W) or, with UP, (strips, L, W, R); grid (strips · L · column tiles,).
+    """
+    column_tiles = tl.cdiv(W, BLOCK_W)
+    part = (tl.program_id(0) // column_tiles).to(tl.int64)
+    adapter, strip = part % adapters, part // adapters
+    offs_w = tl.program_id(0) % column_tiles * BLOCK_W + tl.arange(0, BLOCK_W)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_w = offs_w < W
+    begin, end = tl.load(offsets_ptr + adapter), tl.load(offsets_ptr + adapter + 1)
+    height = tl.cdiv(tl.cdiv(end - begin, strips), BLOCK_M) * BLOCK_M
+    begin += strip * height
+    end = tl.minimum(end, begin + height)
+    acc = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
+    for place in range(begin, end, BLOCK_M):
+        places = place + tl.arange(0, BLOCK_M)
+        mask_m = places < end
+        rows = tl.load(order_ptr + places, mask=mask_m, other=0)
+        pointers = wide_ptr + rows[:, None] * stride_wm + offs_w[None, :]
+        wide = tl.load(pointers, mask=mask_m[:, None] & mask_w[None, :], other=0.0).to(DOT)
+        thin = _load_thin(thin_ptr, rows, mask_m, R, stride_tm, DOT, BLOCK_R)
+        acc = tl.dot(tl.trans(wide), thin, acc, input_precision=PRECISION)
+    acc *= _load_scale(scale_ptr, scale, adapter)
+    if UP:
+        pointers = out_ptr + (part * W + offs_w[:, None]) * R + offs_r[None, :]
+    else:
+        pointers = out_ptr + (part * R + offs_r[None, :]) * W + offs_w[:, None]
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_w[:, None] & (offs_r < R)[None, :])
+
+
+def _shrink(
+    wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: Segments, config: BatchedConfig
+) -> Tensor:  # fmt: skip
+    """-> thin (M, R)"""
+    tile, rank = config.shrink, factor.shape[2 if up else 1]
+    thin = wide.new_empty(wide.shape[0], rank)
+    launch(
+        _batched_shrink_kernel,
+        (_row_tiles(segments, tile.rows),),
+        (
+            wide, factor, thin, *scale_arguments(scale), *segments,
+            wide.shape[1], rank, wide.stride(0), thin.stride(0),
+        ),
+        {
+            "UP": up, **dot_constants(wide.dtype), "SEGMENT": SEGMENT_ROWS,
+            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
+        },
+        tile,
+    )  # fmt: skip
+    return thin
+
+
+def _expand(
+    thin: Tensor, factor: Tensor, up: bool, bias: Tensor | None, scale: Scale, segments: Segments, config: BatchedConfig
+) -> Tensor:  # fmt: skip
+    """-> wide (M, W) without the frozen weight's part"""
+    tile, columns = config.expand, factor.shape[1 if up else 2]
+    wide = thin.new_empty(thin.shape[0], columns)
+    launch(
+        _batched_expand_kernel,
+        (_row_tiles(segments, tile.rows), triton.cdiv(columns, tile.columns)),
+        (
+            thin, factor, bias, wide, *scale_arguments(scale), *segments,
+            columns, thin.shape[1], thin.stride(0), wide.stride(0),
+        ),
+        {
+            "UP": up, **dot_constants(thin.dtype), "SEGMENT": SEGMENT_ROWS,
+            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
+        },
+        tile,
+    )  # fmt: skip
+    return wide
+
+
+def _gram(
+    thin: Tensor, wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: Segments, config: BatchedConfig
+) -> Tensor:  # fmt: skip
+    """-> the gradient of `factor`"""
+    tile, adapters, (rows, columns) = config.gram, factor.shape[0], wide.shape
+    column_tiles = triton.cdiv(columns, tile.columns)
+    strips = adapter_strips(rows, adapters, tile.rows, column_tiles, architecture(wide.device))
+    out = torch.empty_like(factor) if strips == 1 else wide.new_empty(strips, *factor.shape, dtype=torch.float32)
+    launch(
+        _gram_kernel,
+        (strips * adapters * column_tiles,),
+        (
+            thin, wide, out, *scale_arguments(scale), *segments[:2],
+            columns, thin.shape[1], thin.stride(0), wide.stride(0), adapters, strips,
+        ),
+        {
+            "UP": up, **dot_constants(wide.dtype),
+            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
+        },
+        tile,
+    )  # fmt: skip
+    return out if strips == 1 else sum_partials(out, factor)
+
+
+def _row_tiles(segments: Segments, tile_rows: int) -> int:
+    return segments[2].shape[0] * (SEGMENT_ROWS // tile_rows)
+
+
+def batched_lowrank_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: Scale,
+    segments: Segments,
+) -> tuple[Tensor, Tensor]:
+    """-> y (M, N), z (M, R); rows of z without an adapter are not written"""
+    config = batched_config(up.shape[2], x.dtype, architecture(x.device))
+    z = _shrink(x, down, False, 1.0, segments, config)
+    return _expand(z, up, True, bias, scale, segments, config).addmm_(x, weight.t()), z
+
+
+def batched_lowrank_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: Scale,
+    z: Tensor | None,
+    segments: Segments,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """-> dx, d_down, d_up; `needs` says which, in that order."""
+    needs_x, needs_down, needs_up = needs
+    config = batched_config(up.shape[2], dy.dtype, architecture(dy.device))
+    dx = d_down = d_up = None
+    if needs_up:
+        d_up = _gram(z, dy, up, True, scale, segments, config)
+    if needs_x or needs_down:
+        dz = _shrink(dy, up, True, scale, segments, config)
+        if needs_down:
+            d_down = _gram(dz, x, down, False, 1.0, segments, config)
+        if needs_x:
+            dx = _expand(dz, down, False, None, 1.0, segments, config).addmm_(dy, weight)
+    return dx, d_down, d_up
