@@ -26,20 +26,20 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: st
         raise ValueError(f"{name}: expected shape {expected} = {meaning}, got {tuple(value.shape)}")
 
 
-def check_scale(scale: object, like: Tensor) -> None:
-    """A finite number, or a 0-d tensor on the device of `like` that takes no gradient."""
+def check_scale(scale: object, like: Tensor, name: str = "scale", or_else: str = "") -> None:
+    """A finite number, or a 0-d tensor on the device of `like` that takes no gradient. or_else: or what else."""
     if not isinstance(scale, Tensor):
         if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
+            raise TypeError(f"{name}: expected a number or a 0-d Tensor{or_else}, got {type(scale).__name__}")
         # A compiled graph keeps a changing number symbolic; asking for its value would recompile for each.
         if not torch.compiler.is_compiling() and not -sys.float_info.max <= scale <= sys.float_info.max:
-            raise ValueError(f"scale: expected a finite number, got {scale}")
+            raise ValueError(f"{name}: expected a finite number, got {scale}")
         return
-    check_tensor("scale", scale, like)
+    check_tensor(name, scale, like)
     if scale.dim() != 0:
-        raise ValueError(f"scale: expected a 0-d Tensor, got shape {tuple(scale.shape)}")
+        raise ValueError(f"{name}: expected a 0-d Tensor{or_else}, got shape {tuple(scale.shape)}")
     if scale.requires_grad:
-        raise ValueError("scale: takes no gradient; a trainable scale belongs in core")
+        raise ValueError(f"{name}: takes no gradient; a trainable scale belongs in the factors or the core")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -92,6 +92,10 @@ def test_the_way_for_gpus_on_the_torch_backend(mixture, dtype, device, monkeypat
         dy, t["x"], dy @ t["weight"], t["down"], t["up"], scale, z, segments, (True, True, True)
     )
     assert error(at_once, y.double()) <= 4 * torch.finfo(dtype).eps
+    assert d_down.is_contiguous() and d_up.is_contiguous()  # as operators promise
+    overflowing = t["x"] @ t["down"].index_fill(0, torch.tensor(0, device=device), torch.inf).flatten(0, 1).t()
+    mine = torch.tensor(problem.index, device=device) != 0
+    assert torch.equal(torch_kernels._own(overflowing, segments)[0][mine], z[mine])  # another adapter's is not ours
     grads = {"weight": dy.t() @ t["x"], "bias": dy.sum(0)}
     results = {"y": at_once, "x": dx, "down": d_down, "up": d_up} | grads
     assert_as_accurate_as_torch(problem, device, "torch", results)
@@ -224,6 +228,24 @@ def test_strided_input(backend, device):
         assert error(same, batched_lowrank_linear(x, weight, bias, down, up, index, backend=backend).double()) < 1e-6
 
 
+def test_one_row_without_a_leading_dimension(backend, device):
+    problem = Problem(index=(2,))
+    t = problem.tensors(device)
+    x, weight, bias, down, up = (t[name].detach() for name in NAMES)
+    y = batched_lowrank_linear(x[0], weight, bias, down, up, torch.tensor(2, device=device), backend=backend)
+    assert torch.equal(
+        y, batched_lowrank_linear(x, weight, bias, down, up, torch.tensor([2], device=device), backend=backend)[0]
+    )
+
+
+def test_compiled_float64_keeps_its_scale(device):
+    problem = Problem(dtype=torch.float64, scale=0.1)
+    t, index = problem.tensors(device), torch.tensor(problem.index, device=device)
+    torch._dynamo.reset()
+    y = torch.compile(batched_lowrank_linear, backend="aot_eager")(*t.values(), index, scale=0.1)
+    assert error(y, expected(problem, device)["y"]) < 1e-14
+
+
 def test_no_rows(backend, device):
     problem = Problem(index=())
     results = run(problem, device, backend)
@@ -312,6 +334,7 @@ def test_operators(kind, device):
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 ONES = torch.ones
+FIVE = adapter_segments(torch.zeros(5, dtype=torch.int64), 3)
 BAD = [
     ("x", {"x": [1.0]}, TypeError),
     ("x", {"x": ONES(5, 11)}, ValueError),
@@ -335,6 +358,8 @@ BAD = [
     ("adapter_index", {"adapter_index": torch.tensor([0, 1, 2, -2, 0])}, ValueError),
     ("adapter_index", {"adapter_index": adapter_segments(torch.zeros(4, dtype=torch.int64), 3)}, ValueError),
     ("adapter_index", {"adapter_index": adapter_segments(torch.zeros(5, dtype=torch.int64), 2)}, ValueError),
+    ("adapter_index", {"adapter_index": FIVE._replace(tile_first=FIVE.tile_first[:1])}, ValueError),
+    ("scale", {"scale": [1.0, 2.0, 3.0]}, TypeError),
     ("backend", {"backend": "cublas"}, ValueError),
 ]
 
@@ -356,6 +381,8 @@ def test_bad_input_names_the_argument(argument, change, kind, monkeypatch):
         [(ONES(2, 12), ONES(8, 2)), (ONES(3, 12), ONES(9, 3))],
         [(ONES(2, 12), ONES(8, 2)), (ONES(3, 12).half(), ONES(8, 3))],
         [(ONES(12), ONES(8, 2))],
+        [(1, 2)],
+        [(ONES(2, 12), ONES(8, 2), ONES(1))],
     ],
 )
 def test_stack_adapters_names_the_factor(factors):

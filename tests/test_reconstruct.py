@@ -10,6 +10,8 @@ from lowrank_cases import INTERPRETED, error
 from reconstruct_cases import Problem, assert_as_accurate_as_torch, expected, run
 
 from peft_kernels import reconstruct, reconstruct_stack
+from peft_kernels.ops import reconstruct as op
+from peft_kernels.ops.reconstruct import reconstruct_reference
 
 HALVES = (torch.bfloat16, torch.float16)
 LAYOUTS = {  # the users in method sections 1 and 2
@@ -78,6 +80,22 @@ def test_all_projections_of_a_model(core, device):
 def test_float32_factors_on_a_half_precision_base(backend, layout, dtype, device):
     """Masters stay float32, and so do their gradients."""
     assert_as_accurate_as_torch(replace(LAYOUTS[layout], dtype=dtype, factor_dtype=torch.float32), device, backend)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("strip", [2**24, 300])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+def test_masters_get_float32_gradients_from_a_half_precision_one(backend, dtype, strip, size, device, monkeypatch):
+    """As autograd of (base.float() + s · B core A).to(half) gives them: nothing overflows or vanishes on the way."""
+    monkeypatch.setattr(op, "_STRIP", strip)
+    problem = Problem(core="dense", out_blocks=3, in_blocks=2, dtype=dtype, factor_dtype=torch.float32)
+    t = problem.tensors(device)
+    w = reconstruct(t["down"], t["up"], t["core"], scale=problem.scale, base=t["base"], backend=backend)
+    dw = (problem.gradient(w).float() * size).to(dtype)
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in t.items()}
+    reconstruct_reference(exact["down"], exact["up"], exact["core"], scale=problem.scale).backward(dw.double())
+    for name, grad in zip(("down", "up", "core"), torch.autograd.grad(w, (t["down"], t["up"], t["core"]), dw)):
+        assert error(grad, exact[name].grad) <= 1e-6, name
 
 
 @pytest.mark.parametrize("core", ["diagonal", "dense"])

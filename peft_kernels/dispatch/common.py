@@ -19,7 +19,8 @@ def as_operator(backend: str) -> bool:
 
 def tensor_scale(scale: float | Tensor, like: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """A changed number would be another graph, a changed tensor is not."""
-    return scale if isinstance(scale, Tensor) else torch.full(shape, scale, dtype=torch.float32, device=like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return scale if isinstance(scale, Tensor) else torch.full(shape, scale, dtype=dtype, device=like.device)
 
 
 def spread(grads: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:

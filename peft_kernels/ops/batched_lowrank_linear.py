@@ -58,7 +58,7 @@ def adapter_segments(adapter_index: Tensor, adapters: int, *, validate: bool = F
     adapters: L, how many there are
     validate: on a GPU, check the index too, which waits for the device; on a CPU it is always checked. Unchecked, and
         in compiled graphs, an index out of range counts as none.
-    returns segments: (order, offsets, tile_adapter, tile_first), about a dozen small launches
+    returns segments: (order, offsets, tile_adapter, tile_first), by about thirty small launches: share them
 
     Raises TypeError or ValueError, naming the argument.
     """
@@ -95,6 +95,11 @@ def stack_adapters(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
     """
     if not factors:
         raise ValueError("factors: expected at least one (down, up), got none")
+    for index, pair in enumerate(factors):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"factors[{index}]: expected (down, up), got {pair!r:.80}")
+        check_tensor(f"factors[{index}] down", pair[0])
+        check_tensor(f"factors[{index}] up", pair[1])
     first_down, first_up = factors[0]
     for index, (down, up) in enumerate(factors):
         check_tensor(f"factors[{index}] down", down, first_down, dtypes=(first_down.dtype,))
@@ -159,7 +164,7 @@ def _check_adapters(x: Tensor, weight, down: Tensor, up: Tensor, scale: float | 
     check_shape("down", down, (adapters, rank, in_features), "(L, R, in_features)")
     check_shape("up", up, (adapters, out_features, rank), "(L, out_features, R)")
     if not isinstance(scale, Tensor) or scale.dim() == 0:
-        check_scale(scale, x)
+        check_scale(scale, x, or_else=f" or a Tensor ({adapters},)")
         return
     check_tensor("scale", scale, x)
     check_shape("scale", scale, (adapters,), "(L,)")
@@ -174,7 +179,10 @@ def _segments(adapter_index, x: Tensor, adapters: int, validate: bool) -> Adapte
         for name, tensor in adapter_index._asdict().items():
             check_tensor(f"adapter_index.{name}", tensor, x, dtypes=(torch.int64,))
         check_shape("adapter_index.order", adapter_index.order, (M,), "the rows of x")
-        check_shape("adapter_index.offsets", adapter_index.offsets, (adapters + 1,), "L + 1")
+        check_shape("adapter_index.offsets", adapter_index.offsets, (adapters + 1,), "(L + 1,)")
+        for name in ("tile_adapter", "tile_first"):
+            tiles = (M // SEGMENT_ROWS + adapters + 1,)
+            check_shape(f"adapter_index.{name}", getattr(adapter_index, name), tiles, "(M // 64 + L + 1,)")
         return adapter_index
     check_tensor("adapter_index", adapter_index, x, dtypes=(torch.int64, torch.int32))
     leading = x.shape[:-1]
@@ -182,7 +190,7 @@ def _segments(adapter_index, x: Tensor, adapters: int, validate: bool) -> Adapte
         expected = f"{tuple(leading)} or {tuple(leading[:1])}"
         raise ValueError(f"adapter_index: expected shape {expected}, got {tuple(adapter_index.shape)}")
     missing = len(leading) - adapter_index.dim()
-    per_row = adapter_index.reshape(*adapter_index.shape, *[1] * missing).expand(leading).reshape(-1)
+    per_row = adapter_index.reshape((*adapter_index.shape, *[1] * missing)).expand(leading).reshape(-1)
     return adapter_segments(per_row, adapters, validate=validate)
 
 

@@ -13,8 +13,11 @@ Adjoint, with H[o, i] = ∂L/∂ΔW[o, i] and Q[o, i] = H[o, i] Aᵀ (out, R):
     dA = s Σ F[o, i]ᵀ H[o, i],    F[o, i] = B diag(c[o, i])  or  B K[o, i];    dbase = H
 
 Q is H's `lowrank_hidden` and dA that operation's gradient: two reads of H by the same kernels, and thin products for
-the rest. Nothing of the size of ΔW exists besides ΔW (forward) and H (backward).
+the rest. Nothing of the size of a whole stack exists besides ΔW (forward) and H (backward).
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from peft_kernels.dispatch import reconstruct as dispatch
 from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows
 
 _HIDDEN_RANK = 64  # what `lowrank_hidden` takes at once on every kernel backend
+_STRIP = 2**24  # elements of a half-precision gradient that are held in float32 at once
 
 
 def reconstruct_reference(down, up, core=None, *, scale=1.0, base=None):
@@ -54,11 +58,12 @@ class _Reconstruct(torch.autograd.Function):
         dw = rows(dw)
         d_down = d_up = d_core = d_base = None
         with autocast_off(dw):
+            strips = _strips(dw, (down, up, core))
             if needs_up or needs_core:
-                q = _hidden(ctx.backend, dw, down, 1 if core is None else core.shape[1])
+                q = _hidden(ctx.backend, strips, down, 1 if core is None else core.shape[1])
                 d_up, d_core = _thin_adjoint(q, up, core, scale, needs_up, needs_core)
             if needs_down:
-                d_down = _d_down(ctx.backend, dw, down, _fold(up, core, scale))
+                d_down = _d_down(ctx.backend, strips, down, _fold(up, core, scale))
             if needs_base:
                 d_base = dw if dw.shape == ctx.base_shape else dw.view(-1, *ctx.base_shape).sum(0)
         return d_down, d_up, d_core, None, d_base, None, None
@@ -68,11 +73,23 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _hidden(backend: str, dw: Tensor, down: Tensor, in_blocks: int) -> Tensor:
-    """Q (O·NB, I, R) in dw's dtype"""
-    parts = [down] if backend == "torch" else down.split(_HIDDEN_RANK)
-    q = [hidden_dispatch.lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
-    return torch.cat([part.unflatten(1, (in_blocks, -1)) for part in q], dim=-1)
+def _strips(dw: Tensor, factors: tuple[Tensor | None, ...]) -> list[Callable[[], Tensor]]:
+    """dw by rows. Masters in float32 get gradients of that grade: a half-precision dw is then widened, some rows at a
+    time."""
+    masters = dw.dtype.itemsize == 2 and any(t is not None and t.dtype == torch.float32 for t in factors)
+    if not masters:
+        return [lambda: dw]
+    return [partial(Tensor.float, strip) for strip in dw.split(max(1, _STRIP // dw.shape[1]))]
+
+
+def _hidden(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, in_blocks: int) -> Tensor:
+    """Q (O·NB, I, R) in the strips' dtype"""
+    parts, q = [down] if backend == "torch" else down.split(_HIDDEN_RANK), []
+    for strip in strips:
+        dw = strip()
+        of_parts = [hidden_dispatch.lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
+        q.append(torch.cat([part.unflatten(1, (in_blocks, -1)) for part in of_parts], dim=-1))
+    return torch.cat(q)
 
 
 def _thin_adjoint(
@@ -97,12 +114,16 @@ def _fold(up: Tensor, core: Tensor | None, scale: float | Tensor) -> Tensor:
     return folded.flatten(0, 1)
 
 
-def _d_down(backend: str, dw: Tensor, down: Tensor, folded: Tensor) -> Tensor:
+def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, folded: Tensor) -> Tensor:
     size = down.shape[0] if backend == "torch" else _HIDDEN_RANK
-    grads = []
-    for part, left in zip(down.split(size), folded.to(dw.dtype).split(size, dim=-1)):
-        grads.append(hidden_dispatch.lowrank_hidden_bwd(backend, left.flatten(1), dw, part, (False, True))[1])
-    return torch.cat(grads)
+    total, first = None, 0
+    for strip in strips:
+        dw, grads = strip(), []
+        lefts = folded[first : first + dw.shape[0]].to(dw.dtype)
+        for part, left in zip(down.split(size), lefts.split(size, dim=-1)):
+            grads.append(hidden_dispatch.lowrank_hidden_bwd(backend, left.flatten(1), dw, part, (False, True))[1])
+        total, first = torch.cat(grads) if total is None else total + torch.cat(grads), first + dw.shape[0]
+    return total
 
 
 def _reconstruct(op: str, down, up, core, scale, base, shape: tuple[int, ...], backend: str) -> Tensor:

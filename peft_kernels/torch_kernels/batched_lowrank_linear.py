@@ -2,6 +2,7 @@
 
 On a CPU, where reading a count costs nothing, each adapter gets its own rows. Elsewhere every row meets every adapter
 in one product, and all but its own are masked out: L times the thin arithmetic, but a fixed sequence of launches.
+(There a NaN in one row reaches every adapter's gradient: 0 · NaN.)
 """
 
 import itertools
@@ -80,7 +81,8 @@ def _bwd_at_once(dy, x, dx, down, up, scale, z, segments, needs):
     d_down = d_up = None
     dz, own = _own(dy @ up.transpose(0, 1).flatten(1).to(dy.dtype), segments)
     if needs_up:
-        d_up = (dy.t() @ _spread(z, own, scale)).view(dy.shape[1], *down.shape[:2]).transpose(0, 1).to(up.dtype)
+        d_up = (dy.t() @ _spread(z, own, scale)).view(dy.shape[1], *down.shape[:2]).transpose(0, 1)
+        d_up = d_up.to(up.dtype).contiguous()
     dz = _spread(dz, own, scale)
     if needs_down:
         d_down = (dz.t() @ x).view(down.shape).to(down.dtype)
@@ -94,9 +96,10 @@ def _own(of_all: Tensor, segments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     order, offsets = segments[:2]
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     own = (places[:, None] >= offsets[:-1]) & (places[:, None] < offsets[1:])
-    return (of_all.unflatten(1, (own.shape[1], -1)) * own[:, :, None]).sum(1), own
+    return torch.where(own[:, :, None], of_all.unflatten(1, (own.shape[1], -1)), 0).sum(1), own
 
 
 def _spread(thin: Tensor, own: Tensor, scale: Scale) -> Tensor:
     """thin (M, R) -> s · thin at each row's own adapter, zeros at the others (M, L·R)"""
-    return (thin[:, None] * (own * scale).to(thin.dtype)[:, :, None]).flatten(1)
+    scaled = thin[:, None] * (torch.ones_like(own, dtype=thin.dtype) * scale).to(thin.dtype)[:, :, None]
+    return torch.where(own[:, :, None], scaled, 0).flatten(1)
