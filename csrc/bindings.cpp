@@ -11,6 +11,7 @@
 #include "batched_lowrank_linear.h"
 #include "lowrank_linear.h"
 #include "reconstruct.h"
+#include "weight_distance.h"
 
 namespace py = pybind11;
 
@@ -34,7 +35,8 @@ py::dict build_info() {
     py::list architectures, kernels;
     std::istringstream words(PEFT_KERNELS_BUILT_ARCHS);
     for (std::string word; words >> word;) architectures.append(word);
-    for (const char* kernel : {"lowrank_linear", "batched_lowrank_linear", "reconstruct"}) kernels.append(kernel);
+    for (const char* kernel : {"lowrank_linear", "batched_lowrank_linear", "reconstruct", "weight_distance"})
+        kernels.append(kernel);
     py::dict info;
     info["architectures"] = architectures;
     info["cuda_version"] = PEFT_KERNELS_CUDA_VERSION;
@@ -115,6 +117,34 @@ void bind_reconstruct(py::module_& m) {
     m.def("reconstruct_shared_bytes", [](int dtype) { return reconstruct_shared_bytes(static_cast<DType>(dtype)); });
 }
 
+void bind_weight_distance(py::module_& m) {
+    {
+        using Params = WeightDistance;
+        py::class_<Params> params(m, "WeightDistance", py::module_local());
+        params.def(py::init<>());
+        FIELD(records), FIELD(tiles), FIELD(record_count), FIELD(tile_count), FIELD(follow), FIELD(decay);
+        FIELD(reduction), FIELD(scale), FIELD(scale_ptr), FIELD(partial), FIELD(sums), FIELD(losses), FIELD(factors);
+    }
+    {
+        using Params = Products;
+        py::class_<Params> params(m, "Products", py::module_local());
+        params.def(py::init<>());
+        FIELD(records), FIELD(terms), FIELD(tiles), FIELD(tile_count);
+    }
+    m.attr("WEIGHT_DISTANCE_ROWS") = kWeightDistanceRows;
+    m.attr("WEIGHT_DISTANCE_COLUMNS") = kWeightDistanceColumns;
+    py::dict fields;  // int64 numbers in a row of each table
+    fields["tile"] = sizeof(TileRow) / 8;
+    fields["distance"] = sizeof(DistanceRow) / 8;
+    fields["product"] = sizeof(ProductRow) / 8;
+    fields["term"] = sizeof(TermRow) / 8;
+    m.attr("WEIGHT_DISTANCE_FIELDS") = fields;
+    m.def("weight_distance_fwd",
+          [](const WeightDistance& p, Stream stream) { weight_distance_fwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("product_fwd", [](const Products& p, Stream stream) { product_fwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("weight_distance_shared_bytes", weight_distance_shared_bytes);
+}
+
 #undef FIELD
 
 }  // namespace
@@ -126,4 +156,5 @@ PYBIND11_MODULE(_C, m) {
     bind_lowrank_linear(m);
     bind_batched_lowrank_linear(m);
     bind_reconstruct(m);
+    bind_weight_distance(m);
 }

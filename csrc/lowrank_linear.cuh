@@ -1,7 +1,7 @@
 // What the forward and backward kernels of the low-rank linear share, with each other and with the other operations.
 #pragma once
-#include "common.cuh"
 #include "lowrank_linear.h"
+#include "multiply.cuh"
 
 namespace peft {
 

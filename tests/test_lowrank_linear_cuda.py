@@ -152,7 +152,7 @@ def test_launch_on_the_wrong_device():
 
 # ---- the tests' own teeth --------------------------------------------------------------------------------------------
 
-FWD, BWD, SHARED, COMMON = "lowrank_linear_fwd.cu", "lowrank_linear_bwd.cu", "lowrank_linear.cuh", "common.cuh"
+FWD, BWD, SHARED = "lowrank_linear_fwd.cu", "lowrank_linear_bwd.cu", "lowrank_linear.cuh"
 MUTANTS = {
     "zero output": (FWD, "from_float<T>(scale * v + bias[half + col])", "from_float<T>(0.f)"),
     "scale missing in the output": (FWD, "(scale * v + bias", "(v + bias"),
@@ -165,7 +165,7 @@ MUTANTS = {
     ),
     "plain x in dA": (BWD, "            if (drops) w.drop(keep, p.dropout.inverse_keep);\n", ""),
     "dx unmasked": (BWD, "            if (drops) out.drop(keep, p.dropout.inverse_keep);\n", ""),
-    "fragments swapped": (COMMON, "fragment_b[0], fragment_b[1]);", "fragment_b[1], fragment_b[0]);"),
+    "fragments swapped": ("multiply.cuh", "fragment_b[0], fragment_b[1]);", "fragment_b[1], fragment_b[0]);"),
     "barrier missing": (
         BWD,
         "        if (p.thin.data) t.store(thin);\n        __syncthreads();\n",
