@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from peft_kernels.backend import BackendUnavailableError, Choice, explain, resolve, use_backend
 from peft_kernels.cores import cp_core, tucker_core
+from peft_kernels.imitation import ImitationGroup, Transform, hybrid_factors, imitation_step
 from peft_kernels.ops.batched_lowrank_linear import (
     AdapterSegments,
     adapter_segments,
@@ -12,6 +13,7 @@ from peft_kernels.ops.batched_lowrank_linear import (
 )
 from peft_kernels.ops.lowrank_linear import lowrank_hidden, lowrank_linear
 from peft_kernels.ops.reconstruct import reconstruct, reconstruct_stack
+from peft_kernels.ops.weight_distance import momentum_weight_distance, weight_distance
 
 try:
     __version__ = version("peft_kernels")
@@ -22,16 +24,22 @@ __all__ = [
     "AdapterSegments",
     "BackendUnavailableError",
     "Choice",
+    "ImitationGroup",
+    "Transform",
     "adapter_segments",
     "batched_lowrank_linear",
     "cp_core",
     "explain",
+    "hybrid_factors",
+    "imitation_step",
     "lowrank_hidden",
     "lowrank_linear",
+    "momentum_weight_distance",
     "reconstruct",
     "reconstruct_stack",
     "resolve",
     "stack_adapters",
     "tucker_core",
     "use_backend",
+    "weight_distance",
 ]

@@ -22,7 +22,7 @@ ORDER = (
     ("adapters",),
     ("layers",),
     ("__main__",),
-    ("objectives", "presets", "environment", "cores"),
+    ("objectives", "presets", "environment", "cores", "imitation"),
     ("ops",),
     ("dispatch",),
     ("backend", "checks"),
@@ -317,7 +317,7 @@ def test_public_names_are_documented():
     problems = []
     for name in peft_kernels.__all__:
         value = getattr(peft_kernels, name)
-        ours = ("peft_kernels.ops.", "peft_kernels.cores")
+        ours = ("peft_kernels.ops.", "peft_kernels.cores", "peft_kernels.imitation")
         is_operation = inspect.isfunction(value) and value.__module__.startswith(ours)
         problems += documentation_problems(name, value, is_operation)
     assert problems == []

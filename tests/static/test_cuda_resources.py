@@ -16,6 +16,7 @@ DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 # Kernels that multiply matrices, one for each dtype and largest rank; and the one that takes any rank.
 PRODUCTS = "shrink", "expand", "wide_bwd", "batched_shrink", "batched_expand", "gram"
 RECONSTRUCT = "reconstruct", "reconstruct_from_float", "reconstruct_dense_from_float"
+DISTANCE = "distance", "product"  # float32 throughout, any rank
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def test_every_architecture_has_every_kernel():
     any_rank = "mix", "hidden_bwd", "reduce", *RECONSTRUCT[1:]
     expected |= {(name, dtype, 0) for name in any_rank for dtype in DTYPE_CODES}
     expected |= {("reconstruct", dtype, 0) for dtype in ("bfloat16", "float16")}
+    expected |= {(name, "", 0) for name in (*DISTANCE, "finish")}
     for arch in archs:
         assert expected <= {(k.name, k.dtype, k.rank) for k in kernels() if k.arch == arch}
 
@@ -120,6 +122,7 @@ def test_two_blocks_fit_a_multiprocessor():
     assert not failures(lambda k: k.rank in (32, 64) and k.registers > 128, batched, ["bfloat16", "float16"])
     assert not failures(lambda k: k.registers > 128, RECONSTRUCT)
     assert not failures(lambda k: k.registers > 80, RECONSTRUCT[:2])  # three
+    assert not failures(lambda k: k.registers > 128, DISTANCE)
 
 
 def test_shared_memory_within_limits():
@@ -128,7 +131,7 @@ def test_shared_memory_within_limits():
     for arch in _C.build_info()["architectures"]:
         for code in DTYPE_CODES.values():
             limit = SHARED_LIMIT.get(arch, 227 * 1024)
-            assert _C.reconstruct_shared_bytes(code) <= 48 * 1024, (arch, code)
+            assert max(_C.reconstruct_shared_bytes(code), _C.weight_distance_shared_bytes()) <= 48 * 1024, (arch, code)
             for rank in (1, 32, 33, 64, 65, _C.LOWRANK_LINEAR_MAX_RANK):
                 assert _C.lowrank_linear_shared_bytes(code, rank) <= limit, (arch, code, rank)
                 assert _C.batched_lowrank_linear_shared_bytes(code, rank) <= limit, (arch, code, rank)
@@ -141,18 +144,21 @@ def test_half_precision_uses_tensor_cores():
 def test_float32_stays_float32():
     assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code), dtypes=["float32"])
     assert not failures(lambda k: "FFMA" not in k.code, PRODUCTS, ["float32"])
-    assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code) or "FFMA" not in k.code, RECONSTRUCT[1:])
+    any_rank = [*RECONSTRUCT[1:], *DISTANCE, "finish"]
+    assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code) or "FFMA" not in k.code, any_rank)
 
 
 def test_float32_operands_are_read_in_pairs():
     """Eight bytes at a time: products in float32 are limited by reads of shared memory."""
     assert not failures(lambda k: k.code.count("LDS.64") < 8, [*PRODUCTS, *RECONSTRUCT[1:]], ["float32"])
+    assert not failures(lambda k: k.code.count("LDS.64") < 8, DISTANCE)
 
 
 def test_wide_matrices_move_16_bytes_at_a_time():
-    """Loads of x, dY, S and bases; stores of y0, of whole weights and, in one of the two kernels of each kind, dx0."""
-    assert not failures(lambda k: "LDG.E.128" not in k.code, [*PRODUCTS, *RECONSTRUCT])
-    assert not failures(lambda k: "STG.E.128" not in k.code, ["expand", "batched_expand", *RECONSTRUCT])
+    """Loads of x, dY, S and bases; stores of y0, of whole weights and, in one of the two kernels of each kind, dx0.
+    Loads of live, target and base; stores of targets, errors and products."""
+    assert not failures(lambda k: "LDG.E.128" not in k.code, [*PRODUCTS, *RECONSTRUCT, *DISTANCE])
+    assert not failures(lambda k: "STG.E.128" not in k.code, ["expand", "batched_expand", *RECONSTRUCT, *DISTANCE])
     storing = {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd" and "STG.E.128" in k.code}
     assert storing == {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd"}
 

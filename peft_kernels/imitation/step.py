@@ -1,0 +1,103 @@
+"""One call per optimizer step: teachers, loss and adapter gradients of a whole model, without autograd."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peft_kernels.backend import resolve
+from peft_kernels.checks import check_choice, check_scale
+from peft_kernels.imitation.groups import ImitationGroup, check_group, named_teachers
+from peft_kernels.imitation.plan import Memory, Plan
+from peft_kernels.ops.weight_distance import REDUCTIONS, check_changed, check_decay
+
+
+def _identity(groups: Sequence[ImitationGroup], backend: str) -> list:
+    """Differs whenever a tensor of the groups is another one, or elsewhere."""
+    identity = [backend]
+    for index, group in enumerate(groups):
+        lists = group.lists()
+        for name, each in (*lists.items(), ("transform", group.transform or ())):
+            if not all(isinstance(t, Tensor) for t in each):
+                raise TypeError(f"groups[{index}].{name}: expected tensors, got {[type(t).__name__ for t in each]}")
+        identity += [group.placement, group.transform is None, *((name, len(each)) for name, each in lists.items())]
+        identity += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in group.tensors()]
+    return identity
+
+
+def _plans(groups: list[ImitationGroup], backend: str) -> list[Plan]:
+    """One for all layers together; on the torch backend, which gains nothing by that, one after the other in the same
+    scratch memory, while a layer is in the cache."""
+    memory = Memory(groups[0].weight0[0])
+    return [Plan(part, backend, memory) for part in ([[g] for g in groups] if backend == "torch" else [groups])]
+
+
+@torch._disable_dynamo
+def imitation_step(
+    groups: Sequence[ImitationGroup],
+    *,
+    decay: float,
+    reduction: str = "mean",
+    loss_scale: float | Tensor = 1.0,
+    update_teacher: bool = True,
+    backend: str = "auto",
+    return_errors: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Teachers follow, students' distance from them, and its gradients added to the adapters' `.grad`.
+
+    groups: (layers) of `ImitationGroup`, of any shapes, all on one device
+    decay: in [0, 1], of teacher ← decay · teacher + (1 − decay) · live; the authors' 0.9996
+    reduction: "mean" (the authors') | "sum" | "relative", of each weight's and each bias's squared distance; the loss
+        is their sum
+    loss_scale: a number or a 0-d tensor that multiplies the gradients, and not the returned loss
+    update_teacher: False leaves the teachers as they are
+    backend: "auto" | "cuda" | "triton" | "torch"
+    return_errors: also return ‖Ŵ − W̄‖² / ‖Ŵ − W0‖² of each projection's weight
+    returns loss: () a 0-d tensor on the device, not waited for; with return_errors (loss, errors (projections,))
+
+    No autograd graph and no activations: call it once per optimizer step; a compiled function breaks its graph here.
+    An adapter without `.grad` gets one that lives with `groups` and is used again, overwritten, when `.grad` is None
+    again: clone what is to outlive `zero_grad(set_to_none=True)`.
+    Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
+    if a backend asked for by name cannot run. Source: method section 3.
+    """
+    check_decay(decay)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(groups, ImitationGroup):
+        groups = [groups]
+    groups = list(groups) if hasattr(groups, "__iter__") else []
+    if not groups or not all(isinstance(group, ImitationGroup) and group.weight0 for group in groups):
+        raise TypeError("groups: expected ImitationGroups, at least one, each with at least one projection")
+    like = groups[0].weight0[0]
+    check_scale(loss_scale, like, "loss_scale")
+    name = resolve("imitation_step", (like,), backend).name
+    if isinstance(loss_scale, Tensor):
+        loss_scale = loss_scale.to(like.dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        plans = _prepared(groups, name)
+        for plan in plans:
+            plan.find_gradients()
+        results = [plan.run(decay if update_teacher else None, reduction, loss_scale) for plan in plans]
+        loss = _joined([each.losses for each in results]).sum()
+        if not return_errors:
+            return loss
+        squared, moved, base = _joined([each.sums for each in results])[:, :3].unbind(1)
+        return loss, squared / torch.maximum(moved, 1e-12 * base)
+
+
+def _prepared(groups: list[ImitationGroup], backend: str) -> list[Plan]:
+    """The plans that the first group keeps, or new ones if anything has changed."""
+    identity = _identity(groups, backend)
+    kept, plans = groups[0].plan or (None, None)
+    if kept != identity:
+        for index, group in enumerate(groups):
+            check_group(f"groups[{index}]", group, groups[0].weight0[0])
+        teachers = [pair for index, group in enumerate(groups) for pair in named_teachers(f"groups[{index}]", group)]
+        check_changed(teachers, (t for group in groups for t in group.unchanged()))
+        plans = _plans(groups, backend)
+        groups[0].plan = (identity, plans)
+    return plans
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
