@@ -194,17 +194,23 @@ def _nearest(arch: int, table: dict[int, int]) -> int:
 
 @dataclass(frozen=True)
 class WeightDistanceConfig:
-    """One tile per kernel of `weight_distance`; `depth` of a rank or of a product's inner dimension at a time."""
+    """One tile per kernel of `weight_distance`; `depth` of a rank, or of a product's inner dimension, at a time."""
 
     distance: Tile
     finish: Tile
     product: Tile
 
 
-def weight_distance_config(arch: int) -> WeightDistanceConfig:
-    """Tiles for true float32, whose operands live in registers; one launch takes matrices of any shape."""
+def weight_distance_config(arch: int, aligned: bool = True) -> WeightDistanceConfig:
+    """One launch takes matrices of every shape, so no shape chooses a tile; every architecture takes the same ones.
+
+    distance: four programs share a multiprocessor, some wait for memory while another multiplies; the tile decides the
+    order of sums, so it is the same where rows are not aligned, and only the stages that do not spill are others.
+    product: 4 × 4 elements a thread are the fewest whose operands shared memory delivers in time, and 32 columns divide
+    the common ranks 32, 64 and 96.
+    """
     return WeightDistanceConfig(
-        distance=Tile(64, 64, warps=8, stages=2, depth=16),
-        finish=Tile(128, 64, warps=8, stages=1),
-        product=Tile(64, 32, warps=8, stages=3, depth=32),
+        distance=Tile(32, 64, warps=4, stages=2 if aligned else 3, depth=16),
+        finish=Tile(128, 32, stages=1),
+        product=Tile(64, 32, warps=4, stages=4, depth=16),
     )
