@@ -1,6 +1,9 @@
 """What the cases of every operation share: their dtype and direction, random tensors, the check before every timing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +41,17 @@ class Draw:
         return torch.randperm(size, generator=self.generator, device=self.device)
 
 
+def converted(tensors: Any, dtype: torch.dtype) -> Any:
+    """Copies in another dtype that take gradients where the originals do; None and whole numbers as they are."""
+
+    def convert(t: Tensor | None) -> Tensor | None:
+        if t is None or not t.is_floating_point():
+            return t
+        return t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad)
+
+    return type(tensors)(*map(convert, tensors))
+
+
 class WrongResult(AssertionError):
     """A provider computes something else than the operation: it is not timed."""
 
@@ -56,18 +70,34 @@ def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, fl
     return found
 
 
-def check(provider: str, got: dict[str, Tensor], exact: dict[str, Tensor], usual: dict[str, float]) -> None:
+def check(
+    provider: str,
+    got: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    usual: dict[str, float],
+    accuracy: Mapping[str, float] = MappingProxyType({}),
+) -> None:
     """Each result's error against float64 is at most twice that of plain torch in the same dtype, `usual`.
 
-    Raises WrongResult.
+    Or, for those in `accuracy`, at most that. Raises WrongResult.
     """
+    if missing := exact.keys() - got.keys():
+        raise WrongResult(f"{provider}: no {', '.join(sorted(missing))}")
     try:
         found = errors(got, exact)
     except WrongResult as error:
         raise WrongResult(f"{provider}: {error}") from None
     for name, error in found.items():
-        tolerated = 2 * usual[name] + 2 * torch.finfo(got[name].dtype).eps
+        tolerated = accuracy.get(name, 2 * usual[name] + 2 * torch.finfo(got[name].dtype).eps)
         if not error <= tolerated:  # so that NaN is wrong, too
             raise WrongResult(
                 f"{provider}: {name} is off by {error:.1e} of its largest value, {tolerated:.1e} is usual"
             )
+
+
+def check_alike(values: dict[str, float], tolerated: float = 1e-6) -> None:
+    """Where all compute one number, all compute the same, to a part in a million of it. Raises WrongResult."""
+    for name, value in values.items():
+        first, expected = next(iter(values.items()))
+        if not abs(value - expected) <= tolerated * abs(expected):
+            raise WrongResult(f"{name}: y is {value!r}, and {expected!r} by {first}")

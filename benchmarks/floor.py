@@ -87,7 +87,7 @@ def gpu_record(name: str, dtype: str) -> Device:
 
 def _probes(dtype: str, device: str, elements: int, side: int) -> dict[str, Callable[[], object]]:
     values = torch.randn(elements, device=device)
-    copy = torch.empty_like(values)
+    copy = values.clone()  # its pages exist
     a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
     return {"copy": lambda: copy.copy_(values), "matmul": lambda: a @ b}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_kernels import BackendUnavailableError
 
 from . import cases, floor, tables, timing
-from .cases import Case
+from .cases import Case, converted
 
 Input = tuple[Tensor | None, Tensor]  # what the forward takes, and the gradient of its result
 
@@ -28,6 +28,7 @@ class Built(NamedTuple):
 
     forward: Callable[[Tensor | None], Tensor]
     factors: dict[str, Tensor]
+    found: Callable[[], dict[str, Tensor]] | None = None  # of a whole step, gradients included: what else it wrote
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Problem:
     case: Case
     tensors: Any
     references: dict = field(default_factory=dict)  # exact results and usual errors, kept for all providers
+    proof: "Problem | None" = None  # a smaller one to verify in its stead
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,18 @@ class Bench:
     reference: Callable[..., tuple]  # (provider, problem, built, seed) -> key of `references`, builder of exact results
     least: Callable[[Any, str | None], tuple[floor.Work, ...]]  # forward, backward
     passes: Callable[[Any, str, str], tuple]  # (case, design, device) -> forward, backward; None where not modelled
+    proof: Callable[[Any], Any] = lambda case: case  # the case to verify in its stead, where all of it takes too long
+    accuracy: dict[str, float] = field(default_factory=dict)  # by name of a result, instead of plain torch's
 
 
 # ---- one provider ---------------------------------------------------------------------------------------------------
 
 
 def results(built: Built, given: Input, backward: bool = True) -> dict[str, Tensor]:
-    """y; with backward also the gradient of the input, if it takes one, and of every factor."""
+    """y; with backward also the gradient of the input, if it takes one, and of every factor. Of a whole step y."""
     x, dy = given
+    if built.found:
+        return {"y": built.forward(x)}
     if not backward:
         with torch.no_grad():
             return {"y": built.forward(x)}
@@ -75,36 +81,38 @@ def results(built: Built, given: Input, backward: bool = True) -> dict[str, Tens
     return {"y": y.detach(), **dict(zip(wanted, grads))}
 
 
-def converted(tensors: Any, dtype: torch.dtype) -> Any:
-    """Copies in another dtype that take gradients where the originals do; None and whole numbers as they are."""
-
-    def convert(t: Tensor | None) -> Tensor | None:
-        if t is None or not t.is_floating_point():
-            return t
-        return t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad)
-
-    return type(tensors)(*map(convert, tensors))
-
-
 def verify(bench: Bench, name: str, problem: Problem, built: Built, seed: int = 1) -> None:
     """Raises cases.WrongResult unless y and every gradient are as good as plain torch's."""
     case = problem.case
     key, reference = bench.reference(bench.providers[name], problem, built, seed)
     if key not in problem.references:
         wide, own = (converted(problem.tensors, dtype) for dtype in (torch.float64, case.torch_dtype))
-        exact = results(reference(case, wide), wide.input, case.backward)
-        usual = results(reference(case, own), own.input, case.backward)
+        exact = _all_results(reference(case, wide), wide.input, case.backward)
+        usual = _all_results(reference(case, own), own.input, case.backward)
         problem.references[key] = exact, cases.errors(usual, exact)
     torch.manual_seed(seed)
-    got = results(built, problem.tensors.input, case.backward)
-    cases.check(name, got, *problem.references[key])
+    got = _all_results(built, problem.tensors.input, case.backward)
+    cases.check(name, got, *problem.references[key], bench.accuracy)
+
+
+def _all_results(built: Built, given: Input, backward: bool) -> dict[str, Tensor]:
+    return results(built, given, backward) | (built.found() if built.found else {})
+
+
+def pose(bench: Bench, case: Case, device: torch.device) -> Problem:
+    small = bench.proof(case)
+    proof = None if small == case else Problem(small, bench.tensors(small, device))
+    return Problem(case, bench.tensors(case, device), proof=proof)
 
 
 def build(bench: Bench, name: str, problem: Problem) -> Built | str:
     """A verified provider, or the reason why this case has none on this machine."""
+    make, proof = bench.providers[name].build, problem.proof or problem
     try:
-        built = bench.providers[name].build(problem.case, problem.tensors)
-        verify(bench, name, problem, built)
+        built = make(proof.case, proof.tensors)
+        verify(bench, name, proof, built)
+        if built.found or problem.proof:  # its first step is still to come: what it then takes is measured
+            built = make(problem.case, problem.tensors)
     except (Absent, ImportError, BackendUnavailableError, torch._dynamo.exc.BackendCompilerFailed) as error:
         return f"absent: {str(error).splitlines()[0]}"
     except ValueError as error:
@@ -121,19 +129,26 @@ def measure(
     bench: Bench, case: Case, device: torch.device, providers: Sequence[str], rounds: int | None = None
 ) -> dict:
     """One case: every provider verified, then timed. A JSON-ready record."""
-    problem = Problem(case, bench.tensors(case, device))
+    problem = pose(bench, case, device)
     built, absent = {}, {}
     for name in providers:
         found = build(bench, name, problem)
         (absent if isinstance(found, str) else built)[name] = found
     problem.references.clear()
+    problem.proof = None
     inputs = [problem.tensors.input]
     steps = {name: lambda i, each=each: results(each, inputs[i], case.backward) for name, each in built.items()}
+    values, peaks = {}, {}
+    for name, step in steps.items():
+        y, peaks[name] = timing.peak_bytes(lambda step=step: step(0)["y"], device)
+        values |= {name: y.item()} if y.dim() == 0 else {}
+        del y
+    cases.check_alike(values)
     least = _chosen(case, bench.least(case, None))
     graphs, launches = {}, {}
     if device.type == "cpu":
         once = {name: lambda step=step: step(0) for name, step in steps.items()}
-        times = timing.time_on_cpu(once | floor.cpu_probes(case.dtype), rounds)
+        times = timing.time_on_cpu(once | floor.cpu_probes(case.dtype), rounds, warmup=0)  # all have run
         rates = floor.cpu_record(times["copy"].median, times["matmul"].median, case.dtype)
     else:
         nbytes = sum(t.nbytes for t in _used(case, inputs[0])) or floor.total(least).bytes
@@ -176,7 +191,10 @@ def measure(
                 "flops": work and floor.total(work).flops,
                 "bytes": work and floor.total(work).bytes,
                 "launches": launches.get(name, work and len(work)),
-                "saved_bytes": timing.saved_bytes(each.forward, x, tensors) if case.backward else None,
+                "peak_bytes": peaks[name],
+                "saved_bytes": timing.saved_bytes(each.forward, x, tensors)
+                if case.backward and not each.found
+                else None,
             }
         )
     record = {"op": bench.op, **asdict(case), "title": case.title}
@@ -224,13 +242,15 @@ def main(benches: Sequence[Bench], description: str, argv: Sequence[str] | None 
     print(tables.describe(run), end="\n\n")
     for bench in benches:
         providers = (alone and given.providers) or providers_on(bench, device.type)
+        chosen = {}  # in order, each once: some operations have one dtype alone, whatever is asked for
         for dtype in dtypes:
             usual = bench.cases(device.type == "cpu", [dtype])[: 2 if given.quick else None]
             shapes = alone and given.shape
-            for case in [case for shape in shapes for case in bench.shaped(shape, dtype)] if shapes else usual:
-                record = measure(bench, case, device, providers, rounds)
-                print(tables.case_table(record), end="\n\n", flush=True)
-                run["cases"].append(record)
+            chosen |= dict.fromkeys([c for shape in shapes for c in bench.shaped(shape, dtype)] if shapes else usual)
+        for case in chosen:
+            record = measure(bench, case, device, providers, rounds)
+            print(tables.case_table(record), end="\n\n", flush=True)
+            run["cases"].append(record)
     if given.save:
         tables.save(run, given.save)
 
@@ -264,7 +284,7 @@ def run_test(benchmark: Any, bench: Bench, case: Case, provider: str) -> None:
     import pytest
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = Problem(case, bench.tensors(case, device))
+    problem = pose(bench, case, device)
     built = build(bench, provider, problem)
     if isinstance(built, str):
         pytest.skip(built)

@@ -49,6 +49,7 @@ FIGURES = {  # heading: what a result holds, its digits and unit
     "MB moved": ("bytes", 1, 1e6),
     "launches": ("launches", 0, 1),
     "MB saved": ("saved_bytes", 2, 1e6),
+    "MB peak": ("peak_bytes", 1, 1e6),
 }
 
 
@@ -91,6 +92,20 @@ LAYOUTS = {
         },
         (),
         {"loop": "loop of lowrank_linear", "PEFT": "PEFT, adapter_names", "merged weights": "merged weights"},
+    ),
+    "weight_distance": Layout(
+        {
+            "weights": lambda case: f"{3 * case['layers']} × {case['width']}²",
+            "ranks": lambda case: f"{case['R']} + {case['depth']}" if case["depth"] else case["R"],
+            "of": lambda case: case["kind"],
+        },
+        ("GB/s", "launches", "MB moved", "MB peak"),
+        {
+            "authors": "authors' formula",
+            "W0 + B A shared": "W0 + B A shared",
+            "autograd": "low-rank form, autograd",
+            "lerp": "foreach lerp",
+        },
     ),
 }
 

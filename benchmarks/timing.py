@@ -1,9 +1,13 @@
-"""Measuring: time on a CPU and on a GPU, kernel launches, and what a forward keeps for its backward."""
+"""Measuring: time on a CPU and on a GPU, kernel launches, memory, and what a forward keeps for its backward."""
 
+import itertools
+import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -128,3 +132,39 @@ def saved_bytes(
         y = forward(x)  # alive until the end: its backward holds what was saved
     del y
     return sum(storages.values())
+
+
+def peak_bytes(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int]:
+    """The step's result, and how much memory it takes at its peak beyond what was there before it, result included.
+
+    In its first call that counts what is kept for later ones, too. On a CPU by the profiler, which sees every
+    allocation of torch's, those inside of an operation included, but none of a BLAS library's.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = step()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # < 0: given back
+    return result, max(itertools.accumulate(sizes, initial=0))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on stderr: the profiler's library says there that it starts and stops, once for each provider."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)

@@ -1,6 +1,7 @@
 """What all benchmarks share: the floor, clocks that are fair, and that nothing wrong is ever timed."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,29 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     assert timing.saved_bytes(forward, x, (weight,)) == 8 * 4 * 4
 
 
+def test_peak_is_of_what_lives_at_once():
+    def step():
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        return (second * 2).sum()  # 4000 bytes each of second and its double
+
+    y, peak = timing.peak_bytes(step, CPU)
+    assert y == 4000 and 8000 <= peak < 8200
+    kept = []
+    assert timing.peak_bytes(lambda: kept.append(torch.ones(500)) or kept[0].sum(), CPU)[1] >= 2000
+    assert timing.peak_bytes(lambda: kept[0].sum(), CPU)[1] < 100  # only its first call took memory
+
+
+def test_profiler_says_nothing_on_stderr(capfd):
+    timing.peak_bytes(lambda: torch.ones(3), CPU)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        timing.peak_bytes(lambda: 1 / 0, CPU)
+    print("seen", file=sys.stderr)
+    assert "seen" in capfd.readouterr().err
+
+
 # ---- verify, then time ----------------------------------------------------------------------------------------------
 
 
@@ -65,6 +89,28 @@ def test_wrong_provider_is_refused_before_anything_is_timed(monkeypatch):
     monkeypatch.setattr(timing, "time_on_cpu", lambda *_: pytest.fail("timed"))
     with pytest.raises(cases.WrongResult, match=r"^wrong: y is off"):
         runner.measure(bench, dataclasses.replace(STACK, backward=False), CPU, ["torch einsum", "wrong"], rounds=1)
+
+
+def test_a_result_that_is_missing_is_wrong():
+    exact = {name: torch.ones(3, dtype=torch.float64) for name in ("y", "dx")}
+    with pytest.raises(cases.WrongResult, match=r"^wrong: no dx"):
+        cases.check("wrong", {"y": torch.ones(3)}, exact, {"y": 0.0, "dx": 0.0})
+
+
+def test_an_accuracy_takes_the_place_of_the_usual_error():
+    exact, y = {"y": torch.ones(3, dtype=torch.float64)}, {"y": torch.full((3,), 1 + 1e-5)}
+    cases.check("right", y, exact, {"y": 0.0}, {"y": 2e-5})
+    for usual, accuracy in (({"y": 1.0}, {"y": 5e-6}), ({"y": 0.0}, {"dx": 1.0})):
+        with pytest.raises(cases.WrongResult, match=r"^wrong: y is off"):
+            cases.check("wrong", y, exact, usual, accuracy)
+
+
+def test_one_number_is_the_same_for_all():
+    cases.check_alike({"a": 2.0, "b": 2.0 + 1e-6, "c": 2.0 - 1e-6})
+    cases.check_alike({})
+    for wrong in (2.0 + 3e-6, float("nan")):
+        with pytest.raises(cases.WrongResult, match=r"^b: y is .* by a"):
+            cases.check_alike({"a": 2.0, "b": wrong})
 
 
 def test_right_numbers_in_another_shape_are_wrong():
@@ -146,7 +192,10 @@ def test_a_gpu_run_takes_turns_with_its_inputs(op, monkeypatch):
     monkeypatch.setattr(timing, "time_on_gpu", clock)
     monkeypatch.setattr(timing, "time_in_graph", graph_clock)
     monkeypatch.setattr(timing, "count_launches", lambda step: step() and 7)
+    monkeypatch.setattr(timing, "peak_bytes", lambda step, device: (step(), 11))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    wide = dataclasses.replace(floor.H200, flops_per_s=floor.H200.flops_per_s | {"float32": 1e12})  # of one dtype alone
+    monkeypatch.setattr(floor, "H200", wide)
     names = sorted(EAGER & bench.providers.keys())
     for case in bench.shaped(TINY[op], "bfloat16"):
         seen.clear()
@@ -154,11 +203,14 @@ def test_a_gpu_run_takes_turns_with_its_inputs(op, monkeypatch):
         rows = record["results"]
         assert [row["ms"] for row in rows] == [1000.0 * (index + 1) for index in range(len(rows))]
         assert record["rates"]["name"] == "NVIDIA H200" and all(row["launches"] == 7 for row in rows)
-        assert {row["graph_ms"] is None for row in rows} <= {True, False}
+        assert {row["graph_ms"] is None for row in rows} <= {True, False} and all(
+            row["peak_bytes"] == 11 for row in rows
+        )
         assert "operation not permitted" in tables.case_table(record)
         for ys in seen:
             assert len(ys) == 3
-            if op != "reconstruct" or case.base:  # else nothing takes turns but the gradients
+            # Else nothing takes turns but the gradients, or nothing at all.
+            if case.base if op == "reconstruct" else op != "weight_distance" or case.kind == "imitation step":
                 assert not torch.equal(ys[0], ys[1]) and not torch.equal(ys[1], ys[2])
 
 
