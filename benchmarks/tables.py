@@ -255,7 +255,7 @@ def speed_table(runs: Sequence[dict]) -> str:
 
 
 def _op_table(op: str, cases: Sequence[dict], time: str) -> str:
-    """One line for every case and backend of ours; a column that is empty throughout is left out."""
+    """Folded, one line for every case and backend of ours; a column that is empty throughout is left out."""
     layout = LAYOUTS[op]
     headers = [*layout.case, "ours", "ms", *layout.figures, *(f"vs {peer}" for peer in layout.versus)]
     rows = []
@@ -266,7 +266,7 @@ def _op_table(op: str, cases: Sequence[dict], time: str) -> str:
             rows.append(cells + [_speed(case, row, provider, time) for provider in layout.versus.values()])
     kept = [index for index, column in enumerate(zip(*rows)) if set(column) != {"–"}]
     table = markdown([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
-    return f"`{op}`:\n\n{table}"
+    return f"<details><summary><code>{op}</code></summary>\n\n{table}\n\n</details>"
 
 
 def updated(text: str, runs: Sequence[dict]) -> str:
