@@ -87,7 +87,7 @@ def test_without_a_gpu_result_tables_say_so_and_nothing_else(saved_run):
     status = [line for line in text.splitlines() if "interpreted" in line or "emulation" in line]
     assert [line.split("|")[-2].strip() for line in status] == [tables.NEVER] * 2 * len(tables.operations())
     assert f"GPU: {tables.NEVER}." in text and "old" not in text and text.endswith("\nc\n")
-    assert all(f"\n`{op}`:\n" in text for op in TINY)
+    assert all(f"<code>{op}</code>" in text for op in TINY)
     assert all(shape in text for shape in ("24 × 16 → 40", "3 × 24 × 40", "4·6 × 24 → 40", "9 × 24²"))
 
 
