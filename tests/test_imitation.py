@@ -269,6 +269,10 @@ def test_what_never_left_zeros_counts_nothing(backend, device):
     value = imitation_step([group], decay=1.0, reduction="relative", backend=backend)
     assert abs(value.item() - 3) < 1e-5  # three weights, each as far as the teacher has moved; biases nothing
     assert all(t.grad.isfinite().all() for t in adapters([group]))
+    for tensor in (*group.weight0, *group.teacher):
+        tensor.zero_()
+    arguments = {"decay": 1.0, "reduction": "relative", "backend": backend, "return_errors": True}
+    assert not any(each.any() for each in imitation_step([group], **arguments))
 
 
 def test_in_inference_mode(backend, device):

@@ -52,7 +52,7 @@ def imitation_step(
     loss_scale: a number or a 0-d tensor that multiplies the gradients, and not the returned loss
     update_teacher: False leaves the teachers as they are
     backend: "auto" | "cuda" | "triton" | "torch"
-    return_errors: also return ‖Ŵ − W̄‖² / ‖Ŵ − W0‖² of each projection's weight
+    return_errors: also return ‖Ŵ − W̄‖² / max(‖Ŵ − W0‖², 1e-12 ‖W0‖²) of each projection's weight, 0 where that is 0
     returns loss: () a 0-d tensor on the device, not waited for; with return_errors (loss, errors (projections,))
 
     No autograd graph and no activations: call it once per optimizer step; a compiled function breaks its graph here.
@@ -82,7 +82,8 @@ def imitation_step(
         if not return_errors:
             return loss
         squared, moved, base = _joined([each.sums for each in results])[:, :3].unbind(1)
-        return loss, squared / torch.maximum(moved, 1e-12 * base)
+        denominator = torch.maximum(moved, 1e-12 * base)
+        return loss, torch.where(denominator == 0, 0, squared / denominator)
 
 
 def _prepared(groups: list[ImitationGroup], backend: str) -> list[Plan]:
