@@ -90,9 +90,11 @@ def check_group(where: str, group: ImitationGroup, like: Tensor) -> None:
             check_student(weight0, bias0, lora, group.transform, group.placement)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}, projection {m}: {error}") from None
-        for name, of in (("teacher", weight0), ("live", weight0), ("teacher_bias", bias0), ("live_bias", bias0)):
-            if of is not None:
-                _check_follower(f"{where}.{name}[{m}]", lists[name][m], of, like)
+        for suffix, frozen in (("", weight0), ("_bias", bias0)):
+            for name, dtypes in (("teacher", (like.dtype,)), ("live", LIVE)) if frozen is not None else ():
+                tensor, its = lists[name + suffix][m], f"{where}.{name}{suffix}[{m}]"
+                check_tensor(its, tensor, like, dtypes=dtypes)
+                check_shape(its, tensor, tuple(frozen.shape), "that of weight0 or bias0")
     for tensor in group.tensors():
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{where}: expected tensors with neighbouring elements in a row, got {tensor.stride()}")
@@ -105,9 +107,3 @@ def named_teachers(where: str, group: ImitationGroup) -> Iterator[tuple[str, Ten
     for name in ("teacher", "teacher_bias"):
         for m, tensor in enumerate(getattr(group, name) or ()):
             yield f"{where}.{name}[{m}]", tensor
-
-
-def _check_follower(where: str, tensor: Tensor, of: Tensor, like: Tensor) -> None:
-    is_teacher = ".teacher" in where
-    check_tensor(where, tensor, like, dtypes=(of.dtype,) if is_teacher else LIVE)
-    check_shape(where, tensor, tuple(of.shape), "that of weight0 or bias0")

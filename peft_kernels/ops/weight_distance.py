@@ -176,8 +176,8 @@ def weight_distance(
     backend: "auto" | "cuda" | "triton" | "torch"; all float32 (float64: the torch backend), any rank
     returns loss: () a 0-d tensor on the same device; differentiable in left and right, and in target and base if asked
 
-    The forward computes the gradients, too; the backward only scales them. For a GPU's gradients in tf32 (3e-4
-    relative), allow it for torch's own matmuls; the loss stays float32's.
+    The forward computes the gradients, too; the backward only scales them. Where torch's own matmuls may use tf32, the
+    gradients' products on Triton do, and the loss's take three tf32 products for each; otherwise all is float32.
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
     if a backend asked for by name cannot run. Source: method section 3.
     """

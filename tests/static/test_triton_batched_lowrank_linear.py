@@ -1,22 +1,15 @@
 """The Triton kernels of `batched_lowrank_linear` as machine code for three architectures, without a GPU."""
 
-import os
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels decorated under the interpreter cannot be compiled", allow_module_level=True)
-
-from aot import ARCHITECTURES, binaries, check_resources, compile_launch
+from aot import ARCHITECTURES, BF16, FP16, FP32, binaries, check_resources, compile_launch
 
 from peft_kernels.triton_kernels import batched_lowrank_linear as batched
 from peft_kernels.triton_kernels import common
 from peft_kernels.triton_kernels.config import SEGMENT_ROWS
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHRINK, EXPAND, GRAM = "_batched_shrink_kernel", "_batched_expand_kernel", "_gram_kernel"
 EVERYTHING = {(kernel, up) for kernel in (SHRINK, EXPAND, GRAM) for up in (False, True)}
 

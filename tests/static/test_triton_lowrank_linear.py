@@ -3,22 +3,14 @@
 No spill, shared memory within the limit, tensor cores where they belong, 16-byte accesses, no tf32 in float32 kernels.
 """
 
-import os
 import re
 from dataclasses import dataclass
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels decorated under the interpreter cannot be compiled", allow_module_level=True)
-
-from aot import ARCHITECTURES, TENSOR_CORES, binaries, check_resources, compile_launch
+from aot import ARCHITECTURES, BF16, FP16, FP32, TENSOR_CORES, binaries, check_resources, compile_launch
 
 from peft_kernels.triton_kernels import common, lowrank_linear, lowrank_linear_bwd
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True)

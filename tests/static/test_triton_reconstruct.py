@@ -1,20 +1,12 @@
 """The Triton kernel of `reconstruct` as machine code for three architectures, in config.py's tiles, without a GPU."""
 
-import os
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels decorated under the interpreter cannot be compiled", allow_module_level=True)
-
-from aot import ARCHITECTURES, TENSOR_CORES, binaries, check_resources, compile_launch
+from aot import ARCHITECTURES, BF16, FP16, FP32, TENSOR_CORES, binaries, check_resources, compile_launch
 
 from peft_kernels.triton_kernels import common, reconstruct
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,12 @@
 No spill, shared memory within the limit, 16-byte accesses to the large matrices, no tf32 unless torch allows it.
 """
 
-import os
 import re
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels decorated under the interpreter cannot be compiled", allow_module_level=True)
-
 from aot import ARCHITECTURES, binaries, check_resources, compile_launch
 from imitation_cases import Layer
 
