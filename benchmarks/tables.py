@@ -107,6 +107,16 @@ LAYOUTS = {
             "lerp": "foreach lerp",
         },
     ),
+    "gated_query": Layout(
+        {
+            "B × S × d": lambda case: f"{case['B']} × {case['S']} × {case['D']}",
+            "mode": lambda case: case["mode"],
+            "dtype": lambda case: case["dtype"],
+            "pass": _pass,
+        },
+        ("GB/s", "% of copy"),
+        {"eager": "formula, eager", "compiled": "formula, compiled"},
+    ),
 }
 
 

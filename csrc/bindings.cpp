@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "batched_lowrank_linear.h"
+#include "gated_query.h"
 #include "lowrank_linear.h"
 #include "reconstruct.h"
 #include "weight_distance.h"
@@ -35,7 +36,8 @@ py::dict build_info() {
     py::list architectures, kernels;
     std::istringstream words(PEFT_KERNELS_BUILT_ARCHS);
     for (std::string word; words >> word;) architectures.append(word);
-    for (const char* kernel : {"lowrank_linear", "batched_lowrank_linear", "reconstruct", "weight_distance"})
+    for (const char* kernel :
+         {"lowrank_linear", "batched_lowrank_linear", "reconstruct", "weight_distance", "gated_query"})
         kernels.append(kernel);
     py::dict info;
     info["architectures"] = architectures;
@@ -145,6 +147,30 @@ void bind_weight_distance(py::module_& m) {
     m.def("weight_distance_shared_bytes", weight_distance_shared_bytes);
 }
 
+void bind_gated_query(py::module_& m) {
+    using Params = GatedQuery;
+    py::class_<Params> params(m, "GatedQuery", py::module_local());
+    params.def(py::init<>());
+    FIELD(rows), FIELD(columns), FIELD(positions), FIELD(dtype), FIELD(scale), FIELD(scale_ptr);
+    FIELD(gamma_float), FIELD(beta_float), FIELD(cross_gamma_float), FIELD(cross_beta_float);
+    FIELD(hidden), FIELD(hidden_stride), FIELD(text), FIELD(text_stride), FIELD(cross), FIELD(cross_stride);
+    FIELD(gamma), FIELD(beta), FIELD(cross_gamma), FIELD(cross_beta), FIELD(padding_mask);
+    FIELD(out), FIELD(gate), FIELD(total), FIELD(dy), FIELD(dy_stride), FIELD(q);
+    FIELD(d_hidden), FIELD(d_text), FIELD(d_cross), FIELD(strips);
+    FIELD(gamma_partial), FIELD(beta_partial), FIELD(cross_gamma_partial);
+    FIELD(d_gamma), FIELD(d_beta), FIELD(d_cross_gamma), FIELD(d_cross_beta);
+    m.attr("GATED_QUERY_ROWS") = kGatedQueryRows;
+    m.attr("GATED_QUERY_COLUMNS") = kGatedQueryColumns;
+    m.def("additive_query_fwd",
+          [](const Params& p, Stream stream) { additive_query_fwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("additive_query_bwd",
+          [](const Params& p, Stream stream) { additive_query_bwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("gated_query_fwd",
+          [](const Params& p, Stream stream) { gated_query_fwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("gated_query_bwd",
+          [](const Params& p, Stream stream) { gated_query_bwd(p, reinterpret_cast<void*>(stream)); });
+}
+
 #undef FIELD
 
 }  // namespace
@@ -157,4 +183,5 @@ PYBIND11_MODULE(_C, m) {
     bind_batched_lowrank_linear(m);
     bind_reconstruct(m);
     bind_weight_distance(m);
+    bind_gated_query(m);
 }

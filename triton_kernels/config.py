@@ -214,3 +214,29 @@ def weight_distance_config(arch: int, aligned: bool = True) -> WeightDistanceCon
         finish=Tile(128, 32, stages=1),
         product=Tile(64, 32, warps=4, stages=4, depth=16),
     )
+
+
+@dataclass(frozen=True)
+class GatedQueryConfig:
+    """One tile for each kind of kernel of `gated_query`."""
+
+    additive: Tile
+    gated_fwd: Tile
+    gated_bwd: Tile
+    finish: Tile
+
+
+def gated_query_config(columns: int) -> GatedQueryConfig:
+    """The tiles for one width, by its power of two alone.
+
+    additive: 8 × 256 makes 120 programs of BLIP's 8 · 40 rows of 768. gated: one program walks through a sequence, up
+    to 1024 columns at once, and waits for memory at every step, so that it takes as many rows as registers hold: fewer
+    where the loop over columns is unrolled.
+    """
+    width = max(16, 1 << (columns - 1).bit_length())
+    return GatedQueryConfig(
+        additive=Tile(8, min(width, 256), stages=1),
+        gated_fwd=Tile(16 if width <= 1024 else 8, min(width, 1024), stages=1),
+        gated_bwd=Tile(8, min(width, 1024), stages=1),
+        finish=Tile(32, min(width, 64), warps=4, stages=1),
+    )

@@ -17,6 +17,7 @@ DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 PRODUCTS = "shrink", "expand", "wide_bwd", "batched_shrink", "batched_expand", "gram"
 RECONSTRUCT = "reconstruct", "reconstruct_from_float", "reconstruct_dense_from_float"
 DISTANCE = "distance", "product"  # float32 throughout, any rank
+GATED_QUERY = "additive_query_fwd", "additive_query_bwd", "gated_query_fwd", "gated_query_bwd"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def test_every_architecture_has_every_kernel():
     archs = {arch for arch in _C.build_info()["architectures"] if arch.startswith("sm_")}
     assert archs == {kernel.arch for kernel in kernels()}
     expected = {(name, dtype, rank) for name in PRODUCTS for dtype in DTYPE_CODES for rank in (32, 64, 128)}
-    any_rank = "mix", "hidden_bwd", "reduce", *RECONSTRUCT[1:]
+    any_rank = "mix", "hidden_bwd", "reduce", *RECONSTRUCT[1:], *GATED_QUERY, "gated_query_finish"
     expected |= {(name, dtype, 0) for name in any_rank for dtype in DTYPE_CODES}
     expected |= {("reconstruct", dtype, 0) for dtype in ("bfloat16", "float16")}
     expected |= {(name, "", 0) for name in (*DISTANCE, "finish")}
@@ -122,7 +123,7 @@ def test_two_blocks_fit_a_multiprocessor():
     assert not failures(lambda k: k.rank in (32, 64) and k.registers > 128, batched, ["bfloat16", "float16"])
     assert not failures(lambda k: k.registers > 128, RECONSTRUCT)
     assert not failures(lambda k: k.registers > 80, RECONSTRUCT[:2])  # three
-    assert not failures(lambda k: k.registers > 128, DISTANCE)
+    assert not failures(lambda k: k.registers > 128, [*DISTANCE, *GATED_QUERY])  # one of 512 threads for "gated"
 
 
 def test_shared_memory_within_limits():
@@ -144,7 +145,7 @@ def test_half_precision_uses_tensor_cores():
 def test_float32_stays_float32():
     assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code), dtypes=["float32"])
     assert not failures(lambda k: "FFMA" not in k.code, PRODUCTS, ["float32"])
-    any_rank = [*RECONSTRUCT[1:], *DISTANCE, "finish"]
+    any_rank = [*RECONSTRUCT[1:], *DISTANCE, "finish", *GATED_QUERY]
     assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code) or "FFMA" not in k.code, any_rank)
 
 
@@ -156,9 +157,10 @@ def test_float32_operands_are_read_in_pairs():
 
 def test_wide_matrices_move_16_bytes_at_a_time():
     """Loads of x, dY, S and bases; stores of y0, of whole weights and, in one of the two kernels of each kind, dx0.
-    Loads of live, target and base; stores of targets, errors and products."""
-    assert not failures(lambda k: "LDG.E.128" not in k.code, [*PRODUCTS, *RECONSTRUCT, *DISTANCE])
-    assert not failures(lambda k: "STG.E.128" not in k.code, ["expand", "batched_expand", *RECONSTRUCT, *DISTANCE])
+    Loads of live, target and base; stores of targets, errors and products. All activations that gates mix."""
+    storing = [*RECONSTRUCT, *DISTANCE, *GATED_QUERY]
+    assert not failures(lambda k: "LDG.E.128" not in k.code, [*PRODUCTS, *storing])
+    assert not failures(lambda k: "STG.E.128" not in k.code, ["expand", "batched_expand", *storing])
     storing = {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd" and "STG.E.128" in k.code}
     assert storing == {(k.arch, k.dtype, k.rank) for k in kernels() if k.name == "wide_bwd"}
 

@@ -1,0 +1,184 @@
+"""Aurora's gated query transformation: a text layer's output takes up what its attention blocks gave, by learned gates.
+
+Two readings. All vectors γ, β, … are (d,); Σ without an index is over all rows, that is positions of sequences.
+
+"additive", the authors' released code: h the FFN's output, a_s and a_c those of self- and cross-attention, s the scale:
+
+    out = h + s (a_s ∘ γ + β) + s (a_c ∘ γ_c + β_c)
+    dh = G,  da_s = s G ∘ γ,  da_c = s G ∘ γ_c,  dγ = s Σ G ∘ a_s,  dγ_c = s Σ G ∘ a_c,  dβ = dβ_c = s Σ G
+
+"gated", as described for the paper: f the FFN's output and t the text, (S, d) for each sequence; m_j = 1 for a real
+token and 0 for padding:
+
+    t' = γ ∘ t + β,  τ = Σ_j m_j t'_j,  g = softmax over the S positions of ⟨f_i, τ⟩,  out_i = g_i f_i + (1 − g_i) t'_i
+    q_i = ⟨G_i, f_i − t'_i⟩,  ds_i = g_i (q_i − Σ_l g_l q_l),  df_i = g_i G_i + ds_i τ
+    dt'_j = (1 − g_j) G_j + m_j Σ_i ds_i f_i,  dt = γ ∘ dt',  dγ = Σ t ∘ dt',  dβ = Σ dt'
+
+The mask changes τ alone: padding still has its place in the softmax. Where all is padding τ = 0, and g_i = 1 / S.
+
+Kept for the backward: inputs, and for "gated" g and τ in float32, S + d numbers for each sequence: 5 % of one bfloat16
+activation at S = 40, d = 768, where computing them again would read f and t once more.
+Sources: arXiv 2305.08381 and its code, https://github.com/WillDreamer/Aurora; method section 4.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from peft_kernels.backend import resolve
+from peft_kernels.checks import autocasts, check_choice, check_factor, check_scale, check_shape, check_tensor
+from peft_kernels.dispatch import gated_query as dispatch
+from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows
+
+MODES = ("additive", "gated")
+_SCALE = 0.1  # of the released code
+
+
+def gated_query_reference(
+    mode, hidden, text, gamma, beta, cross=None, cross_gamma=None, cross_beta=None, *, padding_mask=None, scale=_SCALE
+):
+    """The definition, in the precision of its arguments."""
+    moved = text * gamma + beta
+    if mode == "additive":
+        return hidden + scale * moved + scale * (cross * cross_gamma + cross_beta)
+    kept = moved if padding_mask is None else moved.masked_fill(~padding_mask[..., None], 0)
+    gate = (hidden * kept.sum(-2, keepdim=True)).sum(-1, keepdim=True).softmax(-2)
+    return gate * hidden + (1 - gate) * moved
+
+
+class _Additive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, text, gamma, beta, cross, cross_gamma, cross_beta, scale, backend):
+        _, needs_text, needs_gamma, _, needs_cross, needs_cross_gamma, _ = ctx.needs_input_grad[:7]
+        ctx.save_for_backward(
+            text if needs_gamma else None,
+            gamma if needs_text or needs_gamma else None,
+            beta,
+            cross if needs_cross_gamma else None,
+            cross_gamma if needs_cross or needs_cross_gamma else None,
+            cross_beta,
+            scale if isinstance(scale, Tensor) else None,
+        )
+        ctx.scale, ctx.shape, ctx.backend = None if isinstance(scale, Tensor) else scale, hidden.shape, backend
+        args = (rows(hidden), rows(text), gamma, beta, rows(cross), cross_gamma, cross_beta, scale)
+        return dispatch.additive_query_fwd(backend, *args).view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivative("gated_query")
+        text, gamma, beta, cross, cross_gamma, cross_beta, scale = ctx.saved_tensors
+        text, cross = (None if t is None else rows(t) for t in (text, cross))
+        scale = ctx.scale if scale is None else scale
+        args = (rows(dy), text, gamma, beta, cross, cross_gamma, cross_beta, scale, ctx.needs_input_grad[1:7])
+        d_text, d_gamma, d_beta, d_cross, *others = dispatch.additive_query_bwd(ctx.backend, *args)
+        d_text, d_cross = (None if t is None else t.view(ctx.shape) for t in (d_text, d_cross))
+        return dy if ctx.needs_input_grad[0] else None, d_text, d_gamma, d_beta, d_cross, *others, None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, text, gamma, beta, padding_mask, backend):
+        positions = hidden.shape[-2] or 1  # of no sequences, where there are no positions
+        padding_mask = None if padding_mask is None else padding_mask.reshape(-1, positions)
+        args = (rows(hidden), rows(text), gamma, beta, padding_mask, positions)
+        out, gate, total = dispatch.gated_query_fwd(backend, *args)
+        ctx.save_for_backward(hidden, text, gamma, beta, padding_mask, gate, total)
+        ctx.backend = backend
+        return out.view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivative("gated_query")
+        hidden, text, *others = ctx.saved_tensors
+        args = (rows(dy), rows(hidden), rows(text), *others, ctx.needs_input_grad[:4])
+        d_hidden, d_text, d_gamma, d_beta = dispatch.gated_query_bwd(ctx.backend, *args)
+        d_hidden, d_text = (None if t is None else t.view(hidden.shape) for t in (d_hidden, d_text))
+        return d_hidden, d_text, d_gamma, d_beta, None, None
+
+
+def _check_mode(mode: str, padding_mask: Tensor | None, scale: float | Tensor, **crosses: Tensor | None) -> None:
+    check_choice("mode", mode, MODES)
+    for name, value in crosses.items():
+        if (value is None) == (mode == "additive"):
+            raise ValueError(f"{name}: mode {mode!r} {'needs it, got None' if value is None else 'takes none'}")
+    if mode == "additive" and padding_mask is not None:
+        raise ValueError("padding_mask: mode 'additive' takes none, as it mixes no positions")
+    if mode == "gated" and (isinstance(scale, Tensor) or scale != _SCALE):
+        raise ValueError("scale: mode 'gated' has none; leave it out")
+
+
+def _check_wide(wide: dict[str, Tensor], least: int, meaning: str) -> torch.dtype:
+    """Tensors of one shape and dtype; under autocast, whose layer norm gives float32, the widest of their dtypes."""
+    hidden = wide["hidden"]
+    for name, value in wide.items():
+        check_tensor(name, value, None if value is hidden else hidden)
+        if value is hidden and (value.dim() < least or value.shape[-1] == 0):
+            raise ValueError(f"{name}: expected shape {meaning} with d ≥ 1, got {tuple(value.shape)}")
+        check_shape(name, value, tuple(hidden.shape), f"{meaning}, as hidden")
+        if value.dtype != hidden.dtype and not autocasts(hidden):
+            raise TypeError(f"{name}: expected dtype {hidden.dtype}, as hidden, got {value.dtype}")
+    return functools.reduce(torch.promote_types, (value.dtype for value in wide.values()))
+
+
+def _check_vector(name: str, vector: Tensor, hidden: Tensor) -> Tensor:
+    check_tensor(name, vector, hidden)
+    if autocasts(hidden) and vector.dtype.itemsize < hidden.dtype.itemsize:
+        vector = vector.to(hidden.dtype)
+    check_factor(name, vector, hidden)
+    check_shape(name, vector, (hidden.shape[-1],), "(d,)")
+    return vector.contiguous()
+
+
+def gated_query(
+    mode: str,
+    hidden: Tensor,
+    text: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    cross: Tensor | None = None,
+    cross_gamma: Tensor | None = None,
+    cross_beta: Tensor | None = None,
+    *,
+    padding_mask: Tensor | None = None,
+    scale: float | Tensor = _SCALE,
+    backend: str = "auto",
+) -> Tensor:
+    """Aurora's gated query transformation of one layer's output, differentiable in every tensor but the mask and scale.
+
+    mode: "additive", hidden + scale · (text ∘ gamma + beta) + scale · (cross ∘ cross_gamma + cross_beta), or "gated",
+        g · hidden + (1 − g) · (text ∘ gamma + beta) with g the softmax, over the S positions, of hidden's products with
+        the sum of the moved text
+    hidden: (..., d), the FFN's output after its LayerNorm, any strides; for "gated" (..., S, d), each a sequence
+    text: as hidden: the self-attention block's output;  cross: as hidden, that of cross-attention; "additive" only
+    gamma, beta, cross_gamma, cross_beta: (d,), in hidden's dtype or float32; gradients come in their own
+    padding_mask: None or (..., S), True for a real token; "gated" only. Padding is left out of the sum of the moved
+        text, and of nothing else.
+    scale: a number, or a 0-d tensor on the same device (takes no gradient); "additive" only
+    backend: "auto" | "cuda" | "triton" | "torch"
+    returns out: (..., d), as hidden; sums in float32, rounded once
+
+    hidden, text and cross have one dtype: float32, bfloat16, float16 or (torch backend) float64. Under autocast, where
+    layer norms give float32, they may differ: the widest of them is the result's, and narrower vectors are widened.
+    "gated" mixes positions: it has no place in a causal decoder. It needs gamma near 1 and beta near 0; "additive" has
+    both near 0. Source: arXiv 2305.08381 and its code; method section 4.
+    Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
+    if a backend asked for by name cannot run.
+    """
+    _check_mode(mode, padding_mask, scale, cross=cross, cross_gamma=cross_gamma, cross_beta=cross_beta)
+    wide = {"hidden": hidden, "text": text} | ({} if cross is None else {"cross": cross})
+    dtype = _check_wide(wide, *((2, "(..., S, d)") if mode == "gated" else (1, "(..., d)")))
+    hidden, text, *crosses = (t.to(dtype) for t in wide.values())
+    gamma, beta = _check_vector("gamma", gamma, hidden), _check_vector("beta", beta, hidden)
+    choice = resolve("gated_query", (hidden,), backend)
+    run = choice.name if hidden.numel() else "torch"  # nothing to launch
+    if mode == "gated":
+        if padding_mask is not None:
+            check_tensor("padding_mask", padding_mask, hidden, dtypes=(torch.bool,))
+            check_shape("padding_mask", padding_mask, tuple(hidden.shape[:-1]), "(..., S)")
+        return _Gated.apply(hidden, text, gamma, beta, contiguous(padding_mask), run)
+    vectors = _check_vector("cross_gamma", cross_gamma, hidden), _check_vector("cross_beta", cross_beta, hidden)
+    check_scale(scale, hidden)
+    if run != "torch" and isinstance(scale, Tensor):
+        scale = scale.to(torch.float32)
+    return _Additive.apply(hidden, text, gamma, beta, *crosses, *vectors, scale, run)

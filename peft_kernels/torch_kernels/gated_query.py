@@ -1,0 +1,104 @@
+"""`gated_query` in torch: in float32 at least, each result rounded once.
+
+Shapes as in peft_kernels/ops/gated_query.py, whose (..., d) come as rows (M, d), M = B·S for "gated".
+"""
+
+import torch
+from torch import Tensor
+
+Needs = tuple[bool, ...]
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def additive_query_fwd(
+    hidden: Tensor,
+    text: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    cross: Tensor,
+    cross_gamma: Tensor,
+    cross_beta: Tensor,
+    scale: float | Tensor,
+) -> Tensor:
+    """-> out (M, d)"""
+    out = torch.addcmul((_wide(beta) + _wide(cross_beta)) * scale, _wide(text), _wide(gamma) * scale)
+    return out.addcmul_(_wide(cross), _wide(cross_gamma) * scale).add_(hidden).to(hidden.dtype)
+
+
+def additive_query_bwd(
+    dy: Tensor,
+    text: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor,
+    cross: Tensor | None,
+    cross_gamma: Tensor | None,
+    cross_beta: Tensor,
+    scale: float | Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """-> d_text, d_gamma, d_beta, d_cross, d_cross_gamma, d_cross_beta, as `needs` says in that order.
+
+    text and cross are read for the gradients of their gammas only; the betas tell a dtype.
+    """
+    needs_text, needs_gamma, needs_beta, needs_cross, needs_cross_gamma, needs_cross_beta = needs
+    wide = _wide(dy)
+    d_text = (wide * (_wide(gamma) * scale)).to(dy.dtype) if needs_text else None
+    d_cross = (wide * (_wide(cross_gamma) * scale)).to(dy.dtype) if needs_cross else None
+    d_gamma = ((wide * text).sum(0) * scale).to(gamma.dtype) if needs_gamma else None
+    d_cross_gamma = ((wide * cross).sum(0) * scale).to(cross_gamma.dtype) if needs_cross_gamma else None
+    d_beta = d_cross_beta = None
+    if needs_beta or needs_cross_beta:
+        total = wide.sum(0) * scale
+        d_beta = total.to(beta.dtype) if needs_beta else None
+        d_cross_beta = total.to(cross_beta.dtype, copy=True) if needs_cross_beta else None
+    return d_text, d_gamma, d_beta, d_cross, d_cross_gamma, d_cross_beta
+
+
+def gated_query_fwd(
+    hidden: Tensor, text: Tensor, gamma: Tensor, beta: Tensor, padding_mask: Tensor | None, positions: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out (M, d), g (B, S) and τ (B, d), both float32 at least; padding_mask (B, S), positions: S"""
+    wide, moved = (t.unflatten(0, (-1, positions)) for t in (_wide(hidden), _moved(text, gamma, beta)))
+    kept = moved if padding_mask is None else moved.masked_fill(~padding_mask[..., None], 0)
+    total = kept.sum(1)
+    gate = (wide * total[:, None]).sum(-1).softmax(-1)
+    return moved.lerp_(wide, gate[..., None]).flatten(0, 1).to(hidden.dtype), gate, total
+
+
+def gated_query_bwd(
+    dy: Tensor,
+    hidden: Tensor,
+    text: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    padding_mask: Tensor | None,
+    gate: Tensor,
+    total: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """-> d_hidden, d_text, d_gamma, d_beta, as `needs` says in that order"""
+    needs_hidden, needs_text, needs_gamma, needs_beta = needs
+    d_hidden = d_text = d_gamma = d_beta = None
+    wide, f, difference = (_wide(dy), _wide(hidden), _moved(text, gamma, beta).neg_().add_(hidden))
+    wide, f, difference = (t.unflatten(0, gate.shape) for t in (wide, f, difference))
+    q = difference.mul_(wide).sum(-1)
+    ds = (q - (gate * q).sum(-1, keepdim=True)).mul_(gate)
+    if needs_hidden:
+        d_hidden = (wide * gate[..., None]).addcmul_(ds[..., None], total[:, None])
+        d_hidden = d_hidden.flatten(0, 1).to(dy.dtype)
+    if needs_text or needs_gamma or needs_beta:
+        d_total = (f * ds[..., None]).sum(1, keepdim=True)
+        kept = torch.ones_like(gate) if padding_mask is None else padding_mask.to(gate.dtype)
+        d_moved = (wide * (1 - gate)[..., None]).addcmul_(kept[..., None], d_total).flatten(0, 1)
+        d_text = (d_moved * gamma).to(dy.dtype) if needs_text else None
+        d_gamma = (d_moved * text).sum(0).to(gamma.dtype) if needs_gamma else None
+        d_beta = d_moved.sum(0).to(beta.dtype) if needs_beta else None
+    return d_hidden, d_text, d_gamma, d_beta
+
+
+def _moved(text: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """t' (M, d), memory of its own"""
+    return torch.addcmul(_wide(beta), _wide(text), _wide(gamma))
