@@ -138,12 +138,12 @@ def test_unmerge_refuses_to_lose_a_change():
     nn.init.normal_(first.up)
     first.merge()
     second.merge()
-    with pytest.raises(ValueError, match=r"^unmerge: weight was changed"):
+    with pytest.raises(ValueError, match=r"^unmerge: weight or bias was changed"):
         first.unmerge()
     loaded = layer()
     loaded.merge()
     loaded.load_state_dict(layer().state_dict())
-    with pytest.raises(ValueError, match=r"^unmerge: weight was changed"):
+    with pytest.raises(ValueError, match=r"^unmerge: weight or bias was changed"):
         loaded.unmerge()
     moved = layer()
     original = moved.weight.clone()
@@ -177,3 +177,9 @@ def test_repr_tells_rank_blocks_dropout_and_backend():
     text = repr(layer("grid", dropout_p=0.1, dropout_on="core", backend="torch"))
     for part in ("rank=4", "blocks=3x2", "dropout=0.1 on core", "backend=torch", "core=dense", "in_features=24"):
         assert part in text
+
+
+def test_state_dict_is_read_by_torch_load(tmp_path):
+    """weights_only refuses whatever is no tensor: a state dict's metadata must not hold the layer."""
+    torch.save(layer().state_dict(), tmp_path / "layer.pt")
+    assert torch.load(tmp_path / "layer.pt", weights_only=True).keys() == layer().state_dict().keys()

@@ -1,0 +1,242 @@
+"""What every adapter's layer is: an nn.Linear in another's place, with a low-rank update that merges and unmerges."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+
+from peft_kernels.backend import BACKENDS, Choice, resolve
+from peft_kernels.checks import DTYPES, check_choice, check_probability, check_scale
+from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
+from peft_kernels.ops.reconstruct import reconstruct
+
+
+class AdaptedLinear(nn.Linear):
+    """Takes the place of `linear` and keeps its `weight` and `bias`, the same Parameters under the same keys.
+
+    It runs `linear`'s hooks, too. A subclass says by `factors` what is added to the weight, and by `adapted_bias` what
+    the bias becomes, if anything. While merged, `weight` and `bias` (in the state dict too) hold the sums.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        scale: float = 1.0,
+        dropout_p: float = 0.0,
+        dropout_on: str = "input",
+        backend: str = "auto",
+        design: str | None = None,
+        freeze: bool = True,
+    ):
+        check_linear_module(linear)
+        check_choice("dropout_on", dropout_on, DROPOUT_PLACES)
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_choice("design", design, DESIGNS)
+        check_probability("dropout_p", dropout_p)
+        check_scale(scale, linear.weight)
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        for name, hooks in vars(linear).items():  # one dictionary for both: handles go on removing
+            if name.startswith(("_forward_", "_backward_", "_is_full_backward_")):
+                setattr(self, name, hooks)
+        if freeze:
+            linear.requires_grad_(False)
+        self.dropout_p, self.dropout_on = dropout_p, dropout_on
+        self.backend, self.design = backend, design
+        self._original: tuple[Tensor, Tensor | None] | None = None
+        self.set_scale(scale)
+        self.train(linear.training)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(down, up, core) of the update, as `lowrank_linear` takes them."""
+        raise NotImplementedError
+
+    def adapted_bias(self) -> Tensor | None:
+        """The bias with the update; None if it stays as it is."""
+        return None
+
+    def reset_parameters(self) -> None:
+        """As nn.Linear's, weight and bias too; what frameworks call after building a model on the meta device."""
+        if hasattr(self, "backend"):  # nn.Linear's constructor calls it before there is an adapter
+            super().reset_parameters()
+            self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """Start what is trained afresh."""
+
+    def set_scale(self, scale: float) -> None:
+        """Change the update's factor; not while merged. In place: a captured CUDA graph sees the new value."""
+        check_scale(scale, self.weight)
+        self._check_unmerged("set_scale")
+        self._scale = float(scale)
+        if "scale" in self._buffers:
+            self.scale.fill_(self._scale)
+        else:
+            self.register_buffer("scale", self._scale_buffer(), persistent=False)
+
+    @property
+    def merged(self) -> bool:
+        return self._original is not None
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """x: (..., in_features), hidden: None or (..., I·R) from `lowrank_hidden` -> (..., out_features)"""
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return lowrank_linear(
+            x,
+            self.weight,
+            self.bias,
+            *self.factors(),
+            scale=self.scale,
+            dropout_p=self.dropout_p,
+            dropout_on=self.dropout_on,
+            training=self.training,
+            hidden=hidden,
+            backend=self.backend,
+            design=self.design,
+        )
+
+    def _wide_factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return tuple(None if t is None else t.to(dtype) for t in self.factors())
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """scale · B core A as a float32 (float64 for a float64 weight) tensor (out_features, in_features)."""
+        return reconstruct(*self._wide_factors(), scale=self.scale, backend=self.backend)
+
+    @torch.no_grad()
+    def lora_factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(A, B, b): the same update as stock LoRA, weight + B A and bias + b; A (r, in), B (out, r), b (out,) or None.
+
+        float32 (float64 for a float64 weight); scale and core are in B, or with several input blocks in A.
+        """
+        self._check_unmerged("lora_factors")
+        down, up, core = self._wide_factors()
+        up = up * self.scale.to(up.dtype)
+        bias = self.adapted_bias()
+        shift = None if bias is None or self.bias is None else bias - self.bias.to(bias.dtype)
+        if core is None:
+            return down, up, shift
+        core = torch.diag_embed(core) if core.dim() == 3 else core
+        out_blocks, in_blocks = core.shape[:2]
+        if out_blocks == 1:
+            return torch.cat([part @ down for part in core[0]], dim=1), up, shift
+        left = torch.cat([torch.cat([up @ part for part in row], dim=1) for row in core])
+        return torch.block_diag(*[down] * in_blocks), left, shift
+
+    @torch.no_grad()
+    def merge(self, keep_on: torch.device | str | None = None) -> None:
+        """Add the update to `weight`, summed in float32 and rounded once; the original is kept for `unmerge`.
+
+        keep_on: the device of the kept original; None is the weight's own, "cpu" frees that memory.
+        """
+        self._check_unmerged("merge")
+        merged = reconstruct(*self.factors(), scale=self.scale, base=self.weight, backend=self.backend)
+        bias = self.adapted_bias()
+        kept = [
+            None if t is None else t.detach().to(keep_on or t.device, copy=True)
+            for t in (self.weight, None if bias is None else self.bias)
+        ]
+        self.weight.copy_(merged)
+        if bias is not None:
+            self.bias.copy_(bias)
+        self._original, self._merged_version = tuple(kept), self._changes()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back the original bits of `weight` and `bias`. Raises ValueError if they changed since `merge`."""
+        if self._original is None:
+            raise ValueError("unmerge: the layer is not merged")
+        if self._changes() != self._merged_version:
+            raise ValueError("unmerge: weight or bias was changed after merge, and would be lost")
+        weight, bias = self._original
+        self.weight.copy_(weight)
+        if bias is not None:
+            self.bias.copy_(bias)
+        self._original = None
+
+    def frozen(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias without the update, merged or not."""
+        weight, bias = self._original or (self.weight, None)
+        return weight.detach(), self.bias if bias is None else bias
+
+    def backend_choice(self) -> Choice:
+        """The backend that the next forward on the weight's device takes, and the reason."""
+        if self.merged:
+            return Choice("torch", "merged: a plain linear")
+        factors = self.factors()
+        return resolve("lowrank_linear", (self.weight, self.bias, *factors), self.backend, rank=factors[0].shape[0])
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), *self._describe()]
+        if self.dropout_p:
+            parts.append(f"dropout={self.dropout_p:g} on {self.dropout_on}")
+        parts.append(f"backend={self.backend}")
+        return ", ".join(parts + ["merged"] * self.merged)
+
+    def _describe(self) -> list[str]:
+        return [f"scale={self._scale:g}"]
+
+    def _check_unmerged(self, action: str) -> None:
+        if getattr(self, "_original", None) is not None:
+            raise ValueError(f"{action}: the layer is merged; unmerge it first")
+
+    def _scale_buffer(self) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.full((), self._scale, dtype=dtype, device=self.weight.device)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves and casts as any module does, but leaves the scale in float32 (float64 with a float64 weight)."""
+        super()._apply(fn, recurse)
+        self.scale = self._scale_buffer()
+        if self.merged:
+            self._merged_version = self._changes()
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's or pickle's tensors count their changes from zero."""
+        super().__setstate__(state)
+        if self.merged:
+            self._merged_version = self._changes()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.scale.device != self.weight.device:  # assign=True brings a meta model to a real device
+            self.scale = self._scale_buffer()
+
+    def _changes(self) -> list[int | None]:
+        """Counts changes in place of weight and bias (tensors made in inference mode count none)."""
+        return [None if t is None or t.is_inference() else t._version for t in (self.weight, self.bias)]
+
+
+def check_linear_module(linear: object) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+    if isinstance(linear, AdaptedLinear):
+        raise ValueError(f"linear: is a {type(linear).__name__} already; its adapter would be lost")
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise TypeError(f"linear: expected the forward of nn.Linear, {type(linear).__name__} has its own")
+    weight = linear._parameters.get("weight")
+    if weight is None or is_lazy(weight):
+        raise TypeError(f"linear: expected a plain weight Parameter, {type(linear).__name__} has none")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"linear: expected a floating-point weight, got {weight.dtype}; use lowrank_linear for it")
+
+
+def adapter_dtype_for(linear: nn.Linear, asked: torch.dtype | None) -> torch.dtype:
+    dtype = asked or linear.weight.dtype
+    if dtype != linear.weight.dtype and (dtype != torch.float32 or linear.weight.dtype == torch.float64):
+        raise TypeError(f"adapter_dtype: expected float32, under half precision, or {linear.weight.dtype}, got {dtype}")
+    return dtype
+
+
+def check_rank(rank: object, name: str = "rank") -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{name}: expected an integer ≥ 1, got {rank!r}")
+
+
+def check_blocks(name: str, blocks: object, features: int) -> None:
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or features % blocks:
+        raise ValueError(f"{name}: expected a divisor of {features}, got {blocks!r}")

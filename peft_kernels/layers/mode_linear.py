@@ -1,0 +1,186 @@
+"""Aurora's layer: the update comes from a decomposition that many layers share.
+
+A decomposition has one U and V for each pair of block widths, and one row p_k for each slot, a block of a layer's
+weight (method section 4):
+
+    "cp"      ΔW_k = V diag(λ ∘ p_k) Uᵀ
+    "tucker"  ΔW_k = V K_kᵀ Uᵀ,  K_k[a, b] = Σ_c C[a, b, c] p_k[c]
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.checks import autocast_off, check_choice
+from peft_kernels.cores import LAYOUTS, cp_core, tucker_core
+from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module, check_rank
+from peft_kernels.layers.per_pass import PerPass, in_recomputation, saved_tensor_hooks
+from peft_kernels.ops.lowrank_linear import lowrank_hidden
+
+DECOMPOSITIONS = ("cp", "tucker")
+
+
+class Decomposition(nn.Module):
+    """Factors of a stack of weights.
+
+    widths: (KB, NB) of every layer's blocks, repeats allowed;  rank: R;  core: "cp" | "tucker"
+    down["KBxNB"]: Uᵀ (R, KB);  up["KBxNB"]: V (NB, R);  slots: P (N, R), the rows of a layer neighbours
+    lam: λ (R,) of "cp";  modes: C (R, R, R) of "tucker"
+    fans: for each layer (slots, n): its slots, and with "tucker" the n of their start, uniform ±√(6 / (R + n))
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[tuple[int, int]],
+        fans: Sequence[tuple[int, int]],
+        rank: int,
+        core: str = "cp",
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        check_rank(rank)
+        check_choice("core", core, DECOMPOSITIONS)
+        factory = {"dtype": dtype, "device": device}
+        self.rank, self.core, self.fans = rank, core, list(fans)
+        pairs = sorted(set(widths))
+        self.down = nn.ParameterDict({f"{k}x{n}": nn.Parameter(torch.empty(rank, k, **factory)) for k, n in pairs})
+        self.up = nn.ParameterDict({f"{k}x{n}": nn.Parameter(torch.empty(n, rank, **factory)) for k, n in pairs})
+        self.slots = nn.Parameter(torch.empty(sum(slots for slots, _ in fans), rank, **factory))
+        if core == "cp":
+            self.lam = nn.Parameter(torch.empty(rank, **factory))
+        else:
+            self.modes = nn.Parameter(torch.empty(rank, rank, rank, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for down, up in zip(self.down.values(), self.up.values()):
+            down.uniform_(-1 / math.sqrt(down.shape[1]), 1 / math.sqrt(down.shape[1]))
+            up.zero_()
+        if self.core == "cp":
+            self.lam.fill_(1)
+            nn.init.xavier_uniform_(self.slots)
+            return
+        nn.init.xavier_uniform_(self.modes)
+        first = 0
+        for slots, n in self.fans:
+            bound = math.sqrt(6 / (self.rank + n))
+            self.slots[first : first + slots].uniform_(-bound, bound)
+            first += slots
+
+    def small(self) -> Tensor:
+        """What goes with the slots: λ or C."""
+        return self.lam if self.core == "cp" else self.modes
+
+    def cores(self, slots: Tensor) -> Tensor:
+        """(N, R) or (N, R, R), for any rows of P; in the factors' precision under autocast, too."""
+        with autocast_off(slots):
+            return cp_core(self.lam, slots) if self.core == "cp" else tucker_core(self.modes, slots)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, core={self.core}, slots={len(self.slots)}"
+
+
+class SharedCores:
+    """The cores of several layers of one decomposition, by one product in each pass."""
+
+    def __init__(self, decomposition: Decomposition):
+        self.decomposition, self.shared, self.rows = decomposition, PerPass(), []
+
+    def join(self, first: int, count: int) -> int:
+        """A layer's number among those that share; its slots are rows first, first + 1, … of P."""
+        self.rows.append((first, count))
+        return self.shared.join()
+
+    def get(self, member: int) -> Tensor:
+        """(count, R) or (count, R, R) of that layer."""
+        of, (first, count) = self.decomposition, self.rows[member]
+        alone = len(self.rows) == 1 or torch.compiler.is_compiling() or of.slots.is_inference()
+        if alone or saved_tensor_hooks() or in_recomputation():  # checkpointing recomputes what each region took
+            return of.cores(of.slots[first : first + count])
+        return self.shared.get(member, of.slots, (of.small(),), self._all)[member]
+
+    def _all(self) -> tuple[Tensor, ...]:
+        first, last = self.rows[0][0], sum(self.rows[-1])
+        if last - first == sum(count for _, count in self.rows):
+            slots = self.decomposition.slots[first:last]
+        else:
+            slots = torch.cat([self.decomposition.slots[f : f + count] for f, count in self.rows])
+        return self.decomposition.cores(slots).split([count for _, count in self.rows])
+
+
+class ModeLinear(AdaptedLinear):
+    """Takes the place of `linear`; block (o, i) of its weight gets V core[o, i] Uᵀ of the shared decomposition.
+
+    cores, first: where its O · I slots stand: rows first, first + 1, … of P, block rows first
+    hidden: shared by layers that read the same tensor through the same U: one x U serves them all
+    layout: "blocks" | "released": as the released code arranges the tucker cores of a fc1 or fc2 (and not of a qkv)
+    dropout_on: "core" (vision) | "rank" (text)
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        cores: SharedCores,
+        first: int,
+        *,
+        hidden: PerPass | None = None,
+        out_blocks: int = 1,
+        in_blocks: int = 1,
+        layout: str = "blocks",
+        scale: float = 1.0,
+        dropout_p: float = 0.0,
+        dropout_on: str = "rank",
+        backend: str = "auto",
+        freeze: bool = True,
+    ):
+        check_linear_module(linear)
+        check_choice("layout", layout, LAYOUTS)
+        check_blocks("out_blocks", out_blocks, linear.out_features)
+        check_blocks("in_blocks", in_blocks, linear.in_features)
+        super().__init__(
+            linear, scale=scale, dropout_p=dropout_p, dropout_on=dropout_on, backend=backend, freeze=freeze
+        )
+        self.out_blocks, self.in_blocks, self.layout = out_blocks, in_blocks, layout
+        self._pair = f"{linear.in_features // in_blocks}x{linear.out_features // out_blocks}"
+        # Plain attributes: the decomposition is the model's, under one name, and not this layer's too
+        self._cores, self._hidden = cores, hidden or PerPass()
+        self._core_member = cores.join(first, out_blocks * in_blocks)
+        self._hidden_member = self._hidden.join()
+
+    @property
+    def rank(self) -> int:
+        return self._cores.decomposition.rank
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        decomposition = self._cores.decomposition
+        core = self._arranged(self._cores.get(self._core_member))
+        shape = (self.out_blocks, self.in_blocks, *core.shape[1:])
+        return decomposition.down[self._pair], decomposition.up[self._pair], core.reshape(shape)
+
+    def _arranged(self, core: Tensor) -> Tensor:
+        """The released code's order of what it cut out of (R, R, N) matrices; its fc2 is transposed."""
+        if self.layout == "blocks" or core.dim() == 2 or len(core) == 1:
+            return core
+        count, rank = core.shape[:2]
+        core = core.permute(2, 1, 0).reshape(rank, count, rank).permute(1, 2, 0)
+        return core.transpose(1, 2) if self.in_blocks > 1 else core
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._hidden.members == 1 or self.merged:
+            return super().forward(x)
+        down = self._cores.decomposition.down[self._pair]
+        shared = self._hidden.get(
+            self._hidden_member, x, (down,), lambda: lowrank_hidden(x, down, self.in_blocks, self.backend)
+        )
+        y = super().forward(x, shared)
+        self._hidden.needed_by(y)
+        return y
+
+    def _describe(self) -> list[str]:
+        kind = self._cores.decomposition.core
+        return [f"rank={self.rank}", *super()._describe(), f"core={kind}", f"blocks={self.out_blocks}x{self.in_blocks}"]
