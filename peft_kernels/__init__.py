@@ -2,6 +2,20 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from peft_kernels.adapters import (
+    Adapter,
+    AdapterConfig,
+    Aurora,
+    AuroraConfig,
+    FullTuning,
+    FullTuningConfig,
+    LoRA,
+    LoRAConfig,
+    MoIL,
+    MoILConfig,
+    UniAdapter,
+    UniAdapterConfig,
+)
 from peft_kernels.backend import BackendUnavailableError, Choice, explain, resolve, use_backend
 from peft_kernels.cores import cp_core, tucker_core
 from peft_kernels.imitation import ImitationGroup, Transform, hybrid_factors, imitation_step
@@ -11,6 +25,7 @@ from peft_kernels.ops.batched_lowrank_linear import (
     batched_lowrank_linear,
     stack_adapters,
 )
+from peft_kernels.ops.gated_query import gated_query
 from peft_kernels.ops.lowrank_linear import lowrank_hidden, lowrank_linear
 from peft_kernels.ops.reconstruct import reconstruct, reconstruct_stack
 from peft_kernels.ops.weight_distance import momentum_weight_distance, weight_distance
@@ -21,15 +36,28 @@ except PackageNotFoundError:  # an uninstalled checkout
     __version__ = "0+unknown"
 
 __all__ = [
+    "Adapter",
+    "AdapterConfig",
     "AdapterSegments",
+    "Aurora",
+    "AuroraConfig",
     "BackendUnavailableError",
     "Choice",
+    "FullTuning",
+    "FullTuningConfig",
     "ImitationGroup",
+    "LoRA",
+    "LoRAConfig",
+    "MoIL",
+    "MoILConfig",
     "Transform",
+    "UniAdapter",
+    "UniAdapterConfig",
     "adapter_segments",
     "batched_lowrank_linear",
     "cp_core",
     "explain",
+    "gated_query",
     "hybrid_factors",
     "imitation_step",
     "lowrank_hidden",

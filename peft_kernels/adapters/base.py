@@ -1,0 +1,247 @@
+"""What all adapters have in common: wrapping a model, its parameters, its files, merging and taking off."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from peft_kernels.adapters.config import AdapterConfig
+from peft_kernels.adapters.files import AdapterFiles, Parts
+from peft_kernels.adapters.heads import find_heads
+from peft_kernels.adapters.matching import Match, find_targets
+from peft_kernels.backend import Choice, explain
+from peft_kernels.layers.adapted_linear import AdaptedLinear
+from peft_kernels.presets import PRESETS
+
+KINDS = ("adapter", "live", "head")
+Self = TypeVar("Self", bound="Adapter")
+
+
+class Adapter(AdapterFiles):
+    """An adapter of a model, which it changes in place: linear layers are swapped, all else is frozen but the heads.
+
+    model: the wrapped model, still of its own class;  config: as given
+    layers: the swapped layers by name;  heads: names of the parameters outside of them that train
+    """
+
+    method: ClassVar[str]
+    config_class: ClassVar[type[AdapterConfig]]
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, parts: Parts):
+        """Use `wrap` or `from_pretrained`."""
+        self._head_names = self.find_heads(model, config, parts)  # with the buffers of heads
+        self.model, self.config, self.layers, self.modules = model, config, parts.layers, parts.modules
+        self._required = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.heads = [name for name in self._head_names if name in self._required]
+        for name in self.heads:
+            if not model.get_parameter(name).is_floating_point():
+                raise TypeError(f"modules_to_save: {name} is of {model.get_parameter(name).dtype} and cannot train")
+        self._places = _places(model, {name: model.get_submodule(name) for name in parts.layers})
+        self.removed = False
+        model.requires_grad_(False)
+        for name, parent, attribute, _ in self._places:
+            setattr(parent, attribute, parts.layers[name])
+        for name, module in parts.modules.items():
+            parent, _, attribute = name.rpartition(".")
+            model.get_submodule(parent).add_module(attribute, module)
+            module.train(model.get_submodule(parent).training)
+        for name in self.heads:
+            model.get_parameter(name).requires_grad_(True)
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls, model: nn.Module, config: AdapterConfig, matches: Sequence[Match], device: torch.device | str | None
+    ) -> Parts:
+        """New layers and modules, adapters on `device` (None: where their layers are). Changes nothing in the model."""
+
+    @classmethod
+    def wrap(cls: type[Self], model: nn.Module, config: AdapterConfig | None = None) -> Self:
+        """Adapt `model`, in place.
+
+        Raises ValueError or TypeError before anything is changed: a name that matches nothing is told the nearest ones.
+        """
+        cls._check(model, config)
+        config = cls.config_class() if config is None else config
+        return cls(model, config, cls.build(model, config, cls.find(model, config), None))
+
+    @classmethod
+    def find(cls, model: nn.Module, config: AdapterConfig) -> list[Match]:
+        """The linear layers that `config` means."""
+        return find_targets(model, config)
+
+    @classmethod
+    def _check(cls, model: object, config: object) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.Linear):
+            raise TypeError("model: is an nn.Linear itself, which cannot be swapped in place; wrap what it is part of")
+        if config is not None and not isinstance(config, cls.config_class):
+            raise TypeError(f"config: expected {cls.config_class.__name__}, got {type(config).__name__}")
+        if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+            raise ValueError("model: has an adapter already; remove() it first")
+
+    @classmethod
+    def find_heads(cls, model: nn.Module, config: AdapterConfig, parts: Parts) -> list[str]:
+        """Names of what trains besides. A preset's heads need not be there, those asked for must be."""
+        asked = config.modules_to_save
+        if asked is None:
+            asked = () if config.preset is None else PRESETS[config.preset].heads
+        return find_heads(model, asked, parts.layers, required=config.modules_to_save is not None)
+
+    # ---- parameters -------------------------------------------------------------------------------------------------
+
+    def named_parameters(self, kind: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains, by its name in the model.
+
+        kind: "adapter" | "live" (MoIL's full weights) | "head" | None for all
+        """
+        if kind not in (None, *KINDS):
+            raise ValueError(f"kind: expected one of {KINDS} or None, got {kind!r}")
+        new = {
+            id(tensor): "live" if name.rpartition(".")[2].startswith("live_") else "adapter"
+            for name, tensor in Parts(self.layers, self.modules).state().items()
+        }
+        heads = set(self.heads)
+        for name, p in self.model.named_parameters():
+            own = "head" if name in heads else new.get(id(p))
+            if own is not None and kind in (None, own):
+                yield name, p
+
+    def parameters(self, kind: str | None = None) -> Iterator[nn.Parameter]:
+        """As `named_parameters`, without names."""
+        return (p for _, p in self.named_parameters(kind))
+
+    def num_parameters(self, kind: str | None = None) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.parameters(kind))
+
+    def param_groups(
+        self,
+        lr: float,
+        adapter_lr: float | None = None,
+        adapter_eps: float | None = None,
+        weight_decay: float = 0.05,
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer: heads and live weights, then adapters; each without decay for vectors and biases.
+
+        lr: of all;  adapter_lr: of the adapters, instead;  adapter_eps: their "eps", for Adam and its kin
+        weight_decay: of matrices; the authors' 0.05
+        """
+        others = {"lr": lr}
+        adapters = {"lr": lr if adapter_lr is None else adapter_lr}
+        if adapter_eps is not None:
+            adapters["eps"] = adapter_eps
+        return [
+            *_groups([*self.parameters("live"), *self.parameters("head")], weight_decay, **others),
+            *_groups(self.parameters("adapter"), weight_decay, **adapters),
+        ]
+
+    def print_trainable_parameters(self) -> None:
+        """One line: what trains, out of how many."""
+        parts = {kind: self.num_parameters(kind) for kind in KINDS}
+        total = sum(p.numel() for p in self.model.parameters())
+        listed = ", ".join(f"{kind} {count:,}" for kind, count in parts.items() if count)
+        trained = sum(parts.values())
+        print(f"trained: {trained:,} ({listed}) of {total:,} parameters, {100 * trained / max(total, 1):.4f} %")
+
+    def explain(self) -> dict[str, Choice]:
+        """The backend that each layer's next forward takes, and why."""
+        return explain(self.model)
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        return any(layer.merged for layer in self.layers.values())
+
+    def merge(self, keep_on: torch.device | str | None = None) -> None:
+        """Put every update into its weight, summed in float32 and rounded once.
+
+        keep_on: the device of the originals that `unmerge` needs; None: beside the weights
+        Raises ValueError if weights are shared, before anything is changed.
+        """
+        self._check_on("merge")
+        if not self.layers:
+            raise ValueError(f"merge: {self.method!r} adapts no linear layer")
+        self._check_shared()
+        done = []
+        try:
+            for layer in self.layers.values():
+                layer.merge(keep_on)
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Give every weight its original bits back."""
+        if not self.merged:
+            raise ValueError("unmerge: the model is not merged")
+        for layer in self.layers.values():
+            if layer.merged:
+                layer.unmerge()
+
+    def remove(self) -> nn.Module:
+        """Take the adapter off and give the model back: with merged weights if it is merged, and heads as trained."""
+        self._check_on("remove")
+        for name, parent, attribute, original in self._places:
+            layer = self.layers[name]
+            original.weight, original.bias = layer.weight, layer.bias
+            original.train(layer.training)
+            setattr(parent, attribute, original)
+        for name in self.modules:
+            parent, _, attribute = name.rpartition(".")
+            delattr(self.model.get_submodule(parent), attribute)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required.get(name, parameter.requires_grad))
+        self.layers, self.modules, self._places, self.removed = {}, {}, [], True
+        return self.model
+
+    def _check_on(self, action: str) -> None:
+        if self.removed:
+            raise ValueError(f"{action}: the adapter was removed from its model")
+
+    def _check_shared(self) -> None:
+        """Parameters may be tied, or be views of one memory."""
+        users: dict[object, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            users.setdefault(_memory(parameter), []).append(name)
+        for name, layer in self.layers.items():
+            for kind, parameter in (("weight", layer.weight), ("bias", layer.bias)):
+                for other in () if parameter is None else users[_memory(parameter)]:
+                    if self.model.get_submodule(other.rpartition(".")[0]) is not layer:
+                        raise ValueError(f"merge: the {kind} of {name} is shared with {other}, which would change too")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.layers)} layers, {self.num_parameters():,} trained, {self.config})"
+
+
+def _memory(parameter: nn.Parameter) -> object:
+    """Equal for parameters that a write in place changes together."""
+    return id(parameter) if parameter.is_meta or not parameter.numel() else (parameter.device, parameter.data_ptr())
+
+
+def _groups(parameters: Iterable[nn.Parameter], weight_decay: float, **options: float) -> list[dict[str, Any]]:
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        groups[parameter.dim() > 1].append(parameter)
+    return [
+        {"params": params, **options, "weight_decay": weight_decay if is_matrix else 0.0}
+        for is_matrix, params in groups.items()
+        if params
+    ]
+
+
+def _places(model: nn.Module, linears: dict[str, nn.Linear]) -> list[tuple[str, nn.Module, str, nn.Linear]]:
+    """(name, parent, attribute, linear) of every place where one of the linears stands: a module may be tied."""
+    names = {id(linear): name for name, linear in linears.items()}
+    return [
+        (names[id(child)], parent, attribute, child)
+        for parent in model.modules()
+        for attribute, child in parent._modules.items()
+        if id(child) in names
+    ]

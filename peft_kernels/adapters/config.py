@@ -1,0 +1,98 @@
+"""What every adapter's configuration has: where it goes, what trains beside it, and how it is written to a file."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from peft_kernels.backend import BACKENDS
+from peft_kernels.checks import check_choice
+from peft_kernels.presets import PRESETS, Target
+
+ADAPTER_DTYPES = (None, "float32", "float16", "bfloat16", "float64")
+MAX_RANK = 65_536  # a file that asks for more is broken
+_LARGEST = torch.finfo(torch.float32).max
+Config = TypeVar("Config", bound="AdapterConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """preset: a name of `peft_kernels.presets.PRESETS`, for the targets and heads of a model
+    targets: instead of the preset's: suffixes of module names ["query", "value"], one regular expression "…" that whole
+        names match, or `Target`s
+    modules_to_save: heads that train whole, by module or parameter name; None: the preset's; []: none
+    adapter_dtype: None (the weight's) | "float32" (masters under a half-precision model) | …
+    backend: "auto" | "cuda" | "triton" | "torch"
+    """
+
+    needs_targets: ClassVar[bool] = True
+
+    preset: str | None = None
+    targets: str | tuple[str | Target, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    adapter_dtype: str | None = None
+    backend: str = "auto"
+
+    def __post_init__(self):
+        check_choice("preset", self.preset, (None, *PRESETS))
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
+        for name in ("targets", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, list | set):
+                object.__setattr__(self, name, value := tuple(sorted(value) if isinstance(value, set) else value))
+            if name == "targets" and isinstance(value, tuple):
+                value = tuple(_target(t) if isinstance(t, dict) else t for t in value)
+                object.__setattr__(self, name, value)
+            kinds = (str, Target) if name == "targets" else (str,)
+            if isinstance(value, tuple) and all(isinstance(v, kinds) and v != "" for v in value):
+                continue
+            if value is not None and not (name == "targets" and isinstance(value, str) and value):
+                raise TypeError(f"{name}: expected names, got {value!r}")
+        if self.needs_targets and not self.targets and (self.preset is None or self.targets is not None):
+            raise ValueError(f"preset, targets: expected one of {', '.join(PRESETS)}, or module names, got neither")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return None if self.adapter_dtype is None else getattr(torch, self.adapter_dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of what JSON knows."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`. Raises ValueError on a name that the configuration does not have."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            names = ", ".join(sorted(known))
+            raise ValueError(f"{cls.__name__}: expected some of {names}, got {', '.join(map(repr, unknown))}")
+        return cls(**values)
+
+
+def _target(values: dict[str, Any]) -> Target:
+    known = [field.name for field in dataclasses.fields(Target)]
+    if "pattern" not in values or not values.keys() <= set(known):
+        raise ValueError(f"targets: expected some of {', '.join(known)}, and the first, got {values!r}")
+    return Target(**values)
+
+
+def check_rank(value: object, name: str = "rank") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{name}: expected 1 to {MAX_RANK:,}, got {value:,}")
+
+
+def check_number(value: object, name: str, least: float = -math.inf, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (-_LARGEST <= value <= _LARGEST and least <= value <= most):
+        raise ValueError(f"{name}: expected a float32 in [{least:g}, {most:g}], got {value}")
+
+
+def check_flag(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")

@@ -1,0 +1,158 @@
+"""Stock LoRA checkpoints, in the format of the peft library, without that library."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peft_kernels.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, save_tensors, write_atomically
+from peft_kernels.adapters.config import check_flag, check_number, check_rank
+from peft_kernels.checks import check_probability
+
+_PREFIX = "base_model.model."
+# What a LoRA configuration may say besides weight + scaling · B A, without meaning anything else by it …
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # the others change the base
+}
+# … what says how to train, or is read below: and any other entry must be empty
+_KNOWN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "r"}
+_KNOWN |= {"inference_mode", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora"}
+_KNOWN |= {"modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"}
+_KNOWN |= {"megatron_core", "eva_config", "qalora_group_size"}
+
+
+def write_lora(
+    folder: str | os.PathLike,
+    factors: dict[str, tuple[Tensor, Tensor, Tensor | None]],
+    heads: dict[str, dict[str, Tensor]],
+    other_modules: Sequence[str],
+) -> None:
+    """A folder that `peft.PeftModel.from_pretrained` loads.
+
+    factors: by module name (A (r, in), B (out, r), b (out,) or None): weight + B A, and bias + b
+    heads: state of the modules that were trained whole, by name
+    other_modules: names of the model's other modules, for whether a list of names is clear
+    alpha is r, so that nothing is scaled, and lora_bias is set where there are biases: without it peft drops them.
+    """
+    if not factors:
+        raise ValueError("export_lora: there is no adapted linear layer")
+    with_bias = any(bias is not None for _, _, bias in factors.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up, bias) in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = down
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = up
+        if with_bias:
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = up.new_zeros(up.shape[0]) if bias is None else bias
+    tensors |= {f"{_PREFIX}{name}.{key}": tensor for name, state in heads.items() for key, tensor in state.items()}
+    ranks = {name: down.shape[0] for name, (down, _, _) in factors.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    patterns = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
+    unclear = any(other.endswith(f".{name}") for other in other_modules for name in ranks)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": "|".join(re.escape(name) for name in ranks) if unclear else list(ranks),
+        "modules_to_save": list(heads) or None,
+        "lora_dropout": 0.0,
+        "lora_bias": with_bias,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    save_tensors(Path(folder) / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_atomically(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+class StockLora(Checkpoint):
+    """A checkpoint of peft's, opened under the names of this package's LoRA; by module name the ranks and scales.
+
+    Raises FileNotFoundError or ValueError, naming the file and what in it this package's LoRA does not do.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        super().__init__(folder)
+        path, config = Path(folder) / CONFIG_FILE, self.config
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{path}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
+        for name, value in config.items():
+            if value not in _PLAIN[name] if name in _PLAIN else value and name not in _KNOWN:
+                raise ValueError(f"{path}: {name}={value!r} is not supported; merge it with peft and adapt the result")
+        try:
+            self.dropout = _number(config, "lora_dropout", 0.0)
+            check_probability("lora_dropout", self.dropout)
+            check_flag(config.get("use_rslora", False), "use_rslora")
+            self._read(config)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    def _read(self, config: dict[str, Any]) -> None:
+        self.ranks: dict[str, int] = {}
+        self.scales: dict[str, float] = {}
+        heads: dict[str, None] = {}
+        self._stored = {self._our_name(name): name for name in self.shapes}
+        for own, name in self._stored.items():
+            module, _, last = own.rpartition(".")
+            if name.endswith(".lora_A.weight") and len(self.shapes[name]) == 2:
+                rank = self.ranks[module] = self.shapes[name][0]
+                if rank != (said := _by_pattern(config, "rank_pattern", module, config.get("r", 8))):
+                    raise ValueError(f"r, rank_pattern: {said} for {module}, whose lora_A.weight has rank {rank}")
+                check_rank(rank, f"rank of {module}")
+                alpha = _by_pattern(config, "alpha_pattern", module, _number(config, "lora_alpha", 8))
+                self.scales[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+            elif ".lora_" in name and last != "up":
+                raise ValueError(f"{name} is not part of a LoRA of linear layers")
+            elif last != "up":
+                heads[module] = None
+        if not self.ranks:
+            raise ValueError(f"{self.path.name} holds no lora_A.weight")
+        if "" in heads:
+            raise ValueError(f"{self.path.name} holds a tensor that is of no module")
+        self.heads = tuple(heads)
+        self.shapes = {own: self.shapes[name] for own, name in self._stored.items()}
+        self.dtypes = {own: self.dtypes[name] for own, name in self._stored.items()}
+
+    def _our_name(self, name: str) -> str:
+        name = name.removeprefix(_PREFIX)
+        for end, ours in ((".lora_A.weight", ".down"), (".lora_B.weight", ".up")):
+            if name.endswith(end):
+                return name.removesuffix(end) + ours
+        return name
+
+    def tensors(self, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As every checkpoint's, under the names of this package."""
+        values = super().tensors(expected)
+        return {own: values[name] for own, name in self._stored.items()}
+
+
+def _number(values: dict[str, Any], name: str, default: float) -> float:
+    check_number(values.get(name, default), name)
+    return values.get(name, default)
+
+
+def _by_pattern(config: dict[str, Any], name: str, module: str, default: float) -> float:
+    """The value of the first pattern that the end of a module's name matches, as peft reads its *_pattern entries."""
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise TypeError(f"{name}: expected a dictionary by module name, got {patterns!r}")
+    for pattern in patterns:
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return _number(patterns, pattern, default)
+        except re.error as error:
+            raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+    return default
