@@ -13,7 +13,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_readme_block(index):
+def test_readme_block(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # blocks may write files
     exec(compile(BLOCKS[index], f"README.md, block {index}", "exec"), {})
 
 
