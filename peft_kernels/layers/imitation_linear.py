@@ -192,7 +192,11 @@ class ImitationLinear(AdaptedLinear):
             parts = zip(self.weight.chunk(self.projections), biases, self.down, self.up)
             ys = [lowrank_linear(x, w, b, a.detach(), u.detach(), backend=self.backend) for w, b, a, u in parts]
             y = ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)
-        return transform(y) if transform is not None and self.placement == "output" else y
+        if transform is not None and self.placement == "output":
+            return transform(y)
+        if transform is not None:
+            transform.shared.needed_by(y)
+        return y
 
     def _hybrid(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """(F, C, b̄) of each projection."""
