@@ -203,8 +203,8 @@ class MoIL(Adapter):
 
     @property
     def last_relative_error(self) -> float | None:
-        """Σ ‖Ŵ − W̄‖² / Σ ‖Ŵ − W0‖² over all projections at the last step: 1 for a student that has not moved, 0 for its
-        teacher. Waits for the device. None before there was a step."""
+        """Σ ‖Ŵ − W̄‖² / Σ ‖Ŵ − W0‖² over all projections at the last step: 1 for a student that has not moved, 0 for one
+        that is its teacher, moved or not. Waits for the device. None before there was a step."""
         if self._errors is None:
             return None
         pairs = [(teacher, base) for group in self._groups for teacher, base in zip(group.teacher, group.weight0)]

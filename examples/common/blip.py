@@ -1,0 +1,147 @@
+"""BLIP in transformers, part by part, and its adapters. An image is a video of one frame everywhere here.
+
+Sizes: B examples, F frames, S states of a frame (patches and [CLS]), T tokens, d features, e of an embedding.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoProcessor
+
+from common.data import Example, clean_text, fail, field, read_json
+from peft_kernels import Adapter, Aurora, AuroraConfig, LoRA, LoRAConfig, MoIL
+from peft_kernels.objectives import video_embedding
+
+METHODS: dict[str, type[Adapter]] = {"aurora": Aurora, "lora": LoRA, "moil": MoIL}
+MAX_TOKENS = 35
+
+
+def add_options(options: argparse.ArgumentParser, preset: str) -> None:
+    """preset: the default"""
+    add = options.add_argument
+    add("--method", choices=("aurora", "lora"), default="aurora", help="(default: %(default)s)")
+    add("--preset", default=preset, help="which layers; 'paper' and 'cross' are smaller (default: %(default)s)")
+    add("--rank", type=int, default=64, help="(default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="(default: %(default)s)")
+    add("--k-test", type=int, help="candidates that are ranked a second time, by reading all of the text")
+    add("--core", choices=("cp", "tucker"), default="cp", help="Aurora's: the paper's | the release's (default: cp)")
+    add("--gates", choices=("additive", "gated", "none"), default="additive", help="Aurora's (default: additive)")
+
+
+def wrap(args: argparse.Namespace, model: nn.Module) -> Adapter:
+    """What the options ask for: a new adapter, or with --evaluate a saved one."""
+    if args.evaluate is not None:
+        return saved(args.evaluate, model)
+    common = {"preset": args.preset, "rank": args.rank, "dropout": args.dropout, "backend": args.backend}
+    if args.method == "lora":
+        return LoRA.wrap(model, LoRAConfig(alpha=args.rank, **common))
+    gates = None if args.gates == "none" else args.gates
+    return Aurora.wrap(model, AuroraConfig(core=args.core, gates=gates, **common))
+
+
+def saved(folder: Path, model: nn.Module) -> Adapter:
+    """An adapter that `save_pretrained` has written, of whatever method."""
+    method = field(read_json(folder / "adapter_config.json"), "method", folder / "adapter_config.json")
+    if method not in METHODS:
+        fail(f"--evaluate: {folder}: expected a method of {', '.join(METHODS)}, got {method!r}")
+    try:
+        return METHODS[method].from_pretrained(model, folder)
+    except (OSError, ValueError) as error:
+        fail(f"--evaluate: {error}")
+
+
+def load(args: argparse.Namespace, model_class: type) -> tuple[nn.Module, Any]:
+    """(model, processor) of --model."""
+    try:
+        processor = AutoProcessor.from_pretrained(args.model)
+        model = model_class.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        fail(f"--model: {args.model}: {error}")
+    return model.to(args.device), processor
+
+
+class Batches:
+    """Examples to tensors, in the loader's processes: pixels (B, F, 3, H, W), input_ids and attention_mask (B, T).
+
+    size: H and W; None: the processor's own, BLIP's 384
+    """
+
+    def __init__(self, processor: Any, size: int | None = None):
+        self.processor = processor
+        self.size = {} if size is None else {"size": {"height": size, "width": size}}
+
+    def __call__(self, loaded: Sequence[tuple[Example, list[Image]]]) -> dict[str, Any]:
+        examples = [example for example, _ in loaded]
+        images = [image for _, each in loaded for image in each]
+        pixels = self.processor.image_processor(images, return_tensors="pt", **self.size)["pixel_values"]
+        return {
+            "examples": examples,
+            "pixels": pixels.unflatten(0, (len(examples), -1)),
+            "owners": torch.tensor([example.owner for example in examples]),
+            **self.tokens([example.text for example in examples]),
+        }
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        tokens = self.processor.tokenizer(
+            [clean_text(text) for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        )
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def fusion_token(model: nn.Module) -> int | None:
+    """[ENC], with which BLIP was trained to begin a text that reads an image. Its checkpoints have it after [DEC], the
+    first of an answer; transformers' own forward stays with [CLS] (huggingface/transformers issues 22732, 25629)."""
+    text = model.config.text_config
+    return text.bos_token_id + 1 if text.bos_token_id + 2 == text.vocab_size else None
+
+
+def see(model: nn.Module, pixels: Tensor) -> Tensor:
+    """pixels: (B, F, 3, H, W) of any size -> states (B, F, S, d)"""
+    seen = model.vision_model(pixel_values=pixels.flatten(0, 1), interpolate_pos_encoding=True)
+    return seen.last_hidden_state.unflatten(0, pixels.shape[:2])
+
+
+def embed_images(model: nn.Module, states: Tensor) -> Tensor:
+    """states: (B, F, S, d) -> (B, e), of length 1: the mean of the frames' projections"""
+    return video_embedding(model.vision_proj(states[:, :, 0]))
+
+
+def read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The text alone: ([CLS] (B, d), embeddings (B, e) of length 1)"""
+    states = model.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return states[:, 0], F.normalize(model.text_proj(states[:, 0]).float(), dim=-1)
+
+
+def similarities(image: Tensor, text: Tensor) -> Tensor:
+    """(B, e), (N, e) -> (B, N), in float32 whatever autocast says: rankings look at small differences"""
+    with torch.autocast(image.device.type, enabled=False):
+        return image @ text.t()
+
+
+def fuse(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, states: Tensor) -> Tensor:
+    """Texts that read images: states (B, F, S, d) of all frames -> (B, T, d)"""
+    token = fusion_token(model)
+    if token is not None:
+        input_ids = input_ids.clone()
+        input_ids[:, 0] = token
+    states = states.flatten(1, 2)
+    return model.text_encoder(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        encoder_hidden_states=states,
+        encoder_attention_mask=attention_mask.new_ones(states.shape[:2]),
+    ).last_hidden_state
+
+
+def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

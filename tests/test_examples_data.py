@@ -1,0 +1,292 @@
+"""The examples' readers: what the published formats hold, and one clear line for what does not hold it."""
+
+import json
+import math
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+
+import blip_retrieval  # noqa: E402
+import blip_video  # noqa: E402
+import blip_vqa  # noqa: E402
+import example_data  # noqa: E402
+import vilt_moil  # noqa: E402
+from common import answering, blip, data, training, vilt  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import AutoProcessor  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return example_data.write_all(tmp_path_factory.mktemp("files"))
+
+
+# ---- what the formats hold ------------------------------------------------------------------------------------------
+
+
+def test_karpathy(tmp_path):
+    splits = data.read_karpathy(example_data.flickr30k(tmp_path / "flickr30k", train=2, test=2))
+    assert [(e.text, e.owner, e.key) for e in splits["test"]] == [
+        ("A blue picture.", 0, "1000092797.jpg"),
+        ("The picture is blue", 0, "1000092797.jpg"),
+        ("A white picture.", 1, "1000092798.jpg"),
+        ("The picture is white", 1, "1000092798.jpg"),
+    ]
+    assert splits["test"][0].images == (tmp_path / "flickr30k/images/1000092797.jpg",)
+    splits = data.read_karpathy(example_data.coco(tmp_path / "coco"))
+    assert {name: [e.text for e in split] for name, split in splits.items()} == {
+        "train": ["a red dog", "a green dog"],  # train, then restval
+        "val": ["a blue dog"],
+        "test": ["a white dog", "a red dog"],
+    }
+    assert splits["train"][1].images == (tmp_path / "coco/val2014/COCO_val2014_000000391896.jpg",)
+    assert data.checked(splits["train"]) == splits["train"]
+
+
+def test_vqa(tmp_path):
+    examples = data.checked(data.read_vqa(example_data.vqa2(tmp_path), "val2014"))
+    assert examples[1].images == (tmp_path / "val2014/COCO_val2014_000000000010.jpg",)
+    assert (examples[1].key, examples[1].answers) == (9001, ("green",) * 8 + ("dog", "the green"))
+    # a test split has no annotations, and two sets of questions over one folder of images
+    questions = {"questions": [{"image_id": 7, "question": "why?", "question_id": 70}]}
+    example_data.write_json(tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json", questions)
+    (example,) = data.read_vqa(tmp_path, "test-dev2015")
+    assert (example.answers, example.images) == ((), (tmp_path / "test2015/COCO_test2015_000000000007.jpg",))
+
+
+def test_frequent_answers():
+    given = [("red",) * 6 + ("Green",) * 4, ("a red",) * 10, ("two",) * 9 + ("red",), ("blue",) * 10, ("Blue.",) * 10]
+    examples = [data.Example("", (), answers=answers) for answers in given]
+    assert answering.common_answers(examples) == ["blue", "red", "2"]
+    assert answering.common_answers(examples, most=1) == ["blue"]
+    assert answering.common_answers(examples, least=2) == ["blue", "red"]
+
+
+def test_nlvr2(tmp_path):
+    train = data.checked(data.read_nlvr2(example_data.nlvr2(tmp_path), "train"))
+    assert train[0].images == tuple(tmp_path / f"images/train/42/train-100-0-img{n}.png" for n in (0, 1))
+    assert [e.answers for e in train[:2]] == [("True",), ("False",)]
+    dev = data.checked(data.read_nlvr2(tmp_path, "dev"))
+    assert dev[3].images[1] == tmp_path / "images/dev/dev-103-0-img1.png"
+
+
+def test_videos(tmp_path):
+    example_data.msrvtt(tmp_path)
+    frames = tmp_path / "frames"
+    lines = data.read_video_captions(tmp_path / "test.jsonl", frames)
+    assert [(e.key, e.text, e.owner) for e in lines[:2]] == [("video6", "a blue dog", 0), ("video7", "a white dog", 1)]
+    assert [file.name for file in lines[0].images] == ["video6_1.jpg", "video6_2.jpg", "video6_10.jpg"]
+    rows = ["key,vid_key,video_id,sentence", "ret0,msr6,video6,a blue dog", "ret1,msr7,video7,a white dog"]
+    (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(rows) + "\n")
+    assert data.read_video_captions(tmp_path / "MSRVTT_JSFUSION_test.csv", frames) == lines[:2]
+    sentences = [{"caption": "a red dog", "video_id": "video0", "sen_id": 0}]
+    sentences += [{"caption": "a dog", "video_id": "video1", "sen_id": 1}]
+    sentences += [{"caption": "the red dog", "video_id": "video0", "sen_id": 2}]
+    example_data.write_json(tmp_path / "MSRVTT_data.json", {"info": {}, "videos": [], "sentences": sentences})
+    whole = data.read_video_captions(tmp_path / "MSRVTT_data.json", frames)
+    assert [(e.text, e.owner) for e in whole] == [("a red dog", 0), ("a dog", 1), ("the red dog", 0)]
+    assert [file.name for file in whole[0].images] == ["1.jpg", "2.jpg", "10.jpg"]
+    questions = data.read_video_questions(tmp_path / "test_qa.json", frames)
+    assert (questions[0].answers, questions[0].key, questions[0].images) == (("blue",), 6, lines[0].images)
+
+
+def test_frames_are_spread_evenly(tmp_path):
+    for number in range(10):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    example = data.Example("", tuple(tmp_path / f"{number}.png" for number in range(10)))
+    for frames, wanted in ((2, [2, 7]), (5, [1, 3, 5, 7, 9]), (20, [n // 2 for n in range(20)])):
+        _, images = data.Examples([example], frames)[0]
+        assert [image.getpixel((0, 0))[0] for image in images] == wanted
+
+
+def test_clean_text():
+    assert data.clean_text('A "dog", (two) cats; #1!\n') == "a dog , two cats 1"
+    assert data.clean_text("one two three", words=2) == "one two"
+
+
+def test_random_views_are_parts_of_the_image():
+    image = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
+    torch.manual_seed(0)
+    sizes = {data.random_view(image).size for _ in range(50)}
+    assert len(sizes) > 20
+    assert all(1 <= width <= 60 and 1 <= height <= 40 and width * height >= 0.45 * 2400 for width, height in sizes)
+
+
+def test_wrong_captions_are_of_other_images():
+    examples = [data.Example(f"text {n}", (), owner=n // 2) for n in range(6)]
+    texts = vilt.Batches(None, wrong=examples).wrong_texts(examples[2])
+    assert len(texts) == 15 and set(texts) == {"text 0", "text 1", "text 4", "text 5"}
+
+
+def test_soft_scores():
+    batches = vilt.Batches(None, ["red", "2", "cat"])
+    answers = ("red", "a red", "two", "2", "TWO", "two", "dog", "dog", "dog", "dog")
+    assert batches.scores(data.Example("", (), answers=answers)).tolist() == pytest.approx([0.6, 1.0, 0.0])
+
+
+def test_statements_about_two_images(tmp_path, checkpoints):
+    examples = data.read_nlvr2(example_data.nlvr2(tmp_path, test=3), "dev")
+    args, seen = Namespace(task="nlvr2", device="cpu", batch_size=2, workers=0), []
+
+    def model(**batch):  # "yes" to everything
+        seen.append(batch)
+        return Namespace(logits=torch.tensor([[0.0, 1.0]]).expand(len(batch["input_ids"]), 2))
+
+    task = vilt.Task(args, model, AutoProcessor.from_pretrained(checkpoints["vilt"]), examples, [])
+    assert task.evaluate() == {"accuracy": pytest.approx(2 / 3)}
+    assert [tuple(batch["pixel_values"].shape[:3]) for batch in seen] == [(2, 2, 3), (1, 2, 3)]
+    labels = [batch["labels"].tolist() for batch in task.loader]
+    assert labels == [[1, 0], [1]]
+    left, right = seen[0]["pixel_values"][1, :, :, 0, 0]
+    assert left.argmax() == 1 and right.argmax() == 2  # the first one green, the second one blue
+
+
+def test_captions_are_ranked_and_trained_against_wrong_ones(tmp_path, checkpoints):
+    splits = data.read_karpathy(example_data.flickr30k(tmp_path))
+    processor = AutoProcessor.from_pretrained(checkpoints["vilt"])
+    words = torch.tensor(processor.tokenizer.convert_tokens_to_ids(example_data.NAMES))
+    colours = torch.tensor(list(example_data.COLOURS.values())) / 255 * 4 - 2  # as the processor normalises
+
+    def model(input_ids, pixel_values, **_):  # 5 where the text names the picture's colour
+        named = (input_ids[:, :, None] == words).any(dim=1).long().argmax(dim=1)
+        seen = torch.cdist(pixel_values[:, :, 0, 0], colours).argmin(dim=1)
+        return Namespace(logits=5.0 * (named == seen)[:, None])
+
+    args = Namespace(task="retrieval", device="cpu", batch_size=3, workers=0)
+    task = vilt.Task(args, model, processor, splits["test"], [])
+    assert set(task.evaluate().values()) == {1.0}
+    train = splits["train"][:8]  # of four colours
+    batch = vilt.Batches(processor, wrong=train)(list(data.Examples(train)))
+    assert batch["input_ids"].shape[0] == 8 * 16 and batch["pixel_values"].shape[0] == 8
+    assert task.loss(batch, 0.0).item() == pytest.approx(math.log(1 + 15 * math.exp(-5)), rel=1e-5)
+
+
+def test_schedules():
+    by_epoch = [training.cosine_by_epoch(p, 4) for p in (0, 0.9, 1, 2.5, 3.9)]
+    assert by_epoch == pytest.approx([1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    warm = [training.linear_with_warmup(p, 10) for p in (0, 0.5, 1, 5.5, 10)]
+    assert warm == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+# ---- what is wrong is told before there is a model ------------------------------------------------------------------
+
+
+def change(path, edit):
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+KARPATHY, QUESTIONS = "dataset_flickr30k.json", "v2_OpenEnded_mscoco_train2014_questions.json"
+ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
+# (module, data set, further options, what is done to the folder, the message)
+WRONG = {
+    "no folder": (blip_retrieval, "flickr30k", (), lambda f: shutil.rmtree(f), "one of dataset_flickr30k.json and"),
+    "two data sets": (blip_retrieval, "flickr30k", (), lambda f: example_data.coco(f), "found 2"),
+    "not JSON": (blip_retrieval, "flickr30k", (), lambda f: (f / KARPATHY).write_text("{"), f"{KARPATHY}: not JSON"),
+    "a list": (
+        *(blip_retrieval, "flickr30k", ()),
+        *(lambda f: (f / KARPATHY).write_text("[]"), "expected an object with 'images', got list"),
+    ),
+    "no images": (
+        *(blip_retrieval, "flickr30k", (), lambda f: change(f / KARPATHY, lambda v: v.pop("images"))),
+        "expected the key 'images', got 'dataset'",
+    ),
+    "empty images": (
+        *(blip_retrieval, "flickr30k", (), lambda f: change(f / KARPATHY, lambda v: v.update(images=[]))),
+        "images: expected a list with something in it",
+    ),
+    "no split": (
+        *(blip_retrieval, "flickr30k", (), lambda f: change(f / KARPATHY, lambda v: v["images"][2].pop("split"))),
+        "image 2: expected the key 'split', got 'sentids', 'imgid'",
+    ),
+    "a strange split": (
+        *(blip_retrieval, "flickr30k", ()),
+        *(lambda f: change(f / KARPATHY, lambda v: v["images"][1].update(split="dev")), "image 1: .* got 'dev'"),
+    ),
+    "missing images": (
+        *(blip_retrieval, "flickr30k", (), lambda f: [x.unlink() for x in sorted((f / "images").iterdir())[:3]]),
+        "1000092795.jpg: no such image, as 2 others of 10",
+    ),
+    "another folder of images": (blip_retrieval, "flickr30k", ("--images", "elsewhere"), lambda f: None, "elsewhere/"),
+    "a large batch": (blip_retrieval, "flickr30k", ("--batch-size", "99"), lambda f: None, "99 is more than the 12"),
+    "no questions": (blip_vqa, "vqa2", (), lambda f: (f / QUESTIONS).unlink(), f"{QUESTIONS}: No such file"),
+    "no annotations": (blip_vqa, "vqa2", (), lambda f: (f / ANNOTATIONS).unlink(), f"{ANNOTATIONS}: No such file"),
+    "a question without annotation": (
+        *(blip_vqa, "vqa2", (), lambda f: change(f / ANNOTATIONS, lambda v: v["annotations"].pop())),
+        "question 7: question_id 9007 has no annotation",
+    ),
+    "an annotation without answers": (
+        *(blip_vqa, "vqa2", (), lambda f: change(f / ANNOTATIONS, lambda v: v["annotations"][3].pop("answers"))),
+        "annotation 3: expected the key 'answers'",
+    ),
+    "a strange label": (
+        *(vilt_moil, "nlvr2", ("--task", "nlvr2")),
+        lambda f: (f / "dev.json").write_text((f / "dev.json").read_text().replace('"True"', '"Yes"')),
+        "dev.json: line 1: expected the label True or False, got 'Yes'",
+    ),
+    "half a line": (
+        *(vilt_moil, "nlvr2", ("--task", "nlvr2")),
+        lambda f: (f / "dev.json").write_text((f / "dev.json").read_text()[:-20]),
+        "dev.json: neither JSON nor one JSON object a line",
+    ),
+    "no frames": (
+        *(blip_video, "msrvtt", ("--task", "retrieval"), lambda f: shutil.rmtree(f / "frames/video3")),
+        "frames/video3: no frames, neither in this folder nor as",
+    ),
+    "no folder of frames": (
+        *(blip_video, "msrvtt", ("--task", "qa"), lambda f: shutil.rmtree(f / "frames"), "no such folder of frames"),
+    ),
+    "no captions": (
+        *(blip_video, "msrvtt", ("--task", "retrieval")),
+        *(lambda f: (f / "test.jsonl").write_text('{"clip_name": "video6"}\n'), "row 0: expected the key 'caption'"),
+    ),
+    "rare answers": (vilt_moil, "vqa2", ("--task", "vqa"), lambda f: None, "no answer is the first of 9 questions"),
+    "epochs": (vilt_moil, "vqa2", ("--task", "vqa", "--epochs", "0"), lambda f: None, "--epochs: expected at least 1"),
+    "no adapter": (blip_vqa, "vqa2", ("--evaluate", "nowhere"), lambda f: None, "nowhere/adapter_config.json: no such"),
+    "nothing to resume": (blip_vqa, "vqa2", ("--resume",), lambda f: None, "--resume: .*/out/state.pt: no such file"),
+}
+NEED_MODELS = {"a large batch", "rare answers"}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_told_in_one_line(case, tmp_path, monkeypatch, checkpoints):
+    module, dataset, options, spoil, message = WRONG[case]
+    folder = getattr(example_data, dataset)(tmp_path / "data")
+    spoil(folder)
+    if case not in NEED_MODELS:
+        monkeypatch.setattr(blip, "load", lambda *args: pytest.fail("a model was loaded first"))
+        monkeypatch.setattr(vilt_moil, "load", lambda *args: pytest.fail("a model was loaded first"))
+    model = checkpoints["vilt" if module is vilt_moil else "blip-qa" if module is blip_vqa else "blip"]
+    argv = ["--data", str(folder), "--model", str(model), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with pytest.raises(SystemExit, match=message) as stopped:
+        module.main([*argv, *options])
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    file = tmp_path / "broken.jpg"
+    file.write_bytes(b"\xff\xd8\xff no image")
+    with pytest.raises(ValueError, match=r"broken\.jpg: not a whole image"):
+        data.load_image(file)
+    example_data.paint(tmp_path / "half.png", "red", (300, 300))
+    whole = (tmp_path / "half.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.png: not a whole image"):
+        data.load_image(tmp_path / "half.png")
+
+
+def test_a_model_that_is_not_there(tmp_path, checkpoints):
+    for module, options in ((blip_vqa, ()), (vilt_moil, ("--task", "vqa"))):
+        argv = ["--data", str(checkpoints["vqa2"]), "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path)]
+        with pytest.raises(SystemExit, match=r"^error: --model: .*nowhere"):
+            module.main([*argv, *options])
