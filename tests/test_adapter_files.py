@@ -205,12 +205,24 @@ def test_a_crash_between_the_files_is_either_checkpoint_or_told(old, monkeypatch
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("action", ["save_pretrained", "export_lora"])
 def test_broken_values_do_not_replace_good_ones(old, value, action):
-    adapter, folder, before = old
+    adapter, folder, _ = old
+    folder = folder / action
+    getattr(adapter, action)(folder)
+    before = files(folder)
     with torch.no_grad():
         next(adapter.parameters("adapter"))[0, 0] = value
     with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE}: not written, since .*query.* not finite"):
         getattr(adapter, action)(folder)
     assert files(folder) == before
+
+
+def test_an_export_does_not_replace_what_was_saved(old):
+    adapter, folder, before = old
+    with pytest.raises(ValueError, match=r"^export_lora: .* holds an adapter that save_pretrained wrote; take another"):
+        adapter.export_lora(folder)
+    assert files(folder) == before
+    adapter.export_lora(folder / "stock")
+    adapter.export_lora(folder / "stock")  # an earlier export may go
 
 
 def test_permissions_follow_the_umask(tmp_path):

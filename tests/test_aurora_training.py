@@ -77,6 +77,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(variant):
     assert torch.equal(output(other.eval(), batch), output(model.eval(), batch))
 
 
+@pytest.mark.parametrize("gates", [None, "additive"])
+def test_made_in_inference_mode_it_still_trains(gates):
+    model, batch = build("blip_retrieval")
+    with torch.inference_mode():
+        adapter = Aurora.wrap(model, AuroraConfig(preset="blip-retrieval", rank=RANK, gates=gates))
+    loss(model.train(), batch).backward()
+    assert all(p.grad is not None for p in adapter.parameters("adapter"))
+
+
 IN_A_NEW_PROCESS = """
 import sys
 import torch

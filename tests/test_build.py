@@ -251,6 +251,6 @@ def test_import_adds_little_to_torch(empty):
         status, output = run(sys.executable, "-c", code, cwd=empty)
         assert status == 0, output[-2000:]
         times.append(float(output))
-        if times[-1] < 0.150:
+        if times[-1] < 0.250:
             return
     pytest.fail(f"importing peft_kernels after torch took {min(times) * 1000:.0f} ms at best")

@@ -80,7 +80,7 @@ def test_guesses_from_names(name, sizes, expected):
         ({"targets": ["query", "kye"]}, r"^targets: 'kye' matches no module; nearest: .*\.key"),
         ({"targets": ["attention"]}, r"^targets: 'attention' matches no nn.Linear, but Vilt\w+, Vilt\w+; nearest"),
         ({"targets": ["layernorm_before"]}, r"matches no nn.Linear, but LayerNorm; nearest"),
-        ({"targets": "layer.*query"}, r"^targets: 'layer.\*query' matches no module; nearest"),
+        ({"targets": "query"}, r"^targets: 'query' matches no module by its whole name \(a list would give suff"),
         ({"targets": "(query"}, r"^targets: '\(query' is not a regular expression"),
         ({"targets": [Target("nowhere")]}, r"^targets: 'nowhere' matches no module"),
         ({"preset": "blip"}, r"^preset: 'blip' matches no linear layer; nearest: .*query"),

@@ -77,6 +77,7 @@ class Aurora(Adapter):
             gate.attach(model.get_submodule(layer))
 
     @classmethod
+    @torch.inference_mode(False)  # what is made in it could not train
     def build(
         cls,
         model: nn.Module,

@@ -10,7 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_kernels.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, save_tensors, write_atomically
+from peft_kernels.adapters.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    read_json,
+    save_tensors,
+    write_atomically,
+)
 from peft_kernels.adapters.config import check_flag, check_number, check_rank
 from peft_kernels.checks import check_probability
 
@@ -39,9 +46,12 @@ def write_lora(
     heads: state of the modules that were trained whole, by name
     other_modules: names of the model's other modules, for whether a list of names is clear
     alpha is r, so that nothing is scaled, and lora_bias is set where there are biases: without it peft drops them.
+    Raises ValueError for a folder with what `save_pretrained` wrote, which has the same names: it would be lost.
     """
     if not factors:
         raise ValueError("export_lora: there is no adapted linear layer")
+    if _holds_our_own(Path(folder) / CONFIG_FILE):
+        raise ValueError(f"export_lora: {folder} holds an adapter that save_pretrained wrote; take another folder")
     with_bias = any(bias is not None for _, _, bias in factors.values())
     tensors: dict[str, Tensor] = {}
     for name, (down, up, bias) in factors.items():
@@ -76,6 +86,13 @@ def write_lora(
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     save_tensors(Path(folder) / WEIGHTS_FILE, tensors, {"format": "pt"})
     write_atomically(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _holds_our_own(config: Path) -> bool:
+    try:
+        return "method" in read_json(config)
+    except ValueError:  # none there, or nothing that could be loaded
+        return False
 
 
 class StockLora(Checkpoint):

@@ -111,6 +111,8 @@ def _found(targets: str | tuple, modules: dict, linears: dict) -> list[tuple[str
         if not fitting:
             others = {type(modules[name]).__name__ for name in names}
             what = f"matches no nn.Linear, but {', '.join(sorted(others))}" if others else "matches no module"
+            if isinstance(targets, str) and not others:
+                what += " by its whole name (a list would give suffixes)"
             raise ValueError(f"targets: {pattern!r} {what}; {nearest([pattern], linears)}")
         for name in fitting:
             target = wanted if isinstance(wanted, Target) else guess_target(pattern, name, linears[name])
