@@ -82,8 +82,8 @@ _RETRIEVAL_HEADS = ("vision_proj", "text_proj", "itm_head")
 
 _BLIP = (_BLIP_QKV, _BLIP_SELF, *_BLIP_CROSS)
 # Aurora's release adapts the whole vision layer, and queries, keys and values of text
-_RELEASED = (_BLIP_QKV, Target(_BLIP_VISION + r"\.self_attn\.projection", "vision", "attention"), *_BLIP_VISION_FFN)
-_RELEASED = (*_RELEASED, _BLIP_SELF, *_BLIP_CROSS)
+_BLIP_PROJECTION = Target(_BLIP_VISION + r"\.self_attn\.projection", "vision", "attention")
+_RELEASED = (_BLIP_QKV, _BLIP_PROJECTION, *_BLIP_VISION_FFN, _BLIP_SELF, *_BLIP_CROSS)
 
 _BRIDGE_CROSS = r"(.*\.)?cross_modal_(text|image)_layers\.\d+"
 _BRIDGE_TEXT = r"(.*\.)?text_model\.encoder\.layer\.\d+"

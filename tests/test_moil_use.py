@@ -1,5 +1,7 @@
 """MoIL in use: what a forward runs on, and what is refused before anything changes."""
 
+import warnings
+
 import pytest
 import torch
 from moil_cases import config, experts, output, pull, scatter, task_loss, wrapped
@@ -110,3 +112,19 @@ def test_compiled_whole():
     compiled.train()(x).square().sum().backward()
     moil.step()
     assert attention.query.live_weight.grad.any() and attention.query.down[0].grad is None
+
+
+@pytest.mark.parametrize("action", ["save_pretrained", "export_lora", "merge"])
+def test_training_without_a_step_is_told_when_its_student_is_kept(action, tmp_path):
+    """Nothing of it is in the student: a Trainer without a callback would lose all without a word."""
+    moil = wrapped()[0]
+    arguments = () if action == "merge" else (tmp_path,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(moil, action)(*arguments)
+    if action == "merge":
+        moil.unmerge()
+    with torch.no_grad():
+        next(moil.parameters("live")).add_(1)
+    with pytest.warns(UserWarning, match=rf"^{action}: live weights were trained, but step\(\) was never called"):
+        getattr(moil, action)(*arguments)

@@ -96,7 +96,7 @@ class Aurora(Adapter):
             blocks = [_blocks(match) for match in members]
             widths = [(m.linear.in_features // i, m.linear.out_features // o) for m, (o, i) in zip(members, blocks)]
             fans = [(o * i, _fan(match, o * i)) for match, (o, i) in zip(members, blocks)]
-            dtype, place = _factory(members, config.dtype)
+            dtype, place = _factory(members, config)
             decomposition = Decomposition(widths, fans, config.rank, config.core, dtype=dtype, device=device or place)
             decompositions[scope] = decomposition
             cores: dict[str, SharedCores] = {}
@@ -122,7 +122,7 @@ class Aurora(Adapter):
         layers = {match.name: layers[match.name] for match in matches}
         gates = {}
         if config.gates is not None:
-            options = {"backend": config.backend, "dtype": config.dtype, "device": device}
+            options = {"backend": config.backend, "dtype_for": config.dtype_for, "device": device}
             gates = build_gates(model, config.gates, PRESETS[config.preset].gates, **options)
         return Parts(layers, {"aurora": decompositions, **gates})
 
@@ -163,9 +163,9 @@ def _blocks(match: Match) -> tuple[int, int]:
     return (1, columns // out) if columns % out == 0 else (1, 1)
 
 
-def _factory(members: Sequence[Match], asked: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
+def _factory(members: Sequence[Match], config: AuroraConfig) -> tuple[torch.dtype, torch.device]:
     """Of the factors that these layers share; float32 serves weights of several half precisions."""
-    dtypes = {adapter_dtype_for(match.linear, asked) for match in members}
+    dtypes = {adapter_dtype_for(match.linear, config.dtype_for(match.linear.weight)) for match in members}
     devices = {str(match.linear.weight.device): match.linear.weight.device for match in members}
     if len(devices) > 1:
         raise ValueError(f"sharing: layers on {' and '.join(sorted(devices))} cannot share factors; take 'none'")

@@ -125,7 +125,7 @@ class UniAdapter(Adapter):
         for match in matches:
             weight, depth = match.linear.weight, _depth(match)
             if depth not in bottlenecks:
-                factory = {"dtype": config.dtype or weight.dtype, "device": device or weight.device}
+                factory = {"dtype": config.dtype_for(weight), "device": device or weight.device}
                 bottlenecks[depth] = Bottleneck(weight.shape[0], config.rank, list(modalities[depth]), **factory)
             layers[match.name] = BottleneckLinear(
                 match.linear, bottlenecks[depth], match.target.modality, scale=config.scale, freeze=False

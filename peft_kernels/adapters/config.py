@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from peft_kernels.backend import BACKENDS
 from peft_kernels.checks import check_choice
@@ -23,7 +24,7 @@ class AdapterConfig:
     targets: instead of the preset's: suffixes of module names ["query", "value"], one regular expression "…" that whole
         names match, or `Target`s
     modules_to_save: heads that train whole, by module or parameter name; None: the preset's; []: none
-    adapter_dtype: None (the weight's) | "float32" (masters under a half-precision model) | …
+    adapter_dtype: None (the weight's; under half precision float32 masters, as in peft) | "float32" | "bfloat16" | …
     backend: "auto" | "cuda" | "triton" | "torch"
     """
 
@@ -54,9 +55,11 @@ class AdapterConfig:
         if self.needs_targets and not self.targets and (self.preset is None or self.targets is not None):
             raise ValueError(f"preset, targets: expected one of {', '.join(PRESETS)}, or module names, got neither")
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return None if self.adapter_dtype is None else getattr(torch, self.adapter_dtype)
+    def dtype_for(self, weight: Tensor) -> torch.dtype:
+        """Of an adapter beside this weight."""
+        if self.adapter_dtype is None:
+            return torch.promote_types(weight.dtype, torch.float32)
+        return getattr(torch, self.adapter_dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Of what JSON knows."""

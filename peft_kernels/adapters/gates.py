@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def build_gates(
     pattern: str,
     *,
     backend: str,
-    dtype: torch.dtype | None,
+    dtype_for: Callable[[Tensor], torch.dtype],
     device: torch.device | str | None,
 ) -> dict[str, LayerGate]:
     """One for each layer that `pattern` matches, by the names that they get.
@@ -78,7 +79,7 @@ def build_gates(
             raise ValueError(f"gates: {name} runs its feed-forward part in chunks; set chunk_size_feed_forward to 0")
         weight = layer.output.dense.weight
         gates[f"{name}.{NAME}"] = LayerGate(
-            weight.shape[0], mode, backend=backend, dtype=dtype or weight.dtype, device=device or weight.device
+            weight.shape[0], mode, backend=backend, dtype=dtype_for(weight), device=device or weight.device
         )
     if not gates:
         raise ValueError("gates: the model has no layer with cross-attention where the preset looks for it")

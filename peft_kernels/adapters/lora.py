@@ -84,7 +84,7 @@ class LoRA(Adapter):
                 dropout_p=config.dropout,
                 dropout_on="input",
                 init=config.init,
-                adapter_dtype=config.dtype,
+                adapter_dtype=config.dtype_for(match.linear.weight),
                 backend=config.backend,
                 freeze=False,
                 device=device,
@@ -95,7 +95,7 @@ class LoRA(Adapter):
     def from_peft(cls, model: nn.Module, folder: str | os.PathLike, **options: Any) -> "LoRA":
         """Adapt `model` by a LoRA checkpoint of the peft library, heads included.
 
-        options: of LoRAConfig: backend, adapter_dtype (peft's default: float32 under half precision), dropout
+        options: of LoRAConfig: backend, adapter_dtype, dropout
         Raises FileNotFoundError, ValueError or TypeError, naming the file and what in it is not a LoRA of nn.Linear
         layers (DoRA, trained biases, embeddings, initialisations that change the base, …); the model is unchanged then.
         """
@@ -104,8 +104,7 @@ class LoRA(Adapter):
         named = dict(model.named_modules())
         if missing := [name for name in stock.ranks if not isinstance(named.get(name), nn.Linear)]:
             raise ValueError(f"model: has no nn.Linear named {missing[0]}, as {stock.path} asks for")
-        half = any(named[name].weight.dtype in (torch.bfloat16, torch.float16) for name in stock.ranks)
-        options = {"dropout": stock.dropout, "adapter_dtype": "float32" if half else None, **options}
+        options = {"dropout": stock.dropout, **options}
         config = LoRAConfig(
             targets="|".join(re.escape(name) for name in stock.ranks),
             modules_to_save=stock.heads,

@@ -3,6 +3,8 @@
 Method section 3 has the formulas, the authors' code (github.com/luogen1996/MoIL) the released initialisation.
 """
 
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ class MoILConfig(AdapterConfig):
     teacher: "ema" | "live": imitate the live weights themselves
     ema_per: "optimizer_step" | "micro_batch" (the authors'): as if the teacher moved with every micro-batch
     interval: teachers and adapters move at every n-th step
-    reduction: "mean" | "sum" | "relative";  loss_weight: of the imitation loss
+    reduction: "mean" | "sum" | "relative" (with Adam: huge gradients at first);  loss_weight: of the imitation loss
     and what every `AdapterConfig` has; adapters are float32 whatever the model's dtype (float64 for a float64 model)
     """
 
@@ -156,6 +158,28 @@ class MoIL(Adapter):
         for layer in moil.layers.values():
             layer.restart_from_student()
         return moil
+
+    def merge(self, keep_on: torch.device | str | None = None) -> None:
+        self._warn_of_idle_student("merge")
+        super().merge(keep_on)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        self._warn_of_idle_student("save_pretrained")
+        super().save_pretrained(folder)
+
+    def export_lora(self, folder: str | os.PathLike) -> None:
+        self._warn_of_idle_student("export_lora")
+        super().export_lora(folder)
+
+    def _warn_of_idle_student(self, action: str) -> None:
+        """Trained without `step`, what is kept is what came: no error, which at a script's end would lose the rest."""
+        layers = [each for each in self.layers.values() if not each.weight.is_meta]
+        if self.steps == 0 and any(not torch.equal(each.live_weight, each.teacher_weight) for each in layers):
+            warnings.warn(
+                f"{action}: live weights were trained, but step() was never called: the student, which is kept, has "
+                "learned nothing of it",
+                stacklevel=3,
+            )
 
     # ---- the imitation ----------------------------------------------------------------------------------------------
 
