@@ -1,0 +1,143 @@
+"""The experiment: pre-train once, adapt by every method and seed, read the test split once for each; search by another.
+
+Everything is kept in the output folder under runs/, one folder for each run, and read from there when it is asked for
+again.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_kernels.adapters import FullTuning
+from peft_kernels.adapters.checkpoint import write_atomically
+from peft_kernels.demo.methods import FULL, Method, fitting
+from peft_kernels.demo.models import TASKS
+from peft_kernels.demo.scenes import STORIES, Scenes, make_scenes
+from peft_kernels.demo.training import Job, Result, run
+
+COMMITTED = Path(__file__).with_name("search.json")
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+PRETRAINING_LR, DEFAULT_LR = 1e-3, 1e-3
+
+
+@dataclass
+class Settings:
+    """out: where everything goes;  device, backend, rank: of all runs;  seeds: of the adaptations
+    steps, pretraining_steps: of training;  scenes: to train on in the target domain;  evaluated: to validate or test on
+    rates: the file of the learning-rate search that is used
+    progress: called with a run's name, its step, the number of steps, a note, and whether it is done
+    """
+
+    out: Path
+    device: str = "cpu"
+    backend: str = "auto"
+    rank: int | None = None
+    seeds: Sequence[int] = (0,)
+    steps: int = 300
+    pretraining_steps: int = 600
+    scenes: int = 512
+    evaluated: int = STORIES
+    rates: Path = COMMITTED
+    progress: Callable[[str, int, int, str, bool], None] = lambda name, step, steps, note, done: None
+    bases: dict[str, tuple[nn.Module, Result]] = field(default_factory=dict, repr=False)  # what `pretrained` gave
+
+    def data(self, split: str, domain: str = "target") -> Scenes:
+        """Training splits with repeats, the others with every caption once."""
+        count = {"pretraining": 8 * self.scenes, "train": self.scenes}.get(split, self.evaluated)
+        return make_scenes(domain, split, count, distinct=split in ("validation", "test")).to(self.device)
+
+    def folder(self, stem: str) -> Path:
+        """Of a run."""
+        return self.out / "runs" / "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in stem)
+
+    def run(self, name: str, stem: str, job: Job, evaluated: Scenes) -> Result:
+        """name: for people;  stem: for the folder"""
+        return run(job, evaluated, self.folder(stem), lambda step, *told: self.progress(name, step, job.steps, *told))
+
+
+def pretrained(settings: Settings, task: str) -> tuple[nn.Module, Result]:
+    """The task's model after its training in the source domain, and what that gave on the source's validation split."""
+    if task in settings.bases:
+        return settings.bases[task]
+    torch.manual_seed(0)
+    model = TASKS[task].build().to(settings.device)
+    job = Job(FULL, TASKS[task], model, settings.data("pretraining", "source"), 0, PRETRAINING_LR, "fixed", 0)
+    job.steps, stem = settings.pretraining_steps, f"pretraining-{task}"
+    result = settings.run(f"pre-training, {task}", stem, job, settings.data("validation", "source"))
+    model = FullTuning.from_pretrained(model, settings.folder(stem)).remove().eval()
+    settings.bases[task] = model, result
+    return settings.bases[task]
+
+
+def learning_rate(settings: Settings, task: str, method: Method) -> tuple[float, str]:
+    """(lr, where it is from): the search's, that of the method it is like, or the default."""
+    if method.kind is None:
+        return 0.0, ""
+    found = _read(settings.rates).get(task, {}).get(method.searched)
+    if found is None:
+        return DEFAULT_LR, "default"
+    return found["lr"], "search" if method.searched == method.name else f"search of {method.searched}"
+
+
+def compare(settings: Settings, task: str, methods: Sequence[Method], section: str) -> list[Result]:
+    """Results of every method and seed on the test split."""
+    (base, _), train, test = pretrained(settings, task), settings.data("train"), settings.data("test")
+    results = []
+    for method in fitting(methods, TASKS[task].preset):
+        for seed in settings.seeds if method.kind else settings.seeds[:1]:
+            lr, lr_from = learning_rate(settings, task, method)
+            steps = settings.steps if method.kind else 0
+            job = Job(method, TASKS[task], base, train, seed, lr, lr_from, steps, settings.rank, settings.backend)
+            name = f"{method.name}, {task}" + (f", seed {seed}" if len(settings.seeds) > 1 else "")
+            results.append(settings.run(name, f"{section}-{method.name}-{seed}", job, test))
+    return results
+
+
+def search(settings: Settings, task: str, methods: Sequence[Method], grid: Sequence[float] = GRID) -> dict[str, Any]:
+    """For each method that has a learning rate of its own the best one on the validation split, and all scores."""
+    (base, _), train, validation = pretrained(settings, task), settings.data("train"), settings.data("validation")
+    found = {}
+    for method in fitting(methods, TASKS[task].preset):
+        if method.kind is None or method.like:
+            continue
+        scores: dict[float, float | None] = {}
+        for lr in grid:
+            job = Job(method, TASKS[task], base, train, settings.seeds[0], lr, "search", settings.steps, None)
+            job.backend = settings.backend
+            name = f"search, {task}: {method.name}, lr {lr:g}"
+            try:
+                scores[lr] = settings.run(name, f"search-{task}-{method.name}-{lr:g}", job, validation).mean
+            except FloatingPointError:
+                scores[lr] = None
+        found[method.name] = {"lr": best(scores, method.name), "validation": {f"{lr:g}": s for lr, s in scores.items()}}
+        write_search(settings, task, found)
+    return found
+
+
+def best(scores: dict[float, float | None], name: str) -> float:
+    """The learning rate with the highest score, the smallest of equals. Raises ValueError if all have diverged."""
+    finite = {lr: score for lr, score in sorted(scores.items()) if score is not None}
+    if not finite:
+        raise ValueError(f"{name}: diverges with every learning rate of {', '.join(f'{lr:g}' for lr in scores)}")
+    return max(finite, key=finite.get)
+
+
+def write_search(settings: Settings, task: str, found: dict[str, Any]) -> None:
+    """Into the file of rates, whose other entries stay, if they are of the same settings."""
+    own = {name: getattr(settings, name) for name in ("steps", "pretraining_steps", "scenes", "evaluated")}
+    own |= {"seed": settings.seeds[0], "score": "mean of all on the validation split, in percent"}
+    earlier = _read(settings.rates)
+    if earlier.get("settings") != own:
+        earlier = {}
+    content = {"settings": own, **earlier, task: {**earlier.get(task, {}), **found}}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(settings.rates, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
