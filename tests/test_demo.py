@@ -46,6 +46,7 @@ def test_default_run(out, capsys):
     assert [run["method"] for run in section["runs"]] == [method.name for method in METHODS]
     rows = {row["method"]: row for row in section["table"]}
     assert list(rows)[-3:] == ["MoIL, student", "MoIL, live", "MoIL, teacher"]
+    assert [name for name, row in rows.items() if not row["kept"]] == ["MoIL, live", "MoIL, teacher"]
     for run in section["runs"]:
         row = rows[f"{run['method']}, student" if run["errors"] else run["method"]]
         assert row["scores"] == next(iter(run["scores"].values()))

@@ -206,7 +206,7 @@ def write_section(settings: Settings, name: str, results: Sequence[Result]) -> l
     if losses := {result.method: result.losses for result in first if result.losses}:
         plots.plot_curves(path("-losses.png"), losses, "task loss, mean of 10 steps", window=10)
     if errors := {result.method: result.errors for result in first if result.errors}:
-        plots.plot_curves(path("-moil-error.png"), errors, "MoIL's relative error")
+        plots.plot_curves(path("-moil-error.png"), errors, "MoIL's relative error", log=True)
     for result in first:
         if result.method == "Aurora":
             plots.plot_factors(path("-aurora-factors.png"), settings.folder(f"{name}-Aurora-{result.seed}"))

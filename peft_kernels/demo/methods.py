@@ -61,6 +61,8 @@ ZERO_SHOT = Method("zero-shot")
 FULL = Method("full tuning", FullTuning)
 LORA = Method("LoRA", LoRA, {"rank": 8, "alpha": 16.0, "dropout": 0.05})
 UNIADAPTER = Method("UniAdapter", UniAdapter, {"rank": 16})
+# As published, the enhancement of positives alone tells the matching head the label in training and not in evaluation:
+# mean recall on the validation split was 39 with it, 54 with "all", 52 without any.
 AURORA = Method("Aurora", Aurora, {"rank": 32, "gates": "additive"}, enhance="all")
 MOIL = Method(
     "MoIL",
@@ -87,6 +89,7 @@ ABLATIONS: dict[str, Sequence[Method]] = {
         AURORA,
         *(AURORA.varied(f"rank {rank}", rank=rank) for rank in (8, 16, 64, 128)),
         AURORA.varied("no context enhancement", enhance=None),
+        AURORA.varied("enhancement as published", enhance="positives"),
         AURORA.varied("no gates", gates=None),
         AURORA.varied("gates as described", gates="gated"),
         *(AURORA.varied(f"shared: {sharing}", sharing=sharing) for sharing in ("modality", "none")),

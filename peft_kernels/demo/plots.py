@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 
 
 def plot_scores(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Mean score against trained parameters; a bubble's area is what is stored."""
+    """Mean score against trained parameters; a bubble's area is what is stored, a cross is of weights that are not."""
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
     for row in rows:
@@ -25,8 +25,11 @@ def plot_scores(path: Path, rows: Sequence[Row], title: str) -> None:
         if not row["trained"]:
             axes.axhline(score, color="grey", linestyle=":", label=row["method"])
             continue
+        if not row["kept"]:
+            axes.scatter(row["trained"], score, marker="x", s=25, label=row["method"])
+            continue
         axes.scatter(row["trained"], score, s=20 + row["stored_bytes"] / 1e3, alpha=0.5)
-        axes.annotate(row["method"], (row["trained"], score), fontsize=8, ha="center", va="bottom")
+        axes.annotate(row["method"], (row["trained"], score), fontsize=8, ha="right", va="bottom")
     axes.set(xscale="log", xlabel="trained parameters", ylabel="mean score, %", title=title)
     axes.margins(0.15)
     if axes.get_legend_handles_labels()[0]:

@@ -20,15 +20,19 @@ UNSEARCHED = "* not in the search: the default learning rate"
 
 
 def averaged(results: Sequence[Result]) -> list[Row]:
-    """One row for each method and mode: means over seeds, and the standard deviation of the scores."""
+    """One row for each method and mode: means over seeds, and the standard deviation of the scores.
+
+    kept: is it the first mode, that of what is stored?
+    """
     rows = []
     for name in dict.fromkeys(result.method for result in results):
         own = [result for result in results if result.method == name]
-        for mode in own[0].scores:
+        for index, mode in enumerate(own[0].scores):
             scores = {key: [r.scores[mode][key] for r in own] for key in own[0].scores[mode]}
             rows.append(
                 {
                     "method": f"{name}, {mode}" if mode else name,
+                    "kept": index == 0,
                     "seeds": len(own),
                     "scores": {key: mean(values) for key, values in scores.items()},
                     "spread": {key: stdev(values) if len(values) > 1 else None for key, values in scores.items()},
