@@ -2,7 +2,7 @@
 # repeat. CUDA kernels are built when an nvcc is found; PEFT_KERNELS_CUDA and PEFT_KERNELS_CUDA_ARCHS are in setup.py.
 #
 #   make test      lint, the tests, then the static checks of the compiled kernels: what CI runs
-#   make demo      adapts a small vision-language model by every method; FULL=1: all variants, hours
+#   make demo      adapts a small vision-language model by every method; FULL=1: all variants, long
 #   make lint      ruff
 #   make static    every ahead-of-time compilation, not only CI's choice
 #   make bench     the benchmarks, as tables

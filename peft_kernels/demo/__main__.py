@@ -184,7 +184,7 @@ def chosen(options: argparse.Namespace) -> dict[str, tuple[str, Sequence[Method]
 
 
 def tell_unsearched(settings: Settings, sections: dict[str, tuple[str, Sequence[Method]]], console: Console) -> None:
-    """Before hours are spent: which methods run with a learning rate that nothing was searched for."""
+    """Before time is spent: which methods run with a learning rate that nothing was searched for."""
     for task, methods in sections.values():
         names = [method.name for method in methods if learning_rate(settings, task, method)[1] == "default"]
         if names:
