@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_kernels.adapters.base import Adapter, Parts
-from peft_kernels.adapters.config import AdapterConfig, check_flag, check_number, check_rank
+from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
 from peft_kernels.adapters.gates import LayerGate, build_gates
 from peft_kernels.adapters.matching import Match
 from peft_kernels.checks import check_choice, check_probability
@@ -47,7 +47,7 @@ class AuroraConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_rank(self.rank)
+        check_count(self.rank)
         check_choice("core", self.core, DECOMPOSITIONS)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("sharing", self.sharing, SHARING)
@@ -77,7 +77,6 @@ class Aurora(Adapter):
             gate.attach(model.get_submodule(layer))
 
     @classmethod
-    @torch.inference_mode(False)  # what is made in it could not train
     def build(
         cls,
         model: nn.Module,

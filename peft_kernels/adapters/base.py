@@ -58,6 +58,7 @@ class Adapter(AdapterFiles):
         """New layers and modules, adapters on `device` (None: where their layers are). Changes nothing in the model."""
 
     @classmethod
+    @torch.inference_mode(False)  # what is made in it could not train
     def wrap(cls: type[Self], model: nn.Module, config: AdapterConfig | None = None) -> Self:
         """Adapt `model`, in place.
 

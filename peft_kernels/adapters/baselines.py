@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_kernels.adapters.base import Adapter
-from peft_kernels.adapters.config import AdapterConfig, check_number, check_rank
+from peft_kernels.adapters.config import AdapterConfig, check_count, check_number
 from peft_kernels.adapters.files import Parts
 from peft_kernels.adapters.heads import named_state
 from peft_kernels.adapters.matching import Match, find_targets
@@ -39,7 +39,7 @@ class UniAdapterConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_rank(self.rank)
+        check_count(self.rank)
         check_number(self.scale, "scale")
         if self.targets is None and not PRESETS[self.preset].outputs:
             known = ", ".join(name for name, preset in PRESETS.items() if preset.outputs)
@@ -108,7 +108,6 @@ class UniAdapter(Adapter):
         return find_targets(model, config)
 
     @classmethod
-    @torch.inference_mode(False)  # what is made in it could not train
     def build(
         cls,
         model: nn.Module,

@@ -40,18 +40,9 @@ class AdapterConfig:
         check_choice("preset", self.preset, (None, *PRESETS))
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
-        for name in ("targets", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, list | set):
-                object.__setattr__(self, name, value := tuple(sorted(value) if isinstance(value, set) else value))
-            if name == "targets" and isinstance(value, tuple):
-                value = tuple(_target(t) if isinstance(t, dict) else t for t in value)
-                object.__setattr__(self, name, value)
-            kinds = (str, Target) if name == "targets" else (str,)
-            if isinstance(value, tuple) and all(isinstance(v, kinds) and v != "" for v in value):
-                continue
-            if value is not None and not (name == "targets" and isinstance(value, str) and value):
-                raise TypeError(f"{name}: expected names, got {value!r}")
+        if not (isinstance(self.targets, str) and self.targets):
+            object.__setattr__(self, "targets", _names("targets", self.targets, (str, Target)))
+        object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save, (str,)))
         if self.needs_targets and not self.targets and (self.preset is None or self.targets is not None):
             raise ValueError(f"preset, targets: expected one of {', '.join(PRESETS)}, or module names, got neither")
 
@@ -75,6 +66,20 @@ class AdapterConfig:
         return cls(**values)
 
 
+def _names(name: str, value: object, kinds: tuple[type, ...]) -> tuple | None:
+    """A list, set or tuple as a tuple; targets come as dictionaries from JSON."""
+    if value is None:
+        return None
+    if not isinstance(value, list | set | tuple):
+        raise TypeError(f"{name}: expected names, got {value!r}")
+    made = sorted(value) if isinstance(value, set) else value
+    if Target in kinds:
+        made = [_target(each) if isinstance(each, dict) else each for each in made]
+    if not all(isinstance(each, kinds) and each != "" for each in made):
+        raise TypeError(f"{name}: expected names, got {value!r}")
+    return tuple(made)
+
+
 def _target(values: dict[str, Any]) -> Target:
     known = [field.name for field in dataclasses.fields(Target)]
     if "pattern" not in values or not values.keys() <= set(known):
@@ -82,7 +87,7 @@ def _target(values: dict[str, Any]) -> Target:
     return Target(**values)
 
 
-def check_rank(value: object, name: str = "rank") -> None:
+def check_count(value: object, name: str = "rank") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if not 1 <= value <= MAX_RANK:

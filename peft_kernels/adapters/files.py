@@ -113,6 +113,7 @@ class AdapterFiles(ABC):
         return cls._filled(model, config, matches, checkpoint)
 
     @classmethod
+    @torch.inference_mode(False)  # as in `wrap`
     def _filled(
         cls: type[Self], model: nn.Module, config: AdapterConfig, matches: list[Match], checkpoint: Checkpoint
     ) -> Self:

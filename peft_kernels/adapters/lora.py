@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft_kernels.adapters.base import Adapter, Parts
-from peft_kernels.adapters.config import AdapterConfig, check_flag, check_number, check_rank
+from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
 from peft_kernels.adapters.lora_files import StockLora
 from peft_kernels.adapters.matching import Match, nearest
 from peft_kernels.checks import check_choice, check_probability
@@ -36,12 +36,12 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_rank(self.rank)
+        check_count(self.rank)
         check_number(self.alpha, "alpha")
         check_flag(self.rslora, "rslora")
         check_probability("dropout", self.dropout)
         check_choice("init", self.init, INITS)
-        for name, check in (("rank_pattern", check_rank), ("scale_pattern", check_number)):
+        for name, check in (("rank_pattern", check_count), ("scale_pattern", check_number)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise TypeError(f"{name}: expected a dictionary by module name, got {value!r}")
@@ -62,7 +62,6 @@ class LoRA(Adapter):
     config_class = LoRAConfig
 
     @classmethod
-    @torch.inference_mode(False)  # what is made in it could not train
     def build(
         cls,
         model: nn.Module,

@@ -18,7 +18,7 @@ from peft_kernels.adapters.checkpoint import (
     save_tensors,
     write_atomically,
 )
-from peft_kernels.adapters.config import check_flag, check_number, check_rank
+from peft_kernels.adapters.config import check_count, check_flag, check_number
 from peft_kernels.checks import check_probability
 
 _PREFIX = "base_model.model."
@@ -128,7 +128,7 @@ class StockLora(Checkpoint):
                 rank = self.ranks[module] = self.shapes[name][0]
                 if rank != (said := _by_pattern(config, "rank_pattern", module, config.get("r", 8))):
                     raise ValueError(f"r, rank_pattern: {said} for {module}, whose lora_A.weight has rank {rank}")
-                check_rank(rank, f"rank of {module}")
+                check_count(rank, f"rank of {module}")
                 alpha = _by_pattern(config, "alpha_pattern", module, _number(config, "lora_alpha", 8))
                 self.scales[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
             elif ".lora_" in name and last != "up":

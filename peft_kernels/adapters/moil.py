@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peft_kernels.adapters.base import Adapter, Parts
-from peft_kernels.adapters.config import AdapterConfig, check_flag, check_number, check_rank
+from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
 from peft_kernels.adapters.matching import Match, find_targets
 from peft_kernels.checks import check_choice, check_scale
 from peft_kernels.imitation import ImitationGroup, imitation_step
@@ -53,9 +53,9 @@ class MoILConfig(AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_rank(self.rank)
-        check_rank(self.transform_rank, "transform_rank")
-        check_rank(self.interval, "interval")
+        check_count(self.rank)
+        check_count(self.transform_rank, "transform_rank")
+        check_count(self.interval, "interval")
         check_choice("approximation", self.approximation, APPROXIMATIONS)
         check_flag(self.ffn, "ffn")
         check_choice("init", self.init, INITS)
@@ -110,7 +110,6 @@ class MoIL(Adapter):
         return find_targets(model, config, ffn=config.ffn)
 
     @classmethod
-    @torch.inference_mode(False)  # what is made in it could not train
     def build(
         cls,
         model: nn.Module,
@@ -199,7 +198,7 @@ class MoIL(Adapter):
         Raises ValueError where no live weight has a gradient, as after a backward in evaluation mode.
         """
         config, count = self.config, self.steps
-        check_rank(micro_batches, "micro_batches")
+        check_count(micro_batches, "micro_batches")
         self._check_on("step")
         lives = [layer.live_weight for layer in self.layers.values()]
         check_scale(loss_scale, lives[0], "loss_scale")

@@ -50,7 +50,7 @@ class AdaptedLinear(nn.Linear):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(down, up, core) of the update, as `lowrank_linear` takes them."""
-        raise NotImplementedError
+        raise NotImplementedError("a subclass says what its update is")  # nn.Module is no abstract base class
 
     def adapted_bias(self) -> Tensor | None:
         """The bias with the update; None if it stays as it is."""
