@@ -267,3 +267,19 @@ def test_a_readable_copy_of_the_configuration(tmp_path):
     assert set(written["fingerprint"]) == set(adapter.layers)
     (tmp_path / CONFIG_FILE).unlink()  # the weights' header has it too
     assert load("lora", "vilt_vqa", tmp_path).config == adapter.config
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("made", ["wrapped", "loaded"])
+def test_made_in_inference_mode_every_method_can_train(method, made, tmp_path):
+    """Inference tensors stay what they are: a parameter among them fails at the first training step."""
+    adapted(method, "vilt_vqa")[0].save_pretrained(tmp_path)
+    model, _ = build("vilt_vqa")
+    with torch.inference_mode():
+        if made == "wrapped":
+            adapter = wrap(method, model, "vilt_vqa")
+        else:
+            adapter = METHODS[method][0].from_pretrained(model, tmp_path)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert [name for name, tensor in tensors.items() if tensor.is_inference()] == []
+    assert all(parameter.requires_grad for parameter in adapter.parameters())
