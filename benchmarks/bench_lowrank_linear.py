@@ -169,8 +169,6 @@ def reference(provider: Provider, problem: runner.Problem, built: Built, seed: i
         return "linear", _linear
     dropout = problem.case.dropout
     mask = recover_mask(built, problem.tensors, seed) if dropout else None
-    if provider.backend in ("triton", "cuda"):  # kernels round the probability to 16 bits
-        dropout = round(dropout * 65536) / 65536
 
     def build(case: Case, t: Tensors) -> Built:
         options = {"scale": SCALE, "mask": mask, "dropout_p": dropout}

@@ -76,8 +76,8 @@ def check(
     exact: dict[str, Tensor],
     usual: dict[str, float],
     accuracy: Mapping[str, float] = MappingProxyType({}),
-) -> None:
-    """Each result's error against float64 is at most twice that of plain torch in the same dtype, `usual`.
+) -> dict[str, float]:
+    """Each result's error against float64: at most twice that of plain torch in the same dtype, `usual`.
 
     Or, for those in `accuracy`, at most that. Raises WrongResult.
     """
@@ -93,6 +93,7 @@ def check(
             raise WrongResult(
                 f"{provider}: {name} is off by {error:.1e} of its largest value, {tolerated:.1e} is usual"
             )
+    return found
 
 
 def check_alike(values: dict[str, float], tolerated: float = 1e-6) -> None:

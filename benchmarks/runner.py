@@ -23,6 +23,13 @@ class Absent(Exception):
     """A provider does not run a case; the message says why."""
 
 
+def absence(error: Exception) -> str | None:
+    """Why a provider does not run a case, or None for an error that says nothing of the kind."""
+    kinds = Absent, ImportError, BackendUnavailableError, torch._dynamo.exc.BackendCompilerFailed
+    refused = isinstance(error, ValueError) and str(error).startswith("design:")  # does not take this shape
+    return str(error).splitlines()[0] if refused or isinstance(error, kinds) else None
+
+
 class Built(NamedTuple):
     """A provider ready to run: its forward, and by name of their gradients the factors that it takes some for."""
 
@@ -81,8 +88,8 @@ def results(built: Built, given: Input, backward: bool = True) -> dict[str, Tens
     return {"y": y.detach(), **dict(zip(wanted, grads))}
 
 
-def verify(bench: Bench, name: str, problem: Problem, built: Built, seed: int = 1) -> None:
-    """Raises cases.WrongResult unless y and every gradient are as good as plain torch's."""
+def verify(bench: Bench, name: str, problem: Problem, built: Built, seed: int = 1) -> dict[str, tuple[float, float]]:
+    """{result: (its error, plain torch's)}. Raises cases.WrongResult unless y and every gradient are as good as that."""
     case = problem.case
     key, reference = bench.reference(bench.providers[name], problem, built, seed)
     if key not in problem.references:
@@ -92,7 +99,9 @@ def verify(bench: Bench, name: str, problem: Problem, built: Built, seed: int = 
         problem.references[key] = exact, cases.errors(usual, exact)
     torch.manual_seed(seed)
     got = _all_results(built, problem.tensors.input, case.backward)
-    cases.check(name, got, *problem.references[key], bench.accuracy)
+    exact, usual = problem.references[key]
+    found = cases.check(name, got, exact, usual, bench.accuracy)
+    return {result: (error, usual[result]) for result, error in found.items()}
 
 
 def _all_results(built: Built, given: Input, backward: bool) -> dict[str, Tensor]:
@@ -113,12 +122,10 @@ def build(bench: Bench, name: str, problem: Problem) -> Built | str:
         verify(bench, name, proof, built)
         if built.found or problem.proof:  # its first step is still to come: what it then takes is measured
             built = make(problem.case, problem.tensors)
-    except (Absent, ImportError, BackendUnavailableError, torch._dynamo.exc.BackendCompilerFailed) as error:
-        return f"absent: {str(error).splitlines()[0]}"
-    except ValueError as error:
-        if not str(error).startswith("design:"):
+    except Exception as error:
+        if (why := absence(error)) is None:
             raise
-        return f"absent: {error}"  # the design does not take this shape
+        return f"absent: {why}"
     return built
 
 
