@@ -5,7 +5,8 @@
 #   make demo      adapts a small vision-language model by every method; FULL=1: all variants, long
 #   make lint      ruff
 #   make static    every ahead-of-time compilation, not only CI's choice
-#   make bench     the benchmarks, as tables
+#   make bench     the benchmarks' cases under pytest-benchmark; python -m peft_kernels bench is the one with peers
+#   make gpu       on a GPU machine, all there is to do on one in nine minutes; PARTS="tests bench" OUT=gpu_out
 #   make tables    README's tables from the result files
 #   make wheel     dist/*.whl
 #   make clean     removes build outputs; distclean also .venv
@@ -19,6 +20,9 @@ VENV   ?= .venv
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS    ?=
 
+OUT   ?= gpu_out
+PARTS ?=
+
 PY := $(VENV)/bin/python
 BUILD_REQUIRES := "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
 CHOICES := $(PYTHON) $(TORCH) $(TRITON)
@@ -30,8 +34,11 @@ export PIP_ROOT_USER_ACTION := ignore
 # Without a GPU the Triton kernels run in the interpreter; with one, the tests run the real kernels.
 HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
+# Hopper's own instructions need the letter.
+CAPABILITY = import torch; c = torch.cuda.get_device_capability(); print(f"{c[0]}{c[1]}" + "a" * (c[0] == 9))
+
 .DEFAULT_GOAL := help
-.PHONY: help env test lint tests static-ci static demo bench tables wheel clean distclean FORCE
+.PHONY: help env test lint tests static-ci static demo bench gpu tables wheel clean distclean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -95,9 +102,16 @@ demo: $(VENV)/installed
 	$(PY) -m peft_kernels.demo $(if $(FULL),--full)
 
 bench: $(VENV)/installed
-	@set -e; for file in benchmarks/bench_*.py; do \
-	    name=$$(basename $$file .py); echo "== $$name"; $(PY) -m peft_kernels.benchmarks.$$name; \
-	done
+	@echo "== benchmarks"
+	OMP_NUM_THREADS=1 $(PY) -m pytest benchmarks --benchmark-only --benchmark-group-by=group $(PYTEST_ARGS)
+
+# With the Python that has torch for this GPU, and nothing from a network: no environment is made.
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU: PYTHON=… can name another Python")'
+	@echo "== building for this GPU"
+	PEFT_KERNELS_CUDA=require PEFT_KERNELS_CUDA_ARCHS=$$($(PYTHON) -c '$(CAPABILITY)') \
+	    $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m peft_kernels.benchmarks.gpu --out $(OUT) $(PARTS)
 
 tables: $(VENV)/installed
 	$(PY) -m peft_kernels.benchmarks.tables
