@@ -1,0 +1,142 @@
+"""torch.compile around whole models with each adapter: one graph, eager's numbers, and no compilation too many.
+
+ViLT draws and counts its patches by their values, which no compiler traces: there the encoder is compiled, not the
+embeddings, as one does without an adapter.
+"""
+
+import adapter_models
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from peft_kernels import Aurora, AuroraConfig, LoRA, LoRAConfig, MoIL, MoILConfig
+
+METHODS = {
+    "LoRA": lambda model, preset: LoRA.wrap(model, LoRAConfig(preset=preset, rank=4, dropout=0.1)),
+    "Aurora": lambda model, preset: Aurora.wrap(model, AuroraConfig(preset=preset, rank=4)),
+    "MoIL": lambda model, preset: MoIL.wrap(model, MoILConfig(preset=preset, rank=4, transform_rank=4)),
+}
+PRESETS = {("blip_retrieval", "Aurora"): "blip-retrieval"}  # with gates
+KINDS = ("blip_retrieval", "vilt_vqa")
+EVERY = pytest.mark.parametrize(("kind", "method"), [(kind, method) for kind in KINDS for method in METHODS])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def wrapped(kind, method):
+    """(model in training mode with drawn adapters, adapter)"""
+    options = {"layers": 1} if kind.startswith("blip") else {}
+    model, _ = adapter_models.build(kind, **options)
+    adapter = METHODS[method](model, PRESETS.get((kind, method), adapter_models.PRESET[kind]))
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():  # as wrapped, much is zero
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.train(), adapter
+
+
+def batch_of(kind, count, tokens):
+    ids = torch.randint(5, 40, (count, tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(count, 3, 32, 32)}
+    return batch | ({"labels": torch.eye(4)[torch.arange(count) % 4]} if kind == "vilt_vqa" else {})
+
+
+def compiled(model, kind, backend):
+    """The step's forward, with as much of the model in one graph as can be."""
+    if kind == "vilt_vqa":
+        encoder = model.vilt.encoder
+        encoder.forward = torch.compile(encoder.forward, fullgraph=True, backend=backend)
+        return model
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def gradients(run, kind, adapter, batch):
+    torch.manual_seed(1)  # ViLT's order of patches
+    result = run(**batch)
+    loss = result.loss if kind == "vilt_vqa" else result[0].square().mean()
+    found = torch.autograd.grad(loss, [p for _, p in adapter.named_parameters() if p.requires_grad], allow_unused=True)
+    return loss.detach(), found
+
+
+@EVERY
+def test_one_graph_with_eager_s_numbers(kind, method):
+    model, adapter = wrapped(kind, method)
+    for layer in adapter.layers.values():
+        layer.dropout_p = 0.0  # masks differ between compiled and eager
+    batch = batch_of(kind, 3, 7)
+    expected_loss, expected = gradients(model, kind, adapter, batch)
+    loss, found = gradients(compiled(model, kind, "aot_eager"), kind, adapter, batch)
+    torch.testing.assert_close(loss, expected_loss)
+    assert sum(grad is not None and bool(grad.any()) for grad in expected) > 4
+    for grad, other in zip(found, expected, strict=True):
+        assert (grad is None) == (other is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_compiles_once_more_for_other_sizes_and_never_for_numbers(kind, method):
+    model, adapter = wrapped(kind, method)
+    counter = CompileCounterWithBackend("eager")
+    run = compiled(model, kind, counter)
+
+    def frames(count, tokens):
+        gradients(run, kind, adapter, batch_of(kind, count, tokens))
+        return counter.frame_count
+
+    assert frames(3, 7) == 1
+    assert [frames(2, 9), frames(4, 9), frames(2, 11), frames(5, 8)] == [2, 2, 2, 2]
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():
+            parameter.mul_(1.01)
+    if isinstance(adapter, MoIL):
+        for _, parameter in adapter.named_parameters("live"):
+            parameter.grad = torch.ones_like(parameter)
+        adapter.step()
+        adapter.step()
+    else:
+        for layer in adapter.layers.values():
+            layer.set_scale(0.37)
+    assert frames(3, 8) == 2
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_draws_the_same_masks(kind, backend):
+    batch, found = batch_of(kind, 3, 7), []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model, adapter = wrapped(kind, "LoRA")
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # or BLIP's frozen embeddings are changed in place: README, Limits
+        torch._dynamo.reset()
+        found.append(gradients(compiled(model, kind, backend) if backend else model, kind, adapter, batch))
+    (loss, grads), (again, others) = found
+    assert torch.equal(loss, again) and all(
+        grad is other is None or torch.equal(grad, other) for grad, other in zip(grads, others, strict=True)
+    )
+    for layer in adapter.layers.values():  # there was something to draw again
+        layer.dropout_p = 0.0
+    assert not torch.equal(gradients(model, kind, adapter, batch)[0], loss)
+
+
+@EVERY
+def test_checkpointing_gives_the_same_gradients(kind, method):
+    found = []
+    batch = batch_of(kind, 3, 7)
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model, adapter = wrapped(kind, method)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()
+        found.append(gradients(model, kind, adapter, batch)[1])
+    for grad, other in zip(*found, strict=True):
+        assert (grad is None) == (other is None)
+        if grad is not None:  # factors that layers share are summed in another order
+            torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-7)
