@@ -195,12 +195,14 @@ class MoIL(Adapter):
         micro_batches: how many backward passes this optimizer step adds up: with ema_per="micro_batch" as many moves
         returns the imitation loss, a 0-d tensor that was not waited for; None where nothing is done: at the first step,
         when live weights are still where they started, and between two intervals
-        Raises ValueError where no live weight has a gradient, as after a backward in evaluation mode.
+        Raises ValueError where no live weight has a gradient, as after a backward in evaluation mode, or under FSDP.
         """
         config, count = self.config, self.steps
         check_count(micro_batches, "micro_batches")
         self._check_on("step")
         lives = [layer.live_weight for layer in self.layers.values()]
+        if any(hasattr(p, "to_local") for layer in self.layers.values() for p in layer.parameters()):  # a DTensor
+            raise ValueError("step: the weights are sharded, and MoIL needs them whole; take DistributedDataParallel")
         check_scale(loss_scale, lives[0], "loss_scale")
         if self.merged:
             raise ValueError("step: the model is merged; unmerge it first")
