@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import adapter_cases
+import pytest
 import torch
 import torch.distributed as dist
 from moil_cases import WIDTH, experts, task_loss
@@ -90,6 +91,9 @@ def main(folder: Path) -> None:
         adapter = start(method, seed=0)
         fully_shard(adapter.model)
         assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in adapter.parameters())
+        for action in ("merge", "save_pretrained", "export_lora"):
+            with pytest.raises(ValueError, match=f"{action}: the weights are sharded"):
+                getattr(adapter, action)(*([folder] if action != "merge" else []))
         train(adapter, adapter.model, own)
         whole = get_model_state_dict(adapter.model, options=StateDictOptions(full_state_dict=True))
         torch.save(whole, folder / f"fsdp-{method}-{rank}.pt")

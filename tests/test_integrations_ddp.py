@@ -53,7 +53,7 @@ def test_fsdp_sharded_at_the_root(folder, method):
 def test_moil_under_fsdp_is_refused(folder):
     for rank in range(2):
         message = (folder / f"fsdp-moil-{rank}.txt").read_text()
-        assert message.startswith("0 step: the weights are sharded, and MoIL needs them whole; take Distributed")
+        assert message.startswith("0 step: the weights are sharded, and it needs them whole; take Distributed")
 
 
 def test_the_trainer_under_ddp(folder, tmp_path):

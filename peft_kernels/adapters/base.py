@@ -165,6 +165,7 @@ class Adapter(AdapterFiles):
         Raises ValueError if weights are shared, before anything is changed.
         """
         self._check_on("merge")
+        self._check_whole("merge")
         if not self.layers:
             raise ValueError(f"merge: {self.method!r} adapts no linear layer")
         self._check_shared()
@@ -205,6 +206,11 @@ class Adapter(AdapterFiles):
     def _check_on(self, action: str) -> None:
         if self.removed:
             raise ValueError(f"{action}: the adapter was removed from its model")
+
+    def _check_whole(self, action: str, instead: str = "do it on a copy that is not sharded") -> None:
+        tensors = (tensor for layer in self.layers.values() for tensor in (*layer.parameters(), *layer.buffers()))
+        if any(hasattr(tensor, "to_local") for tensor in tensors):  # a DTensor, of FSDP2 for instance
+            raise ValueError(f"{action}: the weights are sharded, and it needs them whole; {instead}")
 
     def _check_shared(self) -> None:
         """Parameters may be tied, or be views of one memory."""

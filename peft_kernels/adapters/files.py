@@ -74,6 +74,7 @@ class AdapterFiles(ABC):
         A crash while writing leaves the folder's earlier files whole.
         """
         state = {name: tensor for name, tensor in self.state_dict().items() if self._is_saved(name)}
+        self._check_whole("save_pretrained")
         if any(tensor.is_meta for tensor in (*state.values(), *self.model.parameters())):
             raise ValueError("save_pretrained: the model is on the meta device and holds no values")
         frozen = {name: layer.frozen()[0] for name, layer in self.layers.items()}
@@ -138,6 +139,7 @@ class AdapterFiles(ABC):
         Raises ValueError where stock LoRA cannot say the same.
         """
         self._check_on("export_lora")
+        self._check_whole("export_lora")
         factors = {name: layer.lora_factors() for name, layer in self.layers.items()}
         others = [name for name, _ in self.model.named_modules() if name not in factors]
         write_lora(folder, factors, head_modules(self.model, self._head_names), others)

@@ -201,8 +201,7 @@ class MoIL(Adapter):
         check_count(micro_batches, "micro_batches")
         self._check_on("step")
         lives = [layer.live_weight for layer in self.layers.values()]
-        if any(hasattr(p, "to_local") for layer in self.layers.values() for p in layer.parameters()):  # a DTensor
-            raise ValueError("step: the weights are sharded, and MoIL needs them whole; take DistributedDataParallel")
+        self._check_whole("step", "take DistributedDataParallel")
         check_scale(loss_scale, lives[0], "loss_scale")
         if self.merged:
             raise ValueError("step: the model is merged; unmerge it first")
