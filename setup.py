@@ -22,7 +22,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 EXTENSION = "peft_kernels._C"
 # Upstream has a distribution named triton_kernels, which others probe for by name: ours goes inside peft_kernels.
-MAPPED = {"peft_kernels.triton_kernels": "triton_kernels", "peft_kernels.benchmarks": "benchmarks"}
+MAPPED = {
+    "peft_kernels.triton_kernels": "triton_kernels",
+    "peft_kernels.benchmarks": "benchmarks",
+    "peft_kernels.benchmarks.floor": "benchmarks/floor",
+}
 
 
 def find_nvcc():

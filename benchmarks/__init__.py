@@ -1,1 +1,1 @@
-"""What each operation costs: bench_<op>.py has cases and providers, floor_<op>.py the least time possible."""
+"""What each operation costs: bench_<op>.py has cases and providers, floor/<op>.py the least time possible."""

@@ -1,6 +1,6 @@
 """`batched_lowrank_linear`, many adapters in one batch, against what else one would use: verified first, then timed.
 
-    python -m peft_kernels.benchmarks.bench_batched_lowrank_linear [--quick] [--dtype float32] [--threads 2] [--save F]
+    python -m peft_kernels bench batched_lowrank_linear
     pytest benchmarks/bench_batched_lowrank_linear.py --benchmark-only
 
 Every provider computes y = x Wᵀ + b + s · x A_lᵀ B_lᵀ with an adapter l for every entry of the batch, or for every row,
@@ -8,7 +8,6 @@ in no order; forward + backward also the gradients of x and of all adapters. Eac
 give or take one entry, and no row is without one.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from torch.nn import functional as F
 
 from peft_kernels import adapter_segments, batched_lowrank_linear, lowrank_linear
 
-from . import cases, floor_batched_lowrank_linear, runner
+from . import cases, runner
 from .cases import SCALE
+from .floor import batched_lowrank_linear as costs
 from .runner import Absent, Built, Provider
 
 OP = "batched_lowrank_linear"
@@ -80,6 +80,11 @@ class Tensors(NamedTuple):
 # Adapters, and what has one. A CPU's batch has four entries, so that more adapters than that need rows of their own.
 CPU_MIXES = ((4, "entry"), (32, "row"), (1, "entry"), (4, "row"), (128, "row"))
 GPU_MIXES = (*CPU_MIXES, (32, "entry"), (128, "entry"))
+PRESETS = {
+    "blip": ((16, 577, 768, 768, 32),),
+    "vilt": ((16, 185, 768, 768, 32),),
+    "llm": ((8, 1024, 4096, 4096, 32),),
+}
 
 
 def usual_cases(on_cpu: bool, dtypes: Sequence[str]) -> list[Case]:
@@ -236,18 +241,18 @@ def _sizes(case: Case) -> tuple:
 
 
 def least(case: Case, design: str | None) -> tuple:
-    return floor_batched_lowrank_linear.compulsory(*_sizes(case))
+    return costs.compulsory(*_sizes(case))
 
 
 def passes(case: Case, design: str, device: str) -> tuple:
     """On a GPU the torch backend multiplies every row by every adapter, and the loop runs other kernels."""
     if device != "cpu" and design in ("torch", "loop"):
         return None, None
-    return floor_batched_lowrank_linear.passes(design, *_sizes(case))
+    return costs.passes(design, *_sizes(case))
 
 
 SHAPE = "ENTRIES,TOKENS,K,N,L[,R]"
-BENCH = runner.Bench(OP, PROVIDERS, usual_cases, SHAPE, shaped, make_tensors, reference, least, passes)
+BENCH = runner.Bench(OP, PROVIDERS, usual_cases, SHAPE, shaped, make_tensors, reference, least, passes, presets=PRESETS)
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -256,7 +261,3 @@ def pytest_generate_tests(metafunc) -> None:
 
 def test_batched_lowrank_linear(benchmark, case: Case, provider: str) -> None:
     runner.run_test(benchmark, BENCH, case, provider)
-
-
-if __name__ == "__main__":
-    sys.exit(runner.main([BENCH], __doc__))

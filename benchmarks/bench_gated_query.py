@@ -1,13 +1,12 @@
 """`gated_query` in both modes, against the formula in torch, eager and compiled: verified first, then timed.
 
-    python -m peft_kernels.benchmarks.bench_gated_query [--quick] [--dtype float32] [--threads 2] [--save FILE.json]
+    python -m peft_kernels bench gated_query
     pytest benchmarks/bench_gated_query.py --benchmark-only
 
 Every provider computes one text layer's transformation, and with backward the gradients of all activations and
 vectors; "gated" has a padding mask. GB/s counts the compulsory bytes: every activation read or written once.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,8 @@ from torch import Tensor
 from peft_kernels import gated_query
 from peft_kernels.ops.gated_query import gated_query_reference
 
-from . import cases, floor_gated_query, runner
+from . import cases, runner
+from .floor import gated_query as costs
 from .runner import Built, Provider
 
 OP = "gated_query"
@@ -61,6 +61,7 @@ class Tensors(NamedTuple):
 # BLIP's text layers: 35 tokens at most in retrieval, 40 in question answering.
 CPU_SHAPES = ((8, 40, 768), (8, 35, 768))
 GPU_SHAPES = (*CPU_SHAPES, (64, 40, 768))
+PRESETS = {"blip": GPU_SHAPES}
 
 
 def shaped(shape: Sequence[int], dtype: str) -> list[Case]:
@@ -132,13 +133,13 @@ def reference(provider: Provider, problem: runner.Problem, built: Built, seed: i
 
 
 def least(case: Case, design: str | None) -> tuple:
-    return floor_gated_query.compulsory(case.mode, case.B, case.S, case.D, case.torch_dtype.itemsize)
+    return costs.compulsory(case.mode, case.B, case.S, case.D, case.torch_dtype.itemsize)
 
 
 def passes(case: Case, design: str, device: str) -> tuple:
     sizes = (case.B, case.S, case.D, case.torch_dtype.itemsize)
     strips = case.B if case.mode == "gated" else -(-case.B * case.S // 8)  # a tile of rows each, while there are few
-    return floor_gated_query.passes(design, case.mode, *sizes, strips)
+    return costs.passes(design, case.mode, *sizes, strips)
 
 
 def proof(case: Case) -> Case:
@@ -147,7 +148,9 @@ def proof(case: Case) -> Case:
     return replace(case, B=min(case.B, 2)) if case.dtype == "float32" else case
 
 
-BENCH = runner.Bench(OP, PROVIDERS, usual_cases, "B,S,D", shaped, make_tensors, reference, least, passes, proof)
+BENCH = runner.Bench(
+    OP, PROVIDERS, usual_cases, "B,S,D", shaped, make_tensors, reference, least, passes, proof, presets=PRESETS
+)
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -156,7 +159,3 @@ def pytest_generate_tests(metafunc) -> None:
 
 def test_gated_query(benchmark, case: Case, provider: str) -> None:
     runner.run_test(benchmark, BENCH, case, provider)
-
-
-if __name__ == "__main__":
-    sys.exit(runner.main([BENCH], __doc__))

@@ -1,16 +1,21 @@
 """`lowrank_linear`, forward and backward, against what else one would use: verified first, then timed.
 
-    python -m peft_kernels.benchmarks.bench_lowrank_linear [--quick] [--dtype float32] [--threads 2] [--save FILE.json]
+    python -m peft_kernels bench lowrank_linear
     pytest benchmarks/bench_lowrank_linear.py --benchmark-only
 
 Every provider computes y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ and the gradients of x, A and B; the frozen linear alone, y and
-dx. What differs from float64 by more than plain torch does raises and is not timed.
+dx. What differs from float64 by more than plain torch does is not timed.
+
+unsloth, axolotl and LoRAFusion run only when --against names them: importing unsloth changes other libraries, PEFT
+among them. unsloth's has no bias, and is asked for none. https://github.com/unslothai/unsloth,
+https://github.com/axolotl-ai-cloud/axolotl, https://github.com/CentML/lorafusion
 """
 
-import sys
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -20,9 +25,10 @@ from torch.nn import functional as F
 from peft_kernels import lowrank_linear
 from peft_kernels.ops.lowrank_linear import lowrank_linear_reference
 
-from . import cases, floor_lowrank_linear, runner
+from . import cases, runner
 from .cases import SCALE
-from .runner import Built, Provider
+from .floor import lowrank_linear as costs
+from .runner import Absent, Built, Provider
 
 OP = "lowrank_linear"
 
@@ -63,6 +69,12 @@ class Tensors(NamedTuple):
 GPU_SHAPES = ((8192, 4096, 4096), (16 * 577, 768, 768), (16 * 577, 768, 3072), (16 * 577, 3072, 768))
 CPU_SHAPES = ((4 * 577, 768, 768), (2 * 577, 768, 3072), (2 * 577, 3072, 768))
 DROPOUTS = (0.0, 0.1)
+# 16 images or texts at a time: 577 tokens of BLIP's images, 40 of its texts; ViLT's 40 and 145 patches of 384² pixels.
+PRESETS = {
+    "blip": ((9232, 768, 768), (9232, 768, 2304), (9232, 768, 3072), (9232, 3072, 768), (640, 768, 768)),
+    "vilt": ((2960, 768, 768), (2960, 768, 3072), (2960, 3072, 768)),
+    "llm": ((8192, 4096, 4096),),
+}
 
 
 def shaped(shape: Sequence[int], dtype: str) -> list[Case]:
@@ -102,6 +114,7 @@ def _eager(case: Case, t: Tensors) -> Built:
 
 
 def _peft(case: Case, t: Tensors) -> Built:
+    """Its forward is PEFT's layer."""
     import peft
 
     base = nn.Linear(1, 1, device=t.x.device, dtype=t.x.dtype)
@@ -124,6 +137,38 @@ def _compiled(build: Callable[[Case, Tensors], Built]) -> Callable[[Case, Tensor
     return build_compiled
 
 
+def _peer(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # of many kinds, where there is no GPU
+        raise Absent(str(error)) from error
+
+
+def _fast_lora(module: str, dropout: bool) -> Callable[[Case, Tensors], Built]:
+    """unsloth and axolotl have the same function for a block's output projection: PEFT's layer, of which they take the
+    weights, and x (batch, rows, K)."""
+
+    def build(case: Case, t: Tensors) -> Built:
+        apply = _peer(module).apply_lora_o
+        if case.dropout and not dropout:
+            raise Absent("no dropout")
+        built = _peft(case, t)
+        block = SimpleNamespace(o_proj=built.forward, training=True)
+        return built._replace(forward=lambda x: apply(block, x[None])[0])
+
+    return build
+
+
+def _lorafusion(case: Case, t: Tensors) -> Built:
+    call = _peer("lorafusion.ops.lora_v1").fused_linear_lora
+
+    def forward(x: Tensor) -> Tensor:
+        seed = int(torch.randint(2**20, ()))  # its own would come from Python's random
+        return call(x[None], t.weight, t.down, t.up, SCALE, seed, case.dropout, t.bias)[0]
+
+    return Built(forward, {"d_down": t.down, "d_up": t.up})
+
+
 def _ours(backend: str, design: str | None) -> Callable[[Case, Tensors], Built]:
     def build(case: Case, t: Tensors) -> Built:
         options = {"scale": SCALE, "dropout_p": case.dropout, "backend": backend, "design": design}
@@ -143,6 +188,9 @@ PROVIDERS = {
     "ours, cuda": Provider(_ours("cuda", None), "D1", "cuda", ("cuda",)),
     "torch compiled": Provider(_compiled(_eager), None, devices=("cuda",)),  # on a CPU as PEFT compiled, within 3 %
     "PEFT compiled": Provider(_compiled(_peft), None),
+    "unsloth": Provider(_fast_lora("unsloth.kernels.fast_lora", False), "unsloth", devices=(), foreign=True),
+    "axolotl": Provider(_fast_lora("axolotl.kernels.lora", True), None, devices=(), foreign=True),
+    "LoRAFusion": Provider(_lorafusion, None, devices=(), foreign=True),
 }
 
 
@@ -167,15 +215,16 @@ def reference(provider: Provider, problem: runner.Problem, built: Built, seed: i
     """The definition under the mask that the provider draws from this seed."""
     if not built.factors:
         return "linear", _linear
+    biased = provider.design != "unsloth"
     dropout = problem.case.dropout
     mask = recover_mask(built, problem.tensors, seed) if dropout else None
 
     def build(case: Case, t: Tensors) -> Built:
-        options = {"scale": SCALE, "mask": mask, "dropout_p": dropout}
-        forward = partial(lowrank_linear_reference, weight=t.weight, bias=t.bias, down=t.down, up=t.up, **options)
+        options = {"scale": SCALE, "mask": mask, "dropout_p": dropout, "bias": t.bias if biased else None}
+        forward = partial(lowrank_linear_reference, weight=t.weight, down=t.down, up=t.up, **options)
         return Built(forward, {"d_down": t.down, "d_up": t.up})
 
-    return (dropout, None if mask is None else mask.cpu().numpy().tobytes()), build
+    return (dropout, biased, None if mask is None else mask.cpu().numpy().tobytes()), build
 
 
 # ---- the bench ------------------------------------------------------------------------------------------------------
@@ -183,15 +232,17 @@ def reference(provider: Provider, problem: runner.Problem, built: Built, seed: i
 
 def least(case: Case, design: str | None) -> tuple:
     rank = 0 if design == "linear" else case.R
-    return floor_lowrank_linear.compulsory(case.M, case.K, case.N, rank, case.torch_dtype.itemsize)
+    return costs.compulsory(case.M, case.K, case.N, rank, case.torch_dtype.itemsize)
 
 
 def passes(case: Case, design: str, device: str) -> tuple:
     sizes = (case.M, case.K, case.N, case.R, case.torch_dtype.itemsize)
-    return floor_lowrank_linear.passes(design, *sizes, case.dropout > 0)
+    return costs.passes(design, *sizes, case.dropout > 0)
 
 
-BENCH = runner.Bench(OP, PROVIDERS, usual_cases, "M,K,N[,R]", shaped, make_tensors, reference, least, passes)
+BENCH = runner.Bench(
+    OP, PROVIDERS, usual_cases, "M,K,N[,R]", shaped, make_tensors, reference, least, passes, presets=PRESETS
+)
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -200,7 +251,3 @@ def pytest_generate_tests(metafunc) -> None:
 
 def test_lowrank_linear(benchmark, case: Case, provider: str) -> None:
     runner.run_test(benchmark, BENCH, case, provider)
-
-
-if __name__ == "__main__":
-    sys.exit(runner.main([BENCH], __doc__))

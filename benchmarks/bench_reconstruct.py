@@ -1,6 +1,6 @@
 """`reconstruct` and `reconstruct_stack`, against what else one would write: verified first, then timed.
 
-    python -m peft_kernels.benchmarks.bench_reconstruct [--quick] [--dtype float32] [--threads 2] [--save FILE.json]
+    python -m peft_kernels bench reconstruct
     pytest benchmarks/bench_reconstruct.py --benchmark-only
 
 Every provider computes W_k = base_k + s · B core_k A for N matrices at once, in the dtype of its factors; forward +
@@ -9,7 +9,6 @@ element of W written once, base and factors read once. On a CPU most of the time
 provider but the copy: filling 85 MB took 39 ms the first time and 4 ms again.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,8 +19,9 @@ from torch import Tensor
 from peft_kernels import reconstruct, reconstruct_stack
 from peft_kernels.ops.reconstruct import reconstruct_reference
 
-from . import cases, floor_reconstruct, runner
+from . import cases, runner
 from .cases import SCALE
+from .floor import reconstruct as costs
 from .runner import Absent, Built, Provider
 
 OP = "reconstruct"
@@ -77,6 +77,7 @@ GPU_CASES = (
     {"N": 108, "core": "dense", **ALIKE},
     {"N": 108, "core": "diagonal", "base": True, **ALIKE},
 )
+PRESETS = {"blip": ((108, 768, 768, 64),), "vilt": ((36, 768, 768, 64),), "llm": ((1, 4096, 4096, 16),)}
 BACKWARD_CASES = ({"N": 36, "core": "diagonal", **ALIKE}, {"N": 36, "core": "dense", **ALIKE})
 
 
@@ -216,15 +217,15 @@ def _sizes(case: Case) -> tuple:
 
 
 def least(case: Case, design: str | None) -> tuple:
-    return floor_reconstruct.compulsory(*_sizes(case))
+    return costs.compulsory(*_sizes(case))
 
 
 def passes(case: Case, design: str, device: str) -> tuple:
-    return floor_reconstruct.passes(design, *_sizes(case))
+    return costs.passes(design, *_sizes(case))
 
 
 SHAPE = "N,ROWS,COLUMNS,R"
-BENCH = runner.Bench(OP, PROVIDERS, usual_cases, SHAPE, shaped, make_tensors, reference, least, passes)
+BENCH = runner.Bench(OP, PROVIDERS, usual_cases, SHAPE, shaped, make_tensors, reference, least, passes, presets=PRESETS)
 
 
 def pytest_generate_tests(metafunc) -> None:
@@ -233,7 +234,3 @@ def pytest_generate_tests(metafunc) -> None:
 
 def test_reconstruct(benchmark, case: Case, provider: str) -> None:
     runner.run_test(benchmark, BENCH, case, provider)
-
-
-if __name__ == "__main__":
-    sys.exit(runner.main([BENCH], __doc__))

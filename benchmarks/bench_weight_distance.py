@@ -1,6 +1,6 @@
 """MoIL's imitation step and `weight_distance`, against the authors' formula: verified first, then timed.
 
-    python -m peft_kernels.benchmarks.bench_weight_distance [--quick] [--threads 1] [--save FILE.json]
+    python -m peft_kernels bench weight_distance
     pytest benchmarks/bench_weight_distance.py --benchmark-only
 
 One call is a whole step of a whole model: every teacher follows its live weight and bias, the loss, and the gradients
@@ -13,7 +13,6 @@ loss to 5e-7, gradients and teachers to twice the error of the authors' formula;
 memory is that of the first step, beyond weights and adapters: gradients count, and so does what is kept for later.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,12 +24,13 @@ from torch.nn import functional as F
 
 from peft_kernels import ImitationGroup, Transform, hybrid_factors, imitation_step, weight_distance
 
-from . import cases, floor_weight_distance, runner
+from . import cases, runner
 from .cases import Draw
-from .floor_weight_distance import PROJECTIONS
+from .floor import weight_distance as costs
 from .runner import Absent, Built, Provider
 
 OP = "weight_distance"
+PROJECTIONS = costs.PROJECTIONS
 STEP, PLAIN = "imitation step", "distance"
 DECAY = 0.9996  # the authors'
 DRIFT, ADAPTED = 1e-2, 1e-1  # of live weight and teacher, and of the adapters' product, relative to the frozen weight
@@ -82,6 +82,7 @@ TRANSFORM = Tensors._fields[-4:]
 VILT_B = {"layers": 12, "width": 768, "R": 96}
 HYBRID = {**VILT_B, "depth": 96}
 CASES = (HYBRID, {**HYBRID, "layers": 2}, VILT_B, {**VILT_B, "kind": PLAIN})
+PRESETS = {"vilt": ((12, 768, 96, 96),)}
 
 
 def usual_cases(on_cpu: bool, dtypes: Sequence[str]) -> list[Case]:
@@ -279,14 +280,14 @@ def _sizes(case: Case) -> tuple:
 
 
 def least(case: Case, design: str | None) -> tuple:
-    return floor_weight_distance.compulsory(*_sizes(case), design)
+    return costs.compulsory(*_sizes(case), design)
 
 
 def passes(case: Case, design: str, device: str) -> tuple:
-    return floor_weight_distance.passes(design, *_sizes(case), device)
+    return costs.passes(design, *_sizes(case), device)
 
 
-LAST = least, passes, proof, {"y": LOSS_ACCURACY}
+LAST = least, passes, proof, {"y": LOSS_ACCURACY}, PRESETS
 BENCH = runner.Bench(OP, PROVIDERS, usual_cases, "LAYERS,WIDTH,R,R_D", shaped, make_tensors, reference, *LAST)
 
 
@@ -296,7 +297,3 @@ def pytest_generate_tests(metafunc) -> None:
 
 def test_weight_distance(benchmark, case: Case, provider: str) -> None:
     runner.run_test(benchmark, BENCH, case, provider)
-
-
-if __name__ == "__main__":
-    sys.exit(runner.main([BENCH], __doc__))

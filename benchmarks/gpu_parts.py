@@ -180,7 +180,10 @@ def numerics(run: Run) -> Found:
 def bench(run: Run) -> Found:
     """Every operation against its peers."""
     found, cut = _by_operation(run, "measure")
-    return not cut, f"{len(found)} cases" + cut, {"cases": found}
+    absent = [(case["op"], name, why) for case in found for name, why in case["absent"].items()]
+    wrong = [f"  {op}, {name}: {why}" for op, name, why in absent if why.startswith("wrong:")]
+    told = f"{len(found)} cases, {len(wrong)} wrong{cut}"
+    return not cut and not wrong, "\n".join([told, *wrong]), {"cases": found}
 
 
 def search(run: Run) -> Found:

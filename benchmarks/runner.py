@@ -3,7 +3,6 @@
 bench_<op>.py says what is particular to an operation, in one `Bench`.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from peft_kernels import BackendUnavailableError
 
-from . import cases, floor, tables, timing
+from . import cases, floor, timing
 from .cases import Case, converted
 
 Input = tuple[Tensor | None, Tensor]  # what the forward takes, and the gradient of its result
@@ -25,9 +24,14 @@ class Absent(Exception):
 
 def absence(error: Exception) -> str | None:
     """Why a provider does not run a case, or None for an error that says nothing of the kind."""
-    kinds = Absent, ImportError, BackendUnavailableError, torch._dynamo.exc.BackendCompilerFailed
+    uncompiled = torch._dynamo.exc.BackendCompilerFailed
+    kinds = Absent, ImportError, BackendUnavailableError, torch.OutOfMemoryError, uncompiled
     refused = isinstance(error, ValueError) and str(error).startswith("design:")  # does not take this shape
-    return str(error).splitlines()[0] if refused or isinstance(error, kinds) else None
+    return _first_line(error) if refused or isinstance(error, kinds) else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 class Built(NamedTuple):
@@ -41,9 +45,10 @@ class Built(NamedTuple):
 @dataclass(frozen=True)
 class Provider:
     build: Callable[[Any, Any], Built]  # of the case and its tensors; may raise Absent, ImportError
-    design: str | None  # as in floor_<op>.DESIGNS; None where nobody models what is launched
+    design: str | None  # as in the DESIGNS of floor/<op>.py; None where nobody models what is launched
     backend: str | None = None  # of ours
     devices: tuple[str, ...] = ("cpu", "cuda")  # where it is measured without being named
+    foreign: bool = False  # never run by those who wrote its call: whatever it raises is told, and leaves it out
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Bench:
     op: str
     providers: dict[str, Provider]
     cases: Callable[[bool, Sequence[str]], list]  # (on a CPU?, dtypes), those of --quick first
-    shape: str  # the numbers of --shape
+    shape: str  # the numbers of --shapes
     shaped: Callable[[Sequence[int], str], list]  # the cases of one such shape in one dtype
     tensors: Callable[[Any, torch.device], Any]
     reference: Callable[..., tuple]  # (provider, problem, built, seed) -> key of `references`, builder of exact results
@@ -69,6 +74,12 @@ class Bench:
     passes: Callable[[Any, str, str], tuple]  # (case, design, device) -> forward, backward; None where not modelled
     proof: Callable[[Any], Any] = lambda case: case  # the case to verify in its stead, where all of it takes too long
     accuracy: dict[str, float] = field(default_factory=dict)  # by name of a result, instead of plain torch's
+    presets: dict[str, Sequence[Sequence[int]]] = field(default_factory=dict)  # shapes that go by a model's name
+
+    @property
+    def peers(self) -> list[str]:
+        """The providers that are not ours."""
+        return [name for name, each in self.providers.items() if not each.backend]
 
 
 # ---- one provider ---------------------------------------------------------------------------------------------------
@@ -89,7 +100,7 @@ def results(built: Built, given: Input, backward: bool = True) -> dict[str, Tens
 
 
 def verify(bench: Bench, name: str, problem: Problem, built: Built, seed: int = 1) -> dict[str, tuple[float, float]]:
-    """{result: (its error, plain torch's)}. Raises cases.WrongResult unless y and every gradient are as good as that."""
+    """{result: (its error, plain torch's)}. Raises WrongResult unless y and every gradient are as good as that."""
     case = problem.case
     key, reference = bench.reference(bench.providers[name], problem, built, seed)
     if key not in problem.references:
@@ -115,17 +126,20 @@ def pose(bench: Bench, case: Case, device: torch.device) -> Problem:
 
 
 def build(bench: Bench, name: str, problem: Problem) -> Built | str:
-    """A verified provider, or the reason why this case has none on this machine."""
-    make, proof = bench.providers[name].build, problem.proof or problem
+    """A verified provider, or why this case has none on this machine: "absent: …", or "wrong: …" and what is."""
+    provider, proof = bench.providers[name], problem.proof or problem
     try:
-        built = make(proof.case, proof.tensors)
+        built = provider.build(proof.case, proof.tensors)
         verify(bench, name, proof, built)
         if built.found or problem.proof:  # its first step is still to come: what it then takes is measured
-            built = make(problem.case, problem.tensors)
+            built = provider.build(problem.case, problem.tensors)
+    except cases.WrongResult as error:
+        return f"wrong: {str(error).removeprefix(f'{name}: ')}"
     except Exception as error:
-        if (why := absence(error)) is None:
+        why = absence(error)
+        if why is None and not provider.foreign:
             raise
-        return f"absent: {why}"
+        return f"absent: {why or f'{type(error).__name__}: {_first_line(error)}'}"
     return built
 
 
@@ -133,9 +147,17 @@ def build(bench: Bench, name: str, problem: Problem) -> Built | str:
 
 
 def measure(
-    bench: Bench, case: Case, device: torch.device, providers: Sequence[str], rounds: int | None = None
+    bench: Bench,
+    case: Case,
+    device: torch.device,
+    providers: Sequence[str],
+    rounds: int | None = None,
+    in_graph: bool = True,
 ) -> dict:
-    """One case: every provider verified, then timed. A JSON-ready record."""
+    """One case: every provider verified, then timed. A JSON-ready record, where "absent" says who was not and why.
+
+    in_graph: on a GPU in a CUDA graph, too
+    """
     problem = pose(bench, case, device)
     built, absent = {}, {}
     for name in providers:
@@ -150,7 +172,9 @@ def measure(
         y, peaks[name] = timing.peak_bytes(lambda step=step: step(0)["y"], device)
         values |= {name: y.item()} if y.dim() == 0 else {}
         del y
-    cases.check_alike(values)
+    for name, reason in cases.unlike(values).items():
+        absent[name] = f"wrong: {reason}"
+        del built[name], steps[name]
     least = _chosen(case, bench.least(case, None))
     graphs, launches = {}, {}
     if device.type == "cpu":
@@ -162,50 +186,61 @@ def measure(
         copies = timing.copies_beyond_cache(nbytes, device)
         inputs += [_another(inputs[0]) for _ in range(copies - 1)]
         times = {name: timing.time_on_gpu(step, copies) for name, step in steps.items()}
-        for name, step in steps.items():
+        for name, step in steps.items() if in_graph else ():
             try:
                 graphs[name] = timing.time_in_graph(step, copies)
             except RuntimeError as error:
-                absent[f"{name}, in a CUDA graph"] = str(error).splitlines()[0]
+                absent[f"{name}, in a CUDA graph"] = _first_line(error)
         launches = {name: timing.count_launches(lambda step=step: step(0)) for name, step in steps.items()}
         rates = floor.gpu_record(torch.cuda.get_device_name(device), case.dtype)
 
     rows = []
     for name, each in built.items():
-        design = bench.providers[name].design
-        work = _chosen(case, bench.passes(case, design, device.type)) if design else [None]
-        work = None if None in work else [part for parts in work for part in parts]
-        time, graph = times[name], graphs.get(name)
-        best = min(time.median, graph.median if graph else time.median)
-        least = floor.total(_chosen(case, bench.least(case, design)))
-        seconds = least.seconds(rates, case.dtype)
-        rivals = [other for other in tables.LAYOUTS[bench.op].versus.values() if other in built]
-        x, tensors = inputs[0][0], problem.tensors
-        rows.append(
-            {
-                "provider": name,
-                "backend": bench.providers[name].backend,
-                "design": design,
-                "verified": True,
-                "ms": time.median * 1e3,
-                "spread_ms": time.spread * 1e3,
-                "graph_ms": graph and graph.median * 1e3,
-                "speed_vs": {other: timing.speed_against(time, times[other]) for other in rivals},
-                "floor_ms": seconds and seconds * 1e3,
-                "percent_of_floor": seconds and 100 * seconds / best,
-                "gb_per_s": least.bytes / best / 1e9,
-                "percent_of_copy": 100 * least.bytes / best / rates.bytes_per_s,
-                "flops": work and floor.total(work).flops,
-                "bytes": work and floor.total(work).bytes,
-                "launches": launches.get(name, work and len(work)),
-                "peak_bytes": peaks[name],
-                "saved_bytes": timing.saved_bytes(each.forward, x, tensors)
-                if case.backward and not each.found
-                else None,
-            }
-        )
+        row = _row(bench, case, name, device.type, times, graphs.get(name), rates)
+        row["launches"] = launches.get(name, row["launches"])
+        row["peak_bytes"] = peaks[name]
+        saves = case.backward and not each.found
+        row["saved_bytes"] = timing.saved_bytes(each.forward, inputs[0][0], problem.tensors) if saves else None
+        rows.append(row)
     record = {"op": bench.op, **asdict(case), "title": case.title}
     return {**record, "rates": asdict(rates), "results": rows, "absent": absent}
+
+
+def _row(
+    bench: Bench,
+    case: Case,
+    name: str,
+    device_type: str,
+    times: dict[str, timing.Times],
+    graph: timing.Times | None,
+    rates: floor.Device,
+) -> dict:
+    """What follows from a provider's time and from its formulas. Rates are of the compulsory work alone."""
+    provider, time = bench.providers[name], times[name]
+    work = _chosen(case, bench.passes(case, provider.design, device_type)) if provider.design else [None]
+    work = None if None in work else [part for parts in work for part in parts]
+    best = min(time.median, graph.median if graph else time.median)
+    least = floor.total(_chosen(case, bench.least(case, provider.design)))
+    seconds = least.seconds(rates, case.dtype)
+    return {
+        "provider": name,
+        "backend": provider.backend,
+        "design": provider.design,
+        "verified": True,
+        "ms": time.median * 1e3,
+        "spread_ms": time.spread * 1e3,
+        "graph_ms": graph and graph.median * 1e3,
+        "graph_spread_ms": graph and graph.spread * 1e3,
+        "speed_vs": {other: timing.speed_against(time, times[other]) for other in bench.peers if other in times},
+        "floor_ms": seconds and seconds * 1e3,
+        "percent_of_floor": seconds and 100 * seconds / best,
+        "gb_per_s": least.bytes / best / 1e9,
+        "percent_of_copy": 100 * least.bytes / best / rates.bytes_per_s,
+        "tflop_per_s": least.flops / best / 1e12,
+        "flops": work and floor.total(work).flops,
+        "bytes": work and floor.total(work).bytes,
+        "launches": work and len(work),
+    }
 
 
 def _chosen(case: Case, parts: Sequence) -> Sequence:
@@ -221,59 +256,8 @@ def _another(given: Input) -> Input:
     return tuple(None if t is None else torch.randn_like(t).requires_grad_(t.requires_grad) for t in given)
 
 
-# ---- the commands ---------------------------------------------------------------------------------------------------
-
-
-def main(benches: Sequence[Bench], description: str, argv: Sequence[str] | None = None) -> None:
-    """The cases of every bench, as tables, and with --save all of them in one file."""
-    alone = benches[0] if len(benches) == 1 else None
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two cases of each dtype, few rounds")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", nargs="+", help="bfloat16 on a GPU, float32 and bfloat16 on a CPU; or float16")
-    if alone:
-        parser.add_argument("--shape", nargs="+", type=_shape, metavar=alone.shape, help="instead of the usual ones")
-        names = ", ".join(alone.providers)
-        parser.add_argument("--providers", nargs="+", choices=alone.providers, metavar="NAME", help=names)
-    parser.add_argument("--rounds", type=int, help="on a CPU: turns of every provider; usually what fits into seconds")
-    parser.add_argument("--threads", type=int, help="on a CPU")
-    parser.add_argument("--save", metavar="FILE.json")
-    given = parser.parse_args(argv)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    device = torch.device(given.device)
-    dtypes = given.dtype or (["float32", "bfloat16"] if device.type == "cpu" else ["bfloat16"])
-    rounds = given.rounds or (3 if given.quick else None)
-
-    run = tables.provenance(device)
-    print(tables.describe(run), end="\n\n")
-    for bench in benches:
-        providers = (alone and given.providers) or providers_on(bench, device.type)
-        chosen = {}  # in order, each once: some operations have one dtype alone, whatever is asked for
-        for dtype in dtypes:
-            usual = bench.cases(device.type == "cpu", [dtype])[: 2 if given.quick else None]
-            shapes = alone and given.shape
-            chosen |= dict.fromkeys([c for shape in shapes for c in bench.shaped(shape, dtype)] if shapes else usual)
-        for case in chosen:
-            record = measure(bench, case, device, providers, rounds)
-            print(tables.case_table(record), end="\n\n", flush=True)
-            run["cases"].append(record)
-    if given.save:
-        tables.save(run, given.save)
-
-
 def providers_on(bench: Bench, device_type: str) -> list[str]:
     return [name for name, each in bench.providers.items() if device_type in each.devices]
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(map(int, text.split(",")))
-    except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers like 24,16,40, got {text}")
-    return sizes
 
 
 # ---- pytest-benchmark, whose tests in bench_<op>.py call these -------------------------------------------------------
@@ -294,7 +278,7 @@ def run_test(benchmark: Any, bench: Bench, case: Case, provider: str) -> None:
     problem = pose(bench, case, device)
     built = build(bench, provider, problem)
     if isinstance(built, str):
-        pytest.skip(built)
+        (pytest.fail if built.startswith("wrong") else pytest.skip)(built)
 
     def step() -> None:
         results(built, problem.tensors.input, case.backward)

@@ -1,4 +1,4 @@
-"""Result files, and the tables made from them: on the terminal after a run, and in README.md between its markers.
+"""Result files, and the tables that README.md has between its markers made from them.
 
     python -m peft_kernels.benchmarks.tables [--check]
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from peft_kernels import environment, ops
+from peft_kernels.adapters.checkpoint import write_atomically
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -38,14 +39,15 @@ class Layout(NamedTuple):
 
     case: dict[str, Callable[[dict], object]]
     figures: tuple[str, ...]  # of FIGURES
-    versus: dict[str, str]  # short name: provider; the first is the one on the terminal
+    versus: dict[str, str]  # short name: provider; the first that was measured is the one on the terminal
 
 
 FIGURES = {  # heading: what a result holds, its digits and unit
+    "floor ms": ("floor_ms", 3, 1),
     "GB/s": ("gb_per_s", 1, 1),
+    "TFLOP/s": ("tflop_per_s", 3, 1),
     "% of copy": ("percent_of_copy", 0, 1),
     "% of floor": ("percent_of_floor", 0, 1),
-    "GFLOP": ("flops", 2, 1e9),
     "MB moved": ("bytes", 1, 1e6),
     "launches": ("launches", 0, 1),
     "MB saved": ("saved_bytes", 2, 1e6),
@@ -158,7 +160,8 @@ def _commit() -> str | None:
 
 
 def save(run: dict, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(run, indent=1) + "\n")
+    text = json.dumps(run, indent=1) + "\n"
+    write_atomically(Path(path), lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
@@ -172,7 +175,7 @@ def load(folder: Path = RESULTS) -> list[dict]:
     return sorted(latest.values(), key=lambda run: (run["kind"] != "gpu", run["device"]))
 
 
-# ---- on the terminal ------------------------------------------------------------------------------------------------
+# ---- cells of a table -----------------------------------------------------------------------------------------------
 
 
 def describe(run: dict) -> str:
@@ -181,23 +184,6 @@ def describe(run: dict) -> str:
         f"{name} {run['versions'][name]}" for name in ("torch", "triton", "peft") if name in run["versions"]
     )
     return f"{run['device']}{threads}; {versions}; {run['date']}"
-
-
-def case_table(case: dict) -> str:
-    """One case; FLOPs and bytes as the design has them, launches counted on a GPU."""
-    in_graph = any(row["graph_ms"] for row in case["results"])
-    peer, provider = next(iter(LAYOUTS[case["op"]].versus.items()))
-    headers = ["provider", "ms", "±", f"vs {peer}", *(["ms in a graph", f"vs {peer}"] if in_graph else []), *FIGURES]
-    rows = []
-    for row in case["results"]:
-        cells = [row["provider"], _number(row["ms"], 3), _number(row["spread_ms"], 3), _speed(case, row, provider)]
-        if in_graph:
-            cells += [_number(row["graph_ms"], 3), _speed(case, row, provider, "graph_ms")]
-        rows.append([*cells, *_figures(row, FIGURES)])
-    floor = next((row["floor_ms"] for row in case["results"] if row["design"] != "linear"), None)
-    title = f"{case['op']} {case['title']}" + (f"; floor {floor:.3f} ms" if floor else "")
-    absent = [f"{name}: {reason}" for name, reason in case["absent"].items()]
-    return "\n".join([title, markdown(headers, rows), *absent])
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -214,21 +200,21 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(rows[0]), line(rule), *map(line, rows[1:])])
 
 
-def _number(value: float | None, digits: int, unit: float = 1) -> str:
+def number(value: float | None, digits: int, unit: float = 1) -> str:
     return "–" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _figures(row: dict, headings: Iterable[str]) -> list[str]:
-    return [_number(row.get(key), digits, unit) for key, digits, unit in map(FIGURES.get, headings)]
+def figures(row: dict, headings: Iterable[str]) -> list[str]:
+    return [number(row.get(key), digits, unit) for key, digits, unit in map(FIGURES.get, headings)]
 
 
-def _speed(case: dict, row: dict, provider: str, time: str = "ms") -> str:
+def speed(case: dict, row: dict, provider: str, time: str = "ms") -> str:
     """How many times as fast as a provider: by the rounds of a CPU's run, by medians where there are none."""
-    speed = row.get("speed_vs", {}).get(provider) if time == "ms" else None
+    ratio = row.get("speed_vs", {}).get(provider) if time == "ms" else None
     other = next((each[time] for each in case["results"] if each["provider"] == provider), None)
-    if speed is None and other and row[time]:
-        speed = other / row[time]
-    return "–" if speed is None else f"{speed:.2f}×"
+    if ratio is None and other and row[time]:
+        ratio = other / row[time]
+    return "–" if ratio is None else f"{ratio:.2f}×"
 
 
 # ---- in README.md ---------------------------------------------------------------------------------------------------
@@ -272,8 +258,8 @@ def _op_table(op: str, cases: Sequence[dict], time: str) -> str:
     for case in (case for case in cases if case["op"] == op):
         for row in (row for row in case["results"] if row["backend"]):
             cells = [str(cell(case)) for cell in layout.case.values()]
-            cells += [row["provider"].removeprefix("ours, "), _number(row[time], 3), *_figures(row, layout.figures)]
-            rows.append(cells + [_speed(case, row, provider, time) for provider in layout.versus.values()])
+            cells += [row["provider"].removeprefix("ours, "), number(row[time], 3), *figures(row, layout.figures)]
+            rows.append(cells + [speed(case, row, provider, time) for provider in layout.versus.values()])
     kept = [index for index, column in enumerate(zip(*rows)) if set(column) != {"–"}]
     table = markdown([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
     return f"<details><summary><code>{op}</code></summary>\n\n{table}\n\n</details>"

@@ -2,13 +2,14 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_cases import EAGER, TINY
+from benchmark_cases import EAGER, TINY, reason
 
 from peft_kernels.benchmarks import __main__ as every
-from peft_kernels.benchmarks import bench_reconstruct, cases, floor, runner, tables, timing
+from peft_kernels.benchmarks import bench_reconstruct, cases, floor, runner, terminal, timing
 
 CPU = torch.device("cpu")
 BENCH = bench_reconstruct.BENCH
@@ -28,7 +29,18 @@ def test_rates_of_a_cpu_follow_from_its_probes():
     record = floor.cpu_record(copy_seconds=0.5, matmul_seconds=2.0, dtype="float32")
     assert record.bytes_per_s == 16 * floor.PROBE_COPY
     assert record.flops_per_s == {"float32": floor.PROBE_MATMUL**3}
-    assert floor.gpu_record("NVIDIA H200 NVL", "bfloat16") is floor.H200
+    for name, known in (("NVIDIA H200", floor.H200), ("NVIDIA H100 80GB HBM3", floor.H100)):
+        assert floor.gpu_record(name, "bfloat16") is known
+
+
+def test_what_has_no_record_is_measured(monkeypatch):
+    """Another H100 has another memory; and no record has float32."""
+    monkeypatch.setattr(floor, "_probes", lambda *_: {"copy": 0.5, "matmul": 2.0})
+    monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench=lambda probe, return_mode: 1e3 * probe))
+    for name, dtype in (("NVIDIA H100 PCIe", "bfloat16"), ("NVIDIA H200", "float32")):
+        record = floor.gpu_record.__wrapped__(name, dtype)
+        assert record.name == name and record.flops_per_s == {dtype: floor.GPU_PROBE_MATMUL**3}
+        assert record.bytes_per_s == 16 * floor.GPU_PROBE_COPY
 
 
 @pytest.mark.parametrize("bench", every.BENCHES, ids=lambda bench: bench.op)
@@ -80,15 +92,37 @@ def test_profiler_says_nothing_on_stderr(capfd):
 # ---- verify, then time ----------------------------------------------------------------------------------------------
 
 
-def _with(name, build):
-    return dataclasses.replace(BENCH, providers={**BENCH.providers, name: runner.Provider(build, None)})
+def _provider(build, foreign=False):
+    return runner.Provider(build, None, foreign=foreign)
 
 
-def test_wrong_provider_is_refused_before_anything_is_timed(monkeypatch):
-    bench = _with("wrong", lambda case, t: runner.Built(lambda base: base + 1, {}))
-    monkeypatch.setattr(timing, "time_on_cpu", lambda *_: pytest.fail("timed"))
-    with pytest.raises(cases.WrongResult, match=r"^wrong: y is off"):
-        runner.measure(bench, dataclasses.replace(STACK, backward=False), CPU, ["torch einsum", "wrong"], rounds=1)
+def _plus_one(case, t):
+    return runner.Built(lambda base: base + 1, {})
+
+
+def test_wrong_provider_is_told_and_not_timed(monkeypatch):
+    timed, clock = [], timing.time_on_cpu
+
+    def watched(steps, *args, **options):
+        timed.append(set(steps))
+        return clock(steps, *args, **options)
+
+    monkeypatch.setattr(timing, "time_on_cpu", watched)
+    case = dataclasses.replace(STACK, backward=False)
+    assert reason(BENCH, _provider(_plus_one), case, "torch einsum").startswith("wrong: y is off")
+    assert timed == [{"torch einsum", "copy", "matmul"}]
+    with pytest.raises(cases.WrongResult, match=r"^new: y is off"):
+        problem = runner.pose(BENCH, case, CPU)
+        wrong = dataclasses.replace(BENCH, providers={"new": _provider(_plus_one)})
+        runner.verify(wrong, "new", problem, _plus_one(case, problem.tensors))
+
+
+def test_verifying_tells_the_errors_and_the_usual_ones():
+    problem = runner.pose(BENCH, STACK, CPU)
+    built = BENCH.providers["torch bmm"].build(STACK, problem.tensors)
+    found = runner.verify(BENCH, "torch bmm", problem, built)
+    assert found.keys() == {"y", "d_down", "d_up", "d_core"}
+    assert all(0 <= error <= 2 * usual + 1e-6 and usual < 1e-5 for error, usual in found.values())
 
 
 def test_a_result_that_is_missing_is_wrong():
@@ -106,11 +140,9 @@ def test_an_accuracy_takes_the_place_of_the_usual_error():
 
 
 def test_one_number_is_the_same_for_all():
-    cases.check_alike({"a": 2.0, "b": 2.0 + 1e-6, "c": 2.0 - 1e-6})
-    cases.check_alike({})
+    assert cases.unlike({"a": 2.0, "b": 2.0 + 1e-6, "c": 2.0 - 1e-6}) == cases.unlike({}) == {}
     for wrong in (2.0 + 3e-6, float("nan")):
-        with pytest.raises(cases.WrongResult, match=r"^b: y is .* by a"):
-            cases.check_alike({"a": 2.0, "b": wrong})
+        assert cases.unlike({"a": 2.0, "b": wrong, "c": 2.0}) == {"b": f"y is {wrong!r}, and 2.0 by a"}
 
 
 def test_right_numbers_in_another_shape_are_wrong():
@@ -134,17 +166,21 @@ def test_absent_peer_is_named(error):
     def build(case, t):
         raise error("No module named 'peer'")
 
-    record = runner.measure(_with("peer", build), STACK, CPU, ["torch bmm", "peer"], rounds=1)
-    assert "peer: absent: No module named 'peer'" in tables.case_table(record)
+    bench = dataclasses.replace(BENCH, providers={**BENCH.providers, "peer": _provider(build)})
+    record = runner.measure(bench, STACK, CPU, ["torch bmm", "peer"], rounds=1)
+    assert "peer: absent: No module named 'peer'" in str(terminal.case_table(record))
     assert [row["speed_vs"] for row in record["results"]] == [{"torch bmm": 1.0}]
 
 
-def test_any_other_error_is_not_absence():
+def test_any_other_error_is_absence_of_what_nobody_could_try_alone():
     def build(case, t):
-        raise ValueError("a mistake")
+        raise TypeError("a mistake\nin a call")
 
-    with pytest.raises(ValueError, match="a mistake"):
-        runner.measure(_with("broken", build), STACK, CPU, ["broken"], rounds=1)
+    with pytest.raises(TypeError, match="a mistake"):
+        reason(BENCH, _provider(build), STACK)
+    assert reason(BENCH, _provider(build, foreign=True), STACK, "torch bmm") == "absent: TypeError: a mistake"
+    wrong = dataclasses.replace(STACK, backward=False)
+    assert reason(BENCH, _provider(_plus_one, foreign=True), wrong).startswith("wrong: y is off")
 
 
 def test_the_reference_is_computed_once_for_providers_that_share_it():
@@ -195,7 +231,7 @@ def test_a_gpu_run_takes_turns_with_its_inputs(op, monkeypatch):
     monkeypatch.setattr(timing, "peak_bytes", lambda step, device: (step(), 11))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     wide = dataclasses.replace(floor.H200, flops_per_s=floor.H200.flops_per_s | {"float32": 1e12})  # of one dtype alone
-    monkeypatch.setattr(floor, "H200", wide)
+    monkeypatch.setattr(floor, "RECORDS", (wide,))
     names = sorted(EAGER & bench.providers.keys())
     for case in bench.shaped(TINY[op], "bfloat16"):
         seen.clear()
@@ -206,7 +242,10 @@ def test_a_gpu_run_takes_turns_with_its_inputs(op, monkeypatch):
         assert {row["graph_ms"] is None for row in rows} <= {True, False} and all(
             row["peak_bytes"] == 11 for row in rows
         )
-        assert "operation not permitted" in tables.case_table(record)
+        assert "operation not permitted" in str(terminal.case_table(record))
+        if bench is BENCH:
+            alone = runner.measure(on_cpu, case, _Gpu(), names, in_graph=False)
+            assert {row["graph_ms"] for row in alone["results"]} == {None} and not alone["absent"].keys() - names
         for ys in seen:
             assert len(ys) == 3
             # Else nothing takes turns but the gradients, or nothing at all.

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from benchmark_cases import reason
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_kernels import adapter_segments
 from peft_kernels.benchmarks import bench_batched_lowrank_linear as bench
-from peft_kernels.benchmarks import cases, floor, floor_lowrank_linear, runner
-from peft_kernels.benchmarks import floor_batched_lowrank_linear as costs
+from peft_kernels.benchmarks import cases, floor, runner
+from peft_kernels.benchmarks.floor import batched_lowrank_linear as costs
+from peft_kernels.benchmarks.floor import lowrank_linear
 from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear_reference
 
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ def _title(case):
 
 
 def test_floor_of_one_adapter_is_that_of_lowrank_linear():
-    assert costs.compulsory(9232, 768, 768, 16, 1, 1, 2) == floor_lowrank_linear.compulsory(9232, 768, 768, 16, 2)
+    assert costs.compulsory(9232, 768, 768, 16, 1, 1, 2) == lowrank_linear.compulsory(9232, 768, 768, 16, 2)
     one, few, all_ = (costs.compulsory(9232, 768, 768, 16, 32, used, 2) for used in (1, 16, 32))
     factors = 16 * (768 + 768) * 2
     assert few[0].bytes - one[0].bytes == few[1].bytes - one[1].bytes == 15 * factors
@@ -137,7 +139,5 @@ def _loop_with(change):
 @pytest.mark.parametrize("change", ["another adapter", "sorted rows", "no gradient of x"])
 @pytest.mark.parametrize("adapter_of", ["entry", "row"])
 def test_wrong_provider_is_refused(change, adapter_of):
-    wrong = dataclasses.replace(bench.BENCH, providers={**bench.PROVIDERS, "wrong": _loop_with(change)})
     case = bench.Case(4, 6, 24, 40, 3, 4, adapter_of=adapter_of)
-    with pytest.raises(cases.WrongResult, match=r"^wrong: "):
-        runner.measure(wrong, case, CPU, ["wrong"], rounds=1)
+    assert reason(bench.BENCH, _loop_with(change), case).startswith("wrong: ")

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from benchmark_cases import reason
 
 from peft_kernels.benchmarks import bench_gated_query as bench
-from peft_kernels.benchmarks import cases, floor, runner
-from peft_kernels.benchmarks import floor_gated_query as costs
+from peft_kernels.benchmarks import floor, runner
+from peft_kernels.benchmarks.floor import gated_query as costs
 
 CPU = torch.device("cpu")
 CASES = [bench.Case(3, 7, 24, mode, backward=backward) for mode in bench.MODES for backward in (False, True)]
@@ -104,6 +105,4 @@ def _wrong(change):
 
 @pytest.mark.parametrize("change", ["mask", "size", "gradient"])
 def test_wrong_provider_is_refused(change):
-    wrong = dataclasses.replace(bench.BENCH, providers={**bench.PROVIDERS, "wrong": _wrong(change)})
-    with pytest.raises(cases.WrongResult):
-        runner.measure(wrong, bench.Case(3, 7, 24, "gated"), CPU, ["wrong"], rounds=1)
+    assert reason(bench.BENCH, _wrong(change), bench.Case(3, 7, 24, "gated")).startswith("wrong: ")

@@ -25,6 +25,7 @@ def one(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # seven processes that import torch
 def test_dry(tmp_path, capsys):
     status = gpu.main(["--dry", "--out", str(tmp_path)])
     told = capsys.readouterr().out
@@ -191,6 +192,15 @@ def test_reading_nsight_compute():
         ("sum", 1.5, "us"),
     ]
     assert found[0]["registers"] == 128 and gpu_parts.counters("==ERROR== no permission") == []
+
+
+@pytest.mark.parametrize("why", ["absent: no peft", "wrong: y is off"])
+def test_a_wrong_provider_is_a_finding(why, tmp_path, monkeypatch):
+    record = {"op": "reconstruct", "absent": {"PEFT": why}}
+    monkeypatch.setattr(gpu_parts.Run, "work", lambda *_: (0, [record], ""))
+    ok, told, found = gpu_parts.bench(gpu_parts.Run(tmp_path, dry=True))
+    assert found == {"cases": [record]} and ok == why.startswith("absent")
+    assert told == ("1 cases, 0 wrong" if ok else "1 cases, 1 wrong\n  reconstruct, PEFT: wrong: y is off")
 
 
 # ---- the work --------------------------------------------------------------------------------------------------------

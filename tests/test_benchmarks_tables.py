@@ -1,35 +1,24 @@
 """A run of every operation's benchmark, its result file, and that README's tables say what was measured."""
 
 import copy
-import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
-from benchmark_cases import EAGER, TINY
+from benchmark_cases import TINY, tiny
 
 from peft_kernels.benchmarks import __main__ as every
-from peft_kernels.benchmarks import bench_lowrank_linear, bench_reconstruct, runner, tables
-
-BENCH = bench_reconstruct.BENCH
+from peft_kernels.benchmarks import tables, terminal
 
 # ---- a run of everything --------------------------------------------------------------------------------------------
-
-
-def _tiny(bench):
-    """The bench with its real providers, those of a compiler left out, and one shape in one dtype."""
-    providers = {name: each for name, each in bench.providers.items() if name in EAGER}
-    return dataclasses.replace(
-        bench, providers=providers, cases=lambda on_cpu, dtypes: bench.shaped(TINY[bench.op], dtypes[0])
-    )
 
 
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "cpu.json"
     which = ["--device", "cpu", "--dtype", "float32", "--rounds", "2", "--save", str(path)]
-    runner.main([_tiny(bench) for bench in every.BENCHES], "", which)
+    assert every.main(which, [tiny(bench) for bench in every.BENCHES]) == 0
     return json.loads(path.read_text())
 
 
@@ -51,18 +40,17 @@ def test_run_saves_what_tables_need(saved_run):
     for case in saved_run["cases"]:
         assert "ours, torch" in [row["provider"] for row in case["results"]]
         assert all(row["verified"] and row["ms"] > 0 and row["percent_of_floor"] > 0 for row in case["results"])
-        assert all(row["gb_per_s"] > 0 and row["percent_of_copy"] > 0 for row in case["results"])
+        assert all(row[key] > 0 for row in case["results"] for key in ("gb_per_s", "tflop_per_s", "percent_of_copy"))
+        for row in case["results"]:  # the rates are those of the floor's own work
+            flops, size = case["rates"]["flops_per_s"][case["dtype"]], case["rates"]["bytes_per_s"]
+            shares = row["tflop_per_s"] * 1e12 / flops, row["gb_per_s"] * 1e9 / size
+            assert row["percent_of_floor"] == pytest.approx(100 * max(shares))
+            assert row["percent_of_floor"] == pytest.approx(100 * row["floor_ms"] / row["ms"])
         saved = case["backward"] and case["op"] != "weight_distance"  # whose calls are whole steps
         assert all((row["saved_bytes"] is not None) == saved and row["peak_bytes"] > 0 for row in case["results"])
-        table = tables.case_table(case)
+        table = str(terminal.case_table(case))
         assert all(row["provider"] in table for row in case["results"])
         assert case["op"] in table and case["dtype"] in table
-
-
-def test_quick_takes_two_cases(capsys):
-    bench = dataclasses.replace(_tiny(BENCH), providers={"torch bmm": BENCH.providers["torch bmm"]})
-    runner.main([bench], "", ["--quick", "--device", "cpu", "--dtype", "float32"])
-    assert capsys.readouterr().out.count("reconstruct 3 × 24 × 40") == 2
 
 
 # ---- README's tables ------------------------------------------------------------------------------------------------
@@ -101,11 +89,11 @@ def test_gpu_result_shows_for_what_it_verified(saved_run):
 
 def test_ratios_are_those_of_the_rounds_where_there_are_some():
     rows = [{"provider": "a", "ms": 4.0, "graph_ms": 3.0}, {"provider": "b", "ms": 2.0, "graph_ms": 1.0}]
-    assert tables._speed({"results": rows}, rows[1], "a") == "2.00×"
-    assert tables._speed({"results": rows}, rows[1], "a", "graph_ms") == "3.00×"
-    assert tables._speed({"results": rows}, rows[1], "c") == "–"
+    assert tables.speed({"results": rows}, rows[1], "a") == "2.00×"
+    assert tables.speed({"results": rows}, rows[1], "a", "graph_ms") == "3.00×"
+    assert tables.speed({"results": rows}, rows[1], "c") == "–"
     rows[1]["speed_vs"] = {"a": 2.5}
-    assert tables._speed({"results": rows}, rows[1], "a") == "2.50×"
+    assert tables.speed({"results": rows}, rows[1], "a") == "2.50×"
 
 
 def test_tables_command(saved_run, tmp_path):
@@ -140,14 +128,3 @@ def test_committed_results_name_no_host_and_no_path():
         run = json.loads(path.read_text())
         assert {"kind", "device", "versions", "commit", "date", "cases"} <= run.keys(), path.name
         assert not re.search(r'"[^"]*(?:/\w+){2}', path.read_text()), path.name
-
-
-def test_command_of_one_operation(tmp_path, capsys):
-    arguments = ["--device", "cpu", "--shape", "24,16,40", "--dtype", "bfloat16", "--providers", "frozen linear"]
-    path = tmp_path / "run.json"
-    runner.main([bench_lowrank_linear.BENCH], "", [*arguments, "--rounds", "2", "--save", str(path)])
-    assert [case["R"] for case in json.loads(path.read_text())["cases"]] == [16, 16]
-    for wrong in ("24,x,40", "24,0,40"):
-        with pytest.raises(SystemExit):
-            runner.main([bench_lowrank_linear.BENCH], "", ["--shape", wrong])
-    assert "expected numbers like" in capsys.readouterr().err

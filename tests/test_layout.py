@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ("torch_kernels", "cuda_kernels", "triton_kernels")
 # Highest first. A module imports from lower lines only, or from its own package.
 ORDER = (
+    ("__main__",),  # the command, which nothing imports: `bench` calls benchmarks
     ("benchmarks", "demo"),
     ("",),  # peft_kernels/__init__.py
     ("integrations",),
     ("adapters",),
     ("layers",),
-    ("__main__",),
     ("objectives", "presets", "environment", "cores", "imitation"),
     ("ops",),
     ("dispatch",),

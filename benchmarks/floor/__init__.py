@@ -2,7 +2,8 @@
 
 A design is a list of passes. One pass is one kernel launch that reads its large operands once and writes its result
 once, so that adding up the passes gives FLOPs, bytes and launches, and running them one after the other is a model of
-its time. floor_<op>.py has `compulsory`, what no design can avoid, and `passes`, what each design does.
+its time. Each operation has a module with `compulsory`, what no design can avoid, and `passes`, what each design does.
+`python -m peft_kernels.benchmarks.floor` prints what they come to for one layer.
 """
 
 import functools
@@ -29,6 +30,13 @@ H200 = Device(
     flops_per_s={"bfloat16": 790e12},
     source="measured: 4.3 TB/s large copy, 788 TFLOP/s bfloat16 matmul of random data; November 2026",
 )
+H100 = Device(
+    name="NVIDIA H100 80GB HBM3",
+    bytes_per_s=3.0e12,
+    flops_per_s={"bfloat16": 798e12},
+    source="measured: 3.0 TB/s large copy, 798 TFLOP/s bfloat16 matmul of random data, torch 2.11; 2026-11-13",
+)
+RECORDS = (H200, H100)
 
 
 class Work(NamedTuple):
@@ -76,8 +84,9 @@ def cpu_record(copy_seconds: float, matmul_seconds: float, dtype: str) -> Device
 @functools.cache
 def gpu_record(name: str, dtype: str) -> Device:
     """The record of a GPU by the name that torch gives; what has no record here is measured once in each run."""
-    if "H200" in name and dtype in H200.flops_per_s:
-        return H200
+    for record in RECORDS:
+        if name.startswith(record.name) and dtype in record.flops_per_s:
+            return record
     from triton.testing import do_bench
 
     probes = _probes(dtype, "cuda", GPU_PROBE_COPY, GPU_PROBE_MATMUL)

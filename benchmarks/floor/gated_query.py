@@ -3,7 +3,7 @@
 Sizes: B sequences of S rows of d, `size` bytes per element; "gated" comes with a padding mask of a byte for each row.
 """
 
-from .floor import Pass, Work
+from . import Pass, Work
 
 DESIGNS = ("fused",)
 # Arithmetic for each element of (B, S, d), forward and backward, by formula.

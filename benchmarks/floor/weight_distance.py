@@ -5,7 +5,7 @@ of rank `depth` on their input; or (step False) a plain distance of 3 L matrices
 All float32. Operands that the projections of a layer share are counted once per layer: they stay in the cache.
 """
 
-from .floor import Pass, Work
+from . import Pass, Work
 
 DESIGNS = ("fused", "torch", "authors", "lerp")
 PROJECTIONS = 3  # q, k, v

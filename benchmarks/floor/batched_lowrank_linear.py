@@ -4,8 +4,7 @@ Sizes: M rows, all with an adapter, K in features, N out features, R rank, L ada
 evenly as can be; `size` bytes per element. The order of the rows is taken as given.
 """
 
-from . import floor_lowrank_linear
-from .floor import Pass, Work
+from . import Pass, Work, lowrank_linear
 
 DESIGNS = ("segments", "torch", "loop", "PEFT", "merged")
 
@@ -15,7 +14,7 @@ def compulsory(M: int, K: int, N: int, R: int, L: int, used: int, size: int) -> 
 
     The gradients of adapters without rows are written, too.
     """
-    forward, backward = floor_lowrank_linear.compulsory(M, K, N, R, size)
+    forward, backward = lowrank_linear.compulsory(M, K, N, R, size)
     factors = R * (K + N) * size
     forward = Work(forward.flops, forward.bytes + (used - 1) * factors)
     return forward, Work(backward.flops, backward.bytes + (used + L - 2) * factors)
@@ -71,7 +70,7 @@ def passes(
         return forward, backward
 
     if design == "loop":  # one order for all, then `lowrank_linear` in torch for each adapter
-        each = [floor_lowrank_linear.passes("torch", rows, K, N, R, size, False) for rows in sizes]
+        each = [lowrank_linear.passes("torch", rows, K, N, R, size, False) for rows in sizes]
         forward = [gather_x, *(part for parts, _ in each for part in parts), Pass("all y", 0, 2 * y), put_y]
         backward = [Pass("dy in order", 0, 2 * y), *(part for _, parts in each for part in parts)]
         backward += [Pass("all dx", 0, 2 * x), Pass("zeros", 0, x), Pass("dx out of order", 0, 3 * x)]

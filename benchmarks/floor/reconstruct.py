@@ -4,7 +4,7 @@ Sizes: N matrices of `rows` × `columns`, rank R, core "none" (N = 1), "diagonal
 none, `size` bytes per element. Products with a diagonal are not counted: they cost what reading the factor does.
 """
 
-from .floor import Pass, Work
+from . import Pass, Work
 
 DESIGNS = ("fused", "torch", "loop", "bmm", "formula")
 TILE_COLUMNS = 128  # of the kernels' tiles; each of them forms its rows of up · core again

@@ -3,9 +3,11 @@
 Sizes: M rows, K in features, N out features, R rank, `size` bytes per element.
 """
 
-from .floor import Pass, Work
+from . import Pass, Work
 
-DESIGNS = ("linear", "eager", "torch", "D1", "D3")  # "eager" is a LoRA written down as in its paper, PEFT's too
+# "eager" is a LoRA written down as in its paper, PEFT's too; "unsloth" adds to what is there, and has neither bias nor
+# dropout; "D2", whose GEMMs go on over the rank, is not built.
+DESIGNS = ("linear", "eager", "unsloth", "torch", "D1", "D2", "D3")
 
 
 def compulsory(M: int, K: int, N: int, R: int, size: int) -> tuple[Work, Work]:
@@ -81,23 +83,36 @@ def passes(design: str, M: int, K: int, N: int, R: int, size: int, dropout: bool
             ]
         return forward, backward
 
-    if design in ("D1", "D3"):
-        forward = [
-            Pass("shrink: z = drop(x) Aᵀ", thin_x, x + down + z),
-            Pass("expand: y = s z Bᵀ + b", thin_y, z + up + y),
-            Pass("y += x Wᵀ", gemm, x + weight + 2 * y),
-        ]
-        if design == "D3":  # x Aᵀ again for each of ⌈N / 128⌉ column tiles, at no traffic
-            tiles = -(-N // 128)
-            forward = [Pass("fused", gemm + thin_x * tiles + thin_y, x + weight + down + up + y + z)]
+    if design == "unsloth":
+        forward = [linear, Pass("z = x Aᵀ", thin_x, x + down + z), Pass("y += s z Bᵀ", thin_y, z + up + 2 * y)]
         backward = [
-            Pass("up_bwd: dy B, dB", 2 * thin_y, y + z + up),
-            Pass("sum of dB", 0, up),
-            Pass("hidden_bwd: dz", M * R, z),
-            Pass("down_bwd: mask · dz A, dA", 2 * thin_x, x + z + down + x),
-            Pass("sum of dA", 0, down),
-            Pass("dx += dy W", gemm, y + weight + 2 * x),
+            Pass("dy B", thin_y, y + up + z),
+            Pass("dA", thin_x, x + z + down),
+            Pass("A xᵀ", thin_x, x + down + z),
+            Pass("dB", thin_y, y + z + up),
+            linear_bwd,
+            Pass("dy B again", thin_y, y + up + z),
+            Pass("dx += s dy B A", thin_x, z + down + 2 * x),
         ]
+        return forward, backward
+
+    if design in ("D1", "D2", "D3"):
+        shrink = Pass("shrink: z = drop(x) Aᵀ", thin_x, x + down + z)
+        expand = Pass("expand: y = s z Bᵀ + b", thin_y, z + up + y)
+        tiles = -(-N // 128)  # of columns: D3 forms x Aᵀ again for each of them, at no traffic
+        forward = {
+            "D1": [shrink, expand, Pass("y += x Wᵀ", gemm, x + weight + 2 * y)],
+            "D2": [shrink, Pass("y = x Wᵀ + s z Bᵀ + b", gemm + thin_y, x + weight + z + up + y)],
+            "D3": [Pass("fused", gemm + thin_x * tiles + thin_y, x + weight + down + up + y + z)],
+        }[design]
+        sums = [Pass("sum of dB", 0, up), Pass("sum of dA", 0, down)]
+        backward = [Pass("up_bwd: dy B, dB", 2 * thin_y, y + z + up), Pass("hidden_bwd: dz", M * R, z), *sums]
+        if design == "D2":
+            backward += [Pass("dA", thin_x, x + z + down)]
+            backward += [Pass("dx = dy W + mask · dz A", gemm + thin_x, y + weight + z + down + x)]
+        else:
+            backward += [Pass("down_bwd: mask · dz A, dA", 2 * thin_x, x + z + down + x)]
+            backward += [Pass("dx += dy W", gemm, y + weight + 2 * x)]
         if dropout:
             forward.insert(0, Pass("seed", 0, 16))
         return forward, backward

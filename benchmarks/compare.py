@@ -1,0 +1,68 @@
+"""Two runs of the same cases: what became faster or slower by more than both of their spreads."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .tables import describe
+from .terminal import Table
+
+FASTER, SLOWER = "faster", "SLOWER"
+MEASURED = ("title", "rates", "results", "absent")  # what a record has beyond the case itself
+
+
+class Change(NamedTuple):
+    """Milliseconds of one provider in one case: in a CUDA graph where both runs have that."""
+
+    case: str
+    provider: str
+    ours: bool
+    old: float
+    new: float
+    told: str  # FASTER, SLOWER, or empty
+
+
+def identity(case: dict) -> frozenset:
+    """What tells a case from all others."""
+    return frozenset((key, value) for key, value in case.items() if key not in MEASURED)
+
+
+def load(path: Path | None, wanted: Sequence[dict]) -> dict | None:
+    """A result file. Raises ValueError if it is none, or has none of the cases that are wanted."""
+    if path is None:
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        known = {identity(case) for case in run["cases"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--compare: {path} is not a file of --save: {error}") from None
+    if known.isdisjoint(map(identity, wanted)):
+        raise ValueError(f"--compare: {path} has none of these cases")
+    return run
+
+
+def changes(old: dict, new: dict) -> list[Change]:
+    """Of every provider that both runs measured in a case."""
+    before = {(identity(case), row["provider"]): row for case in old["cases"] for row in case["results"]}
+    found = []
+    for case in new["cases"]:
+        for row in case["results"]:
+            if was := before.get((identity(case), row["provider"])):
+                kind = "graph_" if was["graph_ms"] and row["graph_ms"] else ""
+                time, spread = f"{kind}ms", f"{kind}spread_ms"
+                beyond = abs(row[time] - was[time]) > (was.get(spread) or 0) + (row.get(spread) or 0)
+                told = (SLOWER if row[time] > was[time] else FASTER) if beyond else ""
+                title = f"{case['op']} {case['title']}"
+                found.append(Change(title, row["provider"], bool(row["backend"]), was[time], row[time], told))
+    return found
+
+
+def table(found: Sequence[Change], old: dict) -> Table:
+    """The ratio is the old time to the new one: above 1 is faster."""
+    rows = [
+        [each.case, each.provider, f"{each.old:.3f}", f"{each.new:.3f}", f"{each.old / each.new:.2f}×", each.told]
+        for each in found
+    ]
+    headers = ["case", "provider", "old ms", "new ms", "old / new", "beyond both spreads"]
+    return Table(f"against {describe(old)}", headers, rows, [])
