@@ -168,8 +168,10 @@ def load(folder: Path = RESULTS) -> list[dict]:
     """The latest run of every device, GPUs first."""
     latest = {}
     for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
         key = (run["kind"], run["device"])
+        if run["kind"] == "dry":
+            raise ValueError(f"{path.name} is of a dry run, which measures nothing")
         if key not in latest or run["date"] >= latest[key]["date"]:
             latest[key] = run
     return sorted(latest.values(), key=lambda run: (run["kind"] != "gpu", run["device"]))
@@ -229,14 +231,14 @@ def status_table(runs: Sequence[dict]) -> str:
 
 
 def _run_on_gpu(op: str, backend: str, runs: Sequence[dict]) -> str:
-    devices = [
-        f"{run['device']}, {run['date']}"
-        for run in runs
-        if run["kind"] == "gpu"
-        for case in run["cases"]
-        if case["op"] == op and any(row["backend"] == backend and row["verified"] for row in case["results"])
-    ]
-    return "; ".join(dict.fromkeys(devices)) or NEVER
+    """The devices that gave results which agree with float64, timed or not."""
+
+    def verified(run: dict) -> bool:
+        rows = [row for case in run["cases"] if case["op"] == op for row in case["results"] if row["verified"]]
+        rows += [record for record in run.get("numerics", ()) if record["op"] == op and "ratio" in record]
+        return run["kind"] == "gpu" and any(row["backend"] == backend for row in rows)
+
+    return "; ".join(f"{run['device']}, {run['date']}" for run in runs if verified(run)) or NEVER
 
 
 def speed_table(runs: Sequence[dict]) -> str:
@@ -247,6 +249,10 @@ def speed_table(runs: Sequence[dict]) -> str:
         parts.append(f"{describe(run)}{how}.")
         measured = {case["op"] for case in run["cases"]}
         parts += [_op_table(op, run["cases"], time) for op in LAYOUTS if op in measured]
+        if run.get("steps"):
+            from .steps import steps_table  # which builds whole models
+
+            parts.append(_folded("a training step", steps_table(run)))
     return "\n\n".join(parts)
 
 
@@ -262,7 +268,11 @@ def _op_table(op: str, cases: Sequence[dict], time: str) -> str:
             rows.append(cells + [speed(case, row, provider, time) for provider in layout.versus.values()])
     kept = [index for index, column in enumerate(zip(*rows)) if set(column) != {"–"}]
     table = markdown([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
-    return f"<details><summary><code>{op}</code></summary>\n\n{table}\n\n</details>"
+    return _folded(f"<code>{op}</code>", table)
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
 
 
 def updated(text: str, runs: Sequence[dict]) -> str:

@@ -1,4 +1,4 @@
-"""`python -m peft_kernels.benchmarks.gpu`: its parts in their dry mode, and what the command makes of what they find."""
+"""`python -m peft_kernels.benchmarks.gpu`: its parts run dry, and what the command makes of what they find."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_dry(tmp_path, capsys):
     assert status == 0, told + (tmp_path / "log.txt").read_text()[-5000:]
     content = one(tmp_path)
     assert list(content["parts"]) == list(gpu_parts.PARTS) and all(part["ok"] for part in content["parts"].values())
-    assert content["kind"] == "dry" and tables.load(tmp_path)[0]["kind"] == "dry"
+    assert content["kind"] == "dry"  # `tables` refuses it
     assert content["tests"]["complete"] and content["tests"]["counts"]["passed"] >= 10
     backends = {(record["op"], record["backend"]) for record in content["numerics"] if "ratio" in record}
     assert backends == {(op, backend) for op in gpu_work.SMALL for backend in ("torch", "triton")}

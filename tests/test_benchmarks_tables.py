@@ -87,6 +87,31 @@ def test_gpu_result_shows_for_what_it_verified(saved_run):
     assert f"GPU: {tables.NEVER}" not in text and "1234.50×" in text and "; in a CUDA graph." in text
 
 
+def test_what_was_verified_without_being_timed_shows_too(saved_run):
+    ran = {**_on_gpu(saved_run), "cases": [], "date": "2026-03-04"}
+    ran["numerics"] = [
+        {"op": "reconstruct", "backend": "cuda", "ratio": 1.0},
+        {"op": "reconstruct", "backend": "triton", "wrong": "y is off"},
+        {"op": "gated_query", "backend": "cuda", "absent": "no extension"},
+    ]
+    lines = [line for line in tables.status_table([ran, saved_run]).splitlines() if "2026-03-04" in line]
+    (line,) = lines
+    assert "`reconstruct`" in line and "| cuda" in line
+
+
+def test_steps_are_shown(saved_run):
+    step = {"model": "vilt", "size": "base", "title": "ViLT-B", "method": "MoIL", "mode": "graph", "batch": 32}
+    step |= {"dtype": "bfloat16", "ms": 12.3, "spread_ms": 0.1, "peak_bytes": 5e9, "launches": 70, "trained": 7e6}
+    text = tables.speed_table([{**saved_run, "steps": [step | {"speed_vs": {"PEFT LoRA": 1.5}}]}])
+    assert "<summary>a training step</summary>" in text and "| ViLT-B" in text and "12.3" in text and "1.50×" in text
+
+
+def test_a_dry_run_is_no_result(saved_run, tmp_path):
+    tables.save({**saved_run, "kind": "dry"}, tmp_path / "dry.json")
+    with pytest.raises(ValueError, match=r"dry.json is of a dry run"):
+        tables.load(tmp_path)
+
+
 def test_ratios_are_those_of_the_rounds_where_there_are_some():
     rows = [{"provider": "a", "ms": 4.0, "graph_ms": 3.0}, {"provider": "b", "ms": 2.0, "graph_ms": 1.0}]
     assert tables.speed({"results": rows}, rows[1], "a") == "2.00×"
