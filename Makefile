@@ -7,6 +7,7 @@
 #   make static    every ahead-of-time compilation, not only CI's choice
 #   make bench     the benchmarks' cases under pytest-benchmark; python -m peft_kernels bench is the one with peers
 #   make gpu       on a GPU machine, all there is to do on one in nine minutes; PARTS="tests bench" OUT=gpu_out
+#   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; half an hour on two cores
 #   make tables    README's tables from the result files
 #   make wheel     dist/*.whl
 #   make clean     removes build outputs; distclean also .venv
@@ -22,6 +23,7 @@ PYTEST_ARGS    ?=
 
 OUT   ?= gpu_out
 PARTS ?=
+SUITE_ARGS ?=
 
 PY := $(VENV)/bin/python
 BUILD_REQUIRES := "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
@@ -38,7 +40,7 @@ HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 CAPABILITY = import torch; c = torch.cuda.get_device_capability(); print(f"{c[0]}{c[1]}" + "a" * (c[0] == 9))
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint tests static-ci static demo bench gpu tables wheel clean distclean FORCE
+.PHONY: help env test lint tests static-ci static peft-suite demo bench gpu tables wheel clean distclean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -94,6 +96,11 @@ static-ci: $(VENV)/installed
 static: $(VENV)/installed
 	@echo "== static checks, the full sweep"
 	env -u TRITON_INTERPRET $(PY) -m pytest tests/static -m "" $(PYTEST_ARGS)
+
+peft-suite: $(VENV)/installed
+	@echo "== PEFT's own tests"
+	$(PY) -m pip install -q datasets diffusers parameterized scipy
+	OMP_NUM_THREADS=1 $(PY) tests/peft_suite/run.py $(SUITE_ARGS)
 
 # ---- what users run ------------------------------------------------------------------------------------------------
 

@@ -227,3 +227,17 @@ def test_reset_parameters_starts_afresh():
     assert torch.equal(output(model, batch), output(plain, batch))
     scramble(adapter)
     assert not torch.equal(output(model, batch), output(plain, batch))
+
+
+SLOTS = [((8, 128), 16), ((128, 8), 16), ((8, 136), 1), ((136, 8), 1), ((8, 100), 1)]
+
+
+@pytest.mark.parametrize(("shape", "slots"), SLOTS)
+def test_a_head_is_no_row_of_slots(shape, slots):
+    """Cut into blocks as wide as it is high, x U of a head of few classes would be many times as large as x."""
+    model = nn.ModuleDict({"linear": nn.Linear(*shape)})
+    aurora = Aurora.wrap(model, AuroraConfig(targets=("linear",), rank=4))
+    layer, x = model["linear"], torch.randn(3, shape[0])
+    (rows,) = (p for name, p in aurora.named_parameters() if name.endswith("slots"))
+    assert rows.shape == (slots, 4)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))

@@ -23,6 +23,7 @@ from peft_kernels.layers.per_pass import PerPass
 from peft_kernels.presets import PRESETS
 
 SHARING = ("global", "modality", "none")
+MOST_BLOCKS = 16  # of a weight; an MLP has 4, of some models 8
 _RELEASED_TYPO = "text_proj"  # frozen in the released code
 
 
@@ -92,7 +93,7 @@ class Aurora(Adapter):
             scopes.setdefault(scope[config.sharing], []).append(match)
         decompositions, layers, hidden = nn.ModuleDict(), {}, {}
         for scope, members in scopes.items():
-            blocks = [_blocks(match) for match in members]
+            blocks = [blocks_of(match) for match in members]
             widths = [(m.linear.in_features // i, m.linear.out_features // o) for m, (o, i) in zip(members, blocks)]
             fans = [(o * i, _fan(match, o * i)) for match, (o, i) in zip(members, blocks)]
             dtype, place = _factory(members, config)
@@ -107,7 +108,7 @@ class Aurora(Adapter):
                     match.linear,
                     cores.setdefault(_tower(match), SharedCores(decomposition)),
                     first,
-                    hidden=hidden.setdefault((scope, width, _reads(match)), PerPass()),
+                    hidden=hidden.setdefault((scope, width, reading_of(match)), PerPass()),
                     out_blocks=out_blocks,
                     in_blocks=in_blocks,
                     layout="blocks" if fused else config.layout,
@@ -149,14 +150,17 @@ class Aurora(Adapter):
         super().export_lora(folder)
 
 
-def _blocks(match: Match) -> tuple[int, int]:
+def blocks_of(match: Match) -> tuple[int, int]:
     """(O, I): as many slots as projections are fused, or as fc1 is times as high as wide, fc2 as wide as high.
 
-    Keys and values of another modality are one slot, whatever its width.
+    Keys and values of another modality are one slot, whatever its width; so is a head that is many times as wide as
+    high, whose x U would be larger than x.
     """
     out, columns = match.linear.out_features, match.linear.in_features
     if match.target.projections > 1 or match.target.input == "context":
         return match.target.projections, 1
+    if max(out, columns) > MOST_BLOCKS * min(out, columns):
+        return 1, 1
     if out % columns == 0:
         return out // columns, 1
     return (1, columns // out) if columns % out == 0 else (1, 1)
@@ -183,7 +187,7 @@ def _tower(match: Match) -> str:
     return match.tower.partition("*")[0]
 
 
-def _reads(match: Match) -> tuple:
+def reading_of(match: Match) -> tuple:
     """Equal for layers that read the same tensor: siblings; for the context of cross-attention, whole stacks."""
     if match.target.modality == "cross" and match.target.input == "context":
         return match.tower, "context"

@@ -1,0 +1,265 @@
+"""PEFT's LoRA linears with one fused call in their forward: the same modules, parameters, names and files.
+
+A layer keeps everything that PEFT gave it; only its class becomes `FusedLinear`. Its forward is one `lowrank_linear`,
+or for a mixed batch one `batched_lowrank_linear`, wherever that means what PEFT's own forward does, and PEFT's own
+forward everywhere else: adapters disabled or merged, several active, none on this layer, variants such as DoRA, biases
+of adapters, and whatever hooks would see of the modules inside. `why_stock` and `peft_kernels.explain` tell which.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from peft.tuners.lora.layer import Linear as StockLinear
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+
+from peft_kernels.backend import Choice, resolve
+from peft_kernels.checks import DTYPES, autocasts, linear_dtype
+from peft_kernels.ops.batched_lowrank_linear import (
+    AdapterSegments,
+    adapter_segments,
+    batched_lowrank_linear,
+    stack_adapters,
+)
+from peft_kernels.ops.lowrank_linear import lowrank_linear
+
+_PLAIN = (nn.Parameter, Tensor)  # subclasses (DTensor, quantised weights, …) have products of their own
+
+# ---- when PEFT's own forward runs: each function gives the reason, or None for none ----------------------------------
+
+
+def why_not_base(base: nn.Module) -> str | None:
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
+        return f"its base layer is a {type(base).__name__}, not an nn.Linear"
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if weight is None:
+        return "its base layer's weight is parametrised"
+    if type(weight) not in _PLAIN or weight.dtype not in DTYPES or 0 in weight.shape:
+        return f"its base layer's weight is a {type(weight).__name__} of {weight.dtype}, {tuple(weight.shape)}"
+    if bias is not None and (type(bias) not in _PLAIN or bias.dtype != weight.dtype):
+        return f"its base layer's bias is a {type(bias).__name__} of {bias.dtype}"
+    return "its base layer has hooks" if _watched(base) else None
+
+
+def _watched(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def why_not_adapter(layer: StockLinear, adapter: str) -> str | None:
+    if adapter in layer.lora_variant:
+        return f"adapter {adapter!r} is a variant of LoRA ({type(layer.lora_variant[adapter]).__name__})"
+    down, up, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"adapter {adapter!r} is made of {type(down).__name__} and {type(up).__name__}, not of nn.Linear"
+    if down.bias is not None or up.bias is not None:
+        return f"adapter {adapter!r} has a bias (lora_bias)"
+    if type(dropout) is nn.Dropout:
+        if dropout.inplace or not 0 <= dropout.p < 1:
+            return f"adapter {adapter!r} has {dropout!r}"
+    elif type(dropout) is not nn.Identity:
+        return f"adapter {adapter!r} has a dropout of its own, {type(dropout).__name__}"
+    if type(down.weight) not in _PLAIN or type(up.weight) not in _PLAIN or down.weight.dtype != up.weight.dtype:
+        factors = " and ".join(f"{type(each.weight).__name__} of {each.weight.dtype}" for each in (down, up))
+        return f"adapter {adapter!r} is made of {factors}"
+    return f"adapter {adapter!r} has hooks" if _watched(down) or _watched(up) or _watched(dropout) else None
+
+
+def _why_not_input(layer: StockLinear, adapter: str, x: Tensor) -> str | None:
+    weight, factor = layer.base_layer.weight, layer.lora_A[adapter].weight
+    if type(x) not in _PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES:
+        return "the input is not a plain Tensor of floating-point numbers"
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or not x.device == weight.device == factor.device:
+        return "the input does not go with the weights"  # as PEFT will say by its own error
+    dtype = linear_dtype(x)
+    if weight.dtype != dtype and (not autocasts(x) or weight.dtype == torch.float64):
+        return f"the weight is {weight.dtype}, the input is computed on in {dtype}"
+    if factor.dtype != dtype and (factor.dtype != torch.float32 or dtype == torch.float64):
+        return f"adapter {adapter!r} is {factor.dtype}, the input is computed on in {dtype}"
+    if factor.dtype != x.dtype and not layer.cast_input_dtype_enabled and not autocasts(x):
+        return "casting the input has been disabled"
+    return None
+
+
+def _why_not_now() -> str | None:
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return "torch.func, forward-mode differentiation or torch.jit see through it"
+    return "there are hooks on all modules" if _has_any_global_hook() else None
+
+
+# ---- the layer ------------------------------------------------------------------------------------------------------
+
+
+def _writing(name: str) -> Callable:
+    """dict's method `name`, after which the tensors are those of what the dictionary holds."""
+    method = getattr(dict, name)
+
+    @functools.wraps(method)
+    def write(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        tensors = {adapter: self._tensor(factor) for adapter, factor in self.items()}
+        self.tensors = {adapter: tensor for adapter, tensor in tensors.items() if tensor is not None}
+        return result
+
+    return write
+
+
+class Scaling(dict):
+    """PEFT's factor by adapter; `tensors` holds each as a 0-d tensor, too, beside `weight`, for compiled graphs.
+
+    A number that changes would make another graph. Who writes a number here writes the tensor; a factor that is no
+    finite number, nor a 0-d tensor (as PEFT's hot-swapping has), has none.
+    """
+
+    def __init__(self, values: dict, weight: Tensor):
+        self.dtype, self.device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        self.update(values)
+
+    __setitem__, __delitem__, __ior__ = _writing("__setitem__"), _writing("__delitem__"), _writing("__ior__")
+    update, setdefault = _writing("update"), _writing("setdefault")
+    pop, popitem, clear = _writing("pop"), _writing("popitem"), _writing("clear")
+
+    def _tensor(self, factor: float | Tensor) -> Tensor | None:
+        if isinstance(factor, Tensor):
+            return factor if factor.dim() == 0 and not factor.requires_grad and factor.dtype in DTYPES else None
+        if not isinstance(factor, int | float) or not math.isfinite(factor):
+            return None
+        return torch.full((), factor, dtype=self.dtype, device=self.device)
+
+    def __reduce__(self):
+        return Scaling, (dict(self), torch.empty(0, dtype=self.dtype, device=self.device))
+
+
+class FusedLinear(StockLinear):
+    """PEFT's lora.Linear with a fused forward; `accelerate` and `fast` make it of one by changing its class."""
+
+    @property
+    def scaling(self) -> Scaling:
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, values: dict) -> None:  # PEFT replaces the dictionary, too
+        self._scaling = Scaling(values, self.base_layer.weight)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x: (..., in_features) -> (..., out_features); adapter_names: as PEFT's model passes it, for a mixed batch"""
+        if args or not kwargs.keys() <= _UNUSED or self.why_stock(x) is not None:
+            return super().forward(x, *args, **kwargs)  # which calls _mixed_batch_forward if there are adapter_names
+        base, adapter = self.base_layer, self._present()[0]
+        dropout = self.lora_dropout[adapter]
+        y = lowrank_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            scale=self.scaling.tensors[adapter] if torch.compiler.is_compiling() else self.scaling[adapter],
+            dropout_p=getattr(dropout, "p", 0.0),
+            training=dropout.training,
+        )
+        return _writable(y)
+
+    def why_stock(self, x: Tensor | None = None) -> str | None:
+        """Why PEFT's own forward runs, as the layer is now and on x (None: on an input that fits); None if fused."""
+        if reason := _why_not_now():
+            return reason
+        if self.disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return "adapters are merged into the weight"
+        present = self._present()
+        if len(present) != 1:
+            return f"{len(present)} active adapters are on this layer"
+        return self._why_stock(present[0], x)
+
+    def backend_choice(self) -> Choice:
+        """The backend that the next forward on the weight's device takes, and the reason."""
+        if reason := self.why_stock():
+            return Choice("torch", f"PEFT's own forward: {reason}")
+        base, adapter = self.base_layer, self._present()[0]
+        tensors = (base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        return resolve("lowrank_linear", tensors, rank=tensors[2].shape[0])
+
+    def _present(self) -> list[str]:
+        return [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+
+    def _why_stock(self, adapter: str, x: Tensor | None) -> str | None:
+        reason = why_not_base(self.base_layer) or why_not_adapter(self, adapter)
+        if reason is None and x is not None:
+            reason = _why_not_input(self, adapter, x)
+        if reason is not None:
+            return reason
+        device = self.base_layer.weight.device
+        if self.scaling.device != device:  # the weight was assigned, as from a file to a model on the meta device
+            self.scaling = self.scaling
+        own = self.scaling.tensors.get(adapter)
+        if own is None or own.device != device:
+            return f"adapter {adapter!r} is scaled by {self.scaling[adapter]!r}"
+        return None
+
+    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+        present = [name for name in dict.fromkeys(adapter_names) if name != "__base__" and name in self.lora_A]
+        if args or not kwargs.keys() <= _UNUSED or not present or self._why_stock_mixed(present, x) is not None:
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        place = {name: index for index, name in enumerate(present)}
+        index = tuple(place.get(name, -1) for name in adapter_names)
+        batch = (index, len(present), math.prod(x.shape[1:-1]), x.device)
+        if torch.compiler.is_compiling():
+            segments = _segments(*batch)
+        else:
+            stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+            segments = _cached_segments(*batch, stream, torch.is_inference_mode_enabled())
+        down, up = stack_adapters([(self.lora_A[name].weight, self.lora_B[name].weight) for name in present])
+        scale = torch.stack([self.scaling.tensors[name].to(x.device, self.scaling.dtype) for name in present])
+        base = self.base_layer
+        return _writable(batched_lowrank_linear(x, base.weight, base.bias, down, up, segments, scale=scale))
+
+    def _why_stock_mixed(self, present: list[str], x: Tensor) -> str | None:
+        if reason := _why_not_now():
+            return reason
+        for name in present:
+            if reason := self._why_stock(name, x):
+                return reason
+            dropout = self.lora_dropout[name]
+            if dropout.training and getattr(dropout, "p", 0.0) > 0:
+                return "each adapter of a mixed batch would drop by its own probability"
+        if len({self.lora_A[name].weight.dtype for name in present}) > 1:
+            return "the adapters have several dtypes"
+        return "there is nothing to mix" if x.dim() < 2 or x.numel() == 0 else None
+
+    def _get_name(self) -> str:
+        return "Linear"  # PEFT's model status takes the kind of a layer from its representation
+
+    def extra_repr(self) -> str:
+        return "fused"
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.scaling = self.scaling  # beside the weight again
+        return self
+
+
+_UNUSED = frozenset(VARIANT_KWARG_KEYS)  # passed to every layer, read by variants alone
+
+
+def _writable(y: Tensor) -> Tensor:
+    """y as a tensor of its own: autograd refuses a write into a custom function's view (ReLU(inplace=True), y += x)."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def _segments(index: tuple[int, ...], adapters: int, rows: int, device: torch.device, *bound_to) -> AdapterSegments:
+    """The rows of a batch by adapter; rows: of each of its entries. bound_to: where alone a cached result is of use."""
+    entries = torch.tensor(index, dtype=torch.int64, device=device)
+    return adapter_segments(entries[:, None].expand(-1, rows).reshape(-1), adapters)
+
+
+_cached_segments = functools.lru_cache(maxsize=8)(_segments)  # sorted once for all layers that a batch runs through

@@ -1,0 +1,410 @@
+"""Whole training steps: what is trained, that nothing wrong is timed, and that what cannot be measured is named."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peft_kernels.benchmarks import steps, steps_methods, steps_models, timing
+from peft_kernels.benchmarks.cases import WrongResult
+from peft_kernels.benchmarks.steps_methods import AURORA, AUTHORS, FULL, LORA, METHODS, MOIL, PEFT
+from peft_kernels.benchmarks.steps_models import MODELS, SIZES
+from peft_kernels.layers.adapted_linear import AdaptedLinear
+
+CPU, META, TINY = torch.device("cpu"), torch.device("meta"), SIZES["tiny"]
+OPTIONS = steps.Options(CPU, "tiny", rounds=1)
+
+
+def training(method, model="vilt", dropout=0.0):
+    of = MODELS[model]
+    base, batch = of.build(TINY, CPU, torch.float32), of.batch(TINY, 2, CPU, torch.float32)
+    return steps_methods.Training(method, of, TINY, base, batch, dropout)
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("steps") / "cpu.json"
+    steps.main(["--device", "cpu", "--size", "tiny", "--rounds", "2", "--mode", "graph", "eager", "--save", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_run_has_every_step(run):
+    assert run["kind"] == "cpu" and run["schema"] == 1
+    assert {(r["model"], r["method"]) for r in run["steps"]} == {(a, b) for a in MODELS for b in METHODS}
+    for r in run["steps"]:
+        assert (r["size"], r["mode"], r["batch"], r["dtype"], r["dropout"]) == ("tiny", "eager", 2, "float32", 0.1)
+        assert r["ms"] > 0 and r["spread_ms"] >= 0 and r["launches"] is None and r["compiler"] is None
+        assert r["peak_bytes"] > 4 * r["trained"] > 0
+        assert r["backend"] == ("torch" if r["method"] in (LORA, AURORA, MOIL) else None)
+        assert len(r["losses"]) == steps.COMPARED and r["losses"] == sorted(r["losses"], reverse=True)
+    graph = {"model": None, "method": None, "mode": "graph", "reason": "a CUDA graph needs a GPU"}
+    assert run["absent_steps"] == [graph]
+
+
+def test_methods_that_are_alike_train_alike(run):
+    for model in MODELS:
+        found = {r["method"]: r for r in run["steps"] if r["model"] == model}
+        for one, other in ((LORA, PEFT), (MOIL, AUTHORS)):
+            assert found[one]["trained"] == found[other]["trained"]
+        assert found[MOIL]["losses"] == pytest.approx(found[AUTHORS]["losses"], rel=1e-5)
+        assert found[FULL]["trained"] > found[LORA]["trained"]
+
+
+def test_speeds_are_against_rivals_in_the_same_mode(run):
+    for model in MODELS:
+        found = {r["method"]: r for r in run["steps"] if r["model"] == model}
+        for method, r in found.items():
+            rivals = {PEFT, FULL, AUTHORS} if method in (MOIL, AUTHORS) else {PEFT, FULL}
+            assert r["speed_vs"] == {other: pytest.approx(found[other]["ms"] / r["ms"]) for other in rivals}
+    both = [{**run["steps"][0], "mode": mode, "ms": ms} for mode, ms in (("eager", 4.0), ("graph", 1.0))]
+    steps.compare_speeds(both)
+    assert [r["speed_vs"] for r in both] == [{FULL: 1.0}] * 2
+
+
+def test_table(run):
+    table = steps.steps_table(run)
+    lines = table.splitlines()
+    assert len(lines) == 2 + len(run["steps"]) + 2 and lines[-1] == "- absent: graph: a CUDA graph needs a GPU"
+    assert [line.split("|")[1].strip() for line in lines[2:-2:6]] == ["BLIP-base, tiny", "ViLT-B, tiny"]
+    assert "launches" not in table and "vs authors' formula" in table
+    changed = {**run["steps"][3], "launches": 1234, "size": "base", "peak_bytes": 5_600_000, "trained": 7_088_256}
+    changed |= {"ms": 12.34, "speed_vs": {PEFT: 1.5}}
+    cells = [cell.strip() for cell in steps.steps_table({"steps": [changed]}).splitlines()[2].split("|")[1:-1]]
+    title = MODELS[changed["model"]].title
+    expected = [title, "2", "float32", "eager", changed["method"], "7.09", "12.3", f"{changed['spread_ms']:.1f}"]
+    assert cells == [*expected, "6", "1234", "1.50×"]
+    assert steps.steps_table({}) == "" and steps.steps_table({"cases": [], "steps": []}) == ""
+
+
+def test_layers_compile_once_for_all():
+    session = steps.Session(OPTIONS, ["vilt"], [])
+    counts = torch._dynamo.utils.counters["stats"]
+    counts.clear()
+    eager = session.measure("vilt", AUTHORS, "eager")
+    assert not counts and eager["compiler"] is None
+    assert session.measure("vilt", AUTHORS, "compiled")["compiler"] == "aot_eager"  # losses were compared
+    # The first layer, whose input takes no gradient, and the others; the authors' formula
+    assert counts["unique_graphs"] == 3
+
+
+# ---- what is trained ------------------------------------------------------------------------------------------------
+
+
+def wrapped(method, model, size, dtype=torch.bfloat16):
+    of = MODELS[model]
+    with META:
+        built = of.configured(size).to(dtype)
+    adapter = steps_methods.wrap(method, built, of, size, 0.1)
+    return built.train(), adapter
+
+
+HEADS = {"blip": 768 * 2 + 2, "vilt": 768 * 769 + 1536 * 769 + 2 * 1536 + 3129 * 1537}
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "adapters"),
+    [
+        (LORA, "blip", 12 * 16 * (768 + 3 * 768) + 72 * 16 * 2 * 768),
+        (PEFT, "vilt", 36 * 16 * 2 * 768),
+        (AURORA, "vilt", 64 * (768 + 768 + 1 + 36)),
+        (MOIL, "vilt", 7_088_256 + 36 * 768 * 769),  # of adapters as many as published
+    ],
+)
+def test_as_many_parameters_train_as_the_published_sizes_have(method, model, adapters):
+    built, _ = wrapped(method, model, SIZES["base"])
+    trained = {name: p for name, p in built.named_parameters() if p.requires_grad}
+    heads = {name for name in trained if any(f".{head}." in f".{name}" for head in MODELS[model].heads)}
+    assert sum(trained[name].numel() for name in heads) == HEADS[model]
+    assert sum(trained[name].numel() for name in trained.keys() - heads) == adapters
+    assert {trained[name].dtype for name in heads} == {torch.bfloat16}
+    assert {trained[name].dtype for name in trained.keys() - heads} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"), [("blip", {"vision": 577, "text": 35, "cross": 577}), ("vilt", {"text": 185})]
+)
+def test_as_many_tokens_as_the_published_sizes_have(model, tokens):
+    of, seen = MODELS[model], {}
+    with META:
+        built = of.configured(SIZES["base"])
+    places = {"qkv": "vision", "attention.self.key": "text", "crossattention.self.key": "cross"}
+    places["attention.attention.key"] = "text"
+    for name, module in built.named_modules():
+        place = next((place for ending, place in places.items() if f".{name}".endswith(f".{ending}")), None)
+        if place:
+            module.register_forward_pre_hook(lambda _, args, place=place: seen.update({place: tuple(args[0].shape)}))
+    of.logits(built, of.batch(SIZES["base"], 2, META, torch.float32))
+    assert seen == {place: (2, count, 768) for place, count in tokens.items()}
+
+
+class Waits(TorchDispatchMode):
+    """What no CUDA graph holds: values that the host reads, sizes that depend on them, tensors from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, devices = str(function), {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        if len(devices) > 1 or any(word in name for word in ("local_scalar", "nonzero", "unique", "multinomial")):
+            self.found.append(name)
+        result = function(*args, **(kwargs or {}))
+        if len(devices | {t.device for t in tree_leaves(result) if isinstance(t, torch.Tensor)}) > 1:
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_waits_for_the_device(model):
+    of = MODELS[model]
+    batch = of.batch(TINY, 2, META, torch.bfloat16)
+    for method in METHODS:
+        built, adapter = wrapped(method, model, TINY)
+        with Waits() as waits:
+            loss = of.loss(built, batch)
+            if method == AUTHORS:
+                loss = loss + steps_methods.AuthorsImitation(adapter).loss()
+            loss.backward()
+        assert waits.found == [], method
+    with pytest.raises((RuntimeError, NotImplementedError)), Waits() as waits:  # as the models' own forwards do
+        steps_models.own_logits(built, batch)
+    assert waits.found
+
+
+def test_every_second_text_is_shorter():
+    batch = MODELS["blip"].batch(TINY, 3, CPU, torch.float32)
+    assert batch.mask.sum(1).tolist() == [35, 30, 35]
+    assert torch.equal(batch.padding[:, 0, 0] == 0, batch.mask == 1) and batch.padding[1, 0, 0, -1] < -1e30
+
+
+@pytest.mark.parametrize("method", [MOIL, AUTHORS])
+def test_imitation_begins_with_the_second_step(method):
+    each = training(method)
+    each.run()
+    assert all(p.grad is None for p in each.adapter.parameters("adapter"))
+    each.run()
+    assert all(p.grad is not None for p in each.adapter.parameters("adapter"))
+
+
+def test_weights_that_stand_still_have_gradients():
+    each = training(LORA)
+    losses = [each.run() for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    each.stand()
+    before = [p.clone() for p in each.trained]
+    losses = [each.run() for _ in range(2)]
+    assert torch.equal(*losses) and all(map(torch.equal, before, each.trained))
+    assert all(p.grad.any() for p in each.trained)
+
+
+# ---- verify, then time ----------------------------------------------------------------------------------------------
+
+
+def _no_bias(group, identity):
+    down, _, up, _ = group.transform
+    pairs = zip(group.weight0, group.up, group.down, group.teacher)
+    return sum(((w + b @ a) @ (identity + up @ down) - teacher).square().mean() for w, b, a, teacher in pairs)
+
+
+def _unadapted(layer, x, *shared):
+    return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def _without_padding(logits):
+    return lambda model, batch: logits(model, batch._replace(padding=torch.zeros_like(batch.padding)))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "mutant", "wrong"),
+    [
+        (steps_methods.AuthorsImitation, "layer_distance", staticmethod(_no_bias), {MOIL, AUTHORS}),
+        (steps_methods.AuthorsImitation, "_follow", lambda self, group: None, {MOIL, AUTHORS}),
+        (steps_methods, "_our_name", lambda name: name, {PEFT, LORA}),
+        (AdaptedLinear, "forward", _unadapted, {PEFT, LORA, AURORA}),
+    ],
+)
+def test_what_differs_is_found(monkeypatch, owner, name, mutant, wrong):
+    monkeypatch.setattr(owner, name, mutant)
+    assert steps_methods.verify(MODELS["vilt"], METHODS, CPU).keys() == wrong
+
+
+def test_another_scale_of_pefts_is_found(monkeypatch):
+    import peft
+
+    config = peft.LoraConfig
+    monkeypatch.setattr(peft, "LoraConfig", lambda **options: config(**options | {"lora_alpha": 1}))
+    assert "is off by" in steps_methods.verify(MODELS["blip"], [PEFT], CPU)[PEFT]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_another_forward_is_found(model):
+    of = dataclasses.replace(MODELS[model], logits=_without_padding(MODELS[model].logits))
+    assert steps_methods.verify(of, [FULL], CPU).keys() == {FULL}
+    assert steps_methods.verify(MODELS[model], [FULL], CPU) == {}
+
+
+def test_losses_come_down_the_same_way():
+    eager = [1.0, 0.95, 0.9]
+    steps.compare([1.0, 0.96, 0.91], eager, "float32")
+    steps.compare([1.02, 0.93, 0.92], eager, "bfloat16")
+    for wrong in ([1.0, 1.0, 1.0], [1.0, 0.95, 0.93], [1.0, 0.95, 0.85], [1.01, 0.95, 0.9], [1.0, float("nan"), 0.9]):
+        with pytest.raises(WrongResult, match=r"^the loss of step \d is"):
+            steps.compare(wrong, eager, "float32")
+
+
+def test_what_is_wrong_is_named_and_the_rest_is_measured(monkeypatch):
+    def without_optimizer(self):
+        self.optimizer.step = lambda: None
+
+    def fresh_adapter_that_changes_something(method, model, *rest):
+        adapter = wrap(method, model, *rest)
+        if method == LORA:
+            next(layer for layer in adapter.layers.values()).up.data.normal_()
+        return adapter
+
+    wrap = steps_methods.wrap
+    monkeypatch.setattr(steps_methods.Training, "compile", without_optimizer)
+    monkeypatch.setattr(steps_methods, "wrap", fresh_adapter_that_changes_something)
+    monkeypatch.setattr(steps_methods, "verify", lambda of, methods, device: {MOIL: "no good"})
+    run = {}
+    with pytest.raises(WrongResult, match="vilt, MoIL, eager: no good"):
+        steps.measure(run, OPTIONS, ["vilt"], [MOIL, LORA, FULL], ["eager", "compiled"])
+    assert [(r["method"], r["mode"]) for r in run["steps"]] == [(FULL, "eager")]
+    reasons = {(each["method"], each["mode"]): each["reason"] for each in run["absent_steps"]}
+    assert reasons[MOIL, "eager"] == reasons[MOIL, "compiled"] == "wrong: no good"
+    assert reasons[LORA, "eager"].startswith("wrong: the loss of step 1 is")
+    assert reasons[FULL, "compiled"].startswith("wrong: the loss of step 2 is")
+
+
+# ---- on a GPU: everything but the clocks, on the CPU ----------------------------------------------------------------
+
+
+class _Gpu:
+    type = "cuda"
+
+
+class _Stream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """A capture executes nothing, a replay is a step."""
+
+    def capture(self):
+        self.run, self.captured = lambda: self.step(), True
+
+    held = iter([100, 350] * 9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(steps_methods.Training, "capture", capture)
+    monkeypatch.setattr(timing, "peak_bytes", lambda step, device: (step(), 11))
+    monkeypatch.setattr(timing, "time_on_gpu", lambda step, copies: timing.Times.of([step(0).item()] * copies))
+    monkeypatch.setattr(timing, "count_launches", lambda step: step() and 7)
+    found = steps.Session(dataclasses.replace(OPTIONS, dropout=0.0), ["vilt"], [])
+    found.options = dataclasses.replace(found.options, device=_Gpu(), batch=2)
+    return found
+
+
+def test_a_graph_is_captured_and_counted_as_eager_steps_are(session):
+    eager, graph = (session.measure("vilt", LORA, mode) for mode in ("eager", "graph"))
+    assert eager["losses"] == graph["losses"] and len(graph["losses"]) == steps.COMPARED
+    assert eager["peak_bytes"] == graph["peak_bytes"] == 250 + 11
+    assert (eager["launches"], graph["launches"]) == (7, None) and graph["ms"] > 0
+
+
+def test_what_fails_on_a_gpu_is_named_with_its_reason(session, monkeypatch):
+    def capture(self):
+        raise RuntimeError("\noperation not permitted\nwhen a stream is capturing")
+
+    monkeypatch.setattr(steps_methods.Training, "capture", capture)
+    with pytest.raises(steps.Absent, match=r"^operation not permitted$"):
+        session.measure("vilt", FULL, "graph")
+
+    def step(self):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(steps_methods.Training, "step", step)
+    with pytest.raises(steps.Absent, match="out of memory"):
+        session.measure("vilt", FULL, "eager")
+
+    def mistake(self):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(steps_methods.Training, "step", mistake)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        session.measure("vilt", FULL, "eager")
+
+
+# ---- what is left out, and what is refused --------------------------------------------------------------------------
+
+
+class _Listed:
+    """A session that measures nothing."""
+
+    def __init__(self, options, models, methods):
+        pass
+
+    def measure(self, model, method, mode):
+        raise steps.Absent("not now")
+
+
+def test_a_run_that_is_killed_has_named_what_it_owes(monkeypatch):
+    monkeypatch.setattr(steps, "Session", _Listed)
+    run, told = {}, []
+    asked = {"methods": [FULL, LORA, FULL], "modes": ["compiled", "eager"]}
+    steps.measure(run, OPTIONS, **asked, report=lambda: told.append(json.dumps(run)))
+    first, last = (json.loads(text)["absent_steps"] for text in (told[0], told[-1]))
+    order = [(FULL, "eager"), (LORA, "eager"), (FULL, "compiled"), (LORA, "compiled")]
+    assert [(each["method"], each["mode"]) for each in first[::2]] == order  # of both models
+    assert {each["reason"] for each in first} == {"the run ended before"}
+    assert [each["reason"] for each in last] == ["not now"] * 7 + ["the run ended before"]
+
+
+def test_time_is_kept():
+    run = {}
+    steps.measure(run, dataclasses.replace(OPTIONS, seconds=1e-9), ["vilt"], [FULL], ["eager"])
+    assert run["steps"] == [] and [each["reason"] for each in run["absent_steps"]] == ["1e-09 seconds had passed"]
+
+
+@pytest.mark.parametrize(("missing", "left"), [("peft", [LORA]), ("transformers", None)])
+def test_what_is_not_installed_is_named(monkeypatch, missing, left):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    monkeypatch.setattr(steps, "Session", _Listed)
+    run = {}
+    steps.measure(run, OPTIONS, ["blip"], [PEFT, LORA], ["eager"])
+    assert f"{missing}" in run["absent_steps"][0]["reason"] and run["absent_steps"][0]["mode"] is None
+    assert run["absent_steps"][0]["method"] == (PEFT if missing == "peft" else None)
+    assert [each["method"] for each in run["absent_steps"][1:]] == (left or [])
+    assert "is not installed" in steps.steps_table(run)
+
+
+@pytest.mark.parametrize("names", [{"models": ["blip", "clip"]}, {"methods": ["moil"]}, {"modes": ["fast"]}], ids=str)
+def test_unknown_names_are_refused_before_anything_is_built(monkeypatch, names):
+    monkeypatch.setattr(steps, "Session", lambda *_: pytest.fail("built"))
+    with pytest.raises(ValueError, match=r"expected one of \(.*\), got"):
+        steps.measure({}, OPTIONS, **names)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("size", "huge"), ("dtype", "float16"), ("batch", 0), ("rounds", -1), ("seconds", 0), ("dropout", 1.0)],
+)
+def test_unfit_options_are_refused(name, value, capsys):
+    with pytest.raises(ValueError, match=rf"^{name}: expected"):
+        dataclasses.replace(OPTIONS, **{name: value})
+    with pytest.raises(SystemExit):
+        steps.main([f"--{name}", str(value)])
+    assert name in capsys.readouterr().err
