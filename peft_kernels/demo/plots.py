@@ -33,7 +33,7 @@ def plot_scores(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.set(xscale="log", xlabel="trained parameters", ylabel="mean score, %", title=title)
     axes.margins(0.15)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     _save(figure, path)
 
 
@@ -65,10 +65,11 @@ def plot_factors(path: Path, run: Path) -> None:
     _save(figure, path)
 
 
-def plot_retrieval(path: Path, scenes: Scenes, shown: Sequence[Sequence[int]]) -> None:
-    """For the first captions the images found first; a green frame is the right one."""
+def plot_retrieval(path: Path, scenes: Scenes, shown: Sequence[Sequence[int]], method: str) -> None:
+    """For the first captions the images that a method finds first; a green frame is the right one."""
     columns = len(shown[0])
     figure = Figure(figsize=(2.3 * columns, 2.4 * len(shown)))
+    figure.suptitle(method)
     panels = figure.subplots(len(shown), columns, squeeze=False)
     for text, found in enumerate(shown):
         for axes, image in zip(panels[text], found):

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -79,9 +79,11 @@ def table(rows: Sequence[Row], title: str) -> Table:
     return made
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """For a document."""
-    lines = [heads(rows), ["---"] + ["---:"] * (len(heads(rows)) - 2) + ["---"], *(cells(row) for row in rows)]
+def markdown(rows: Sequence[Row], without: Collection[str] = ()) -> str:
+    """For a document. without: heads of columns that are left out, as times are that other work on the machine moved"""
+    kept = [index for index, head in enumerate(heads(rows)) if head not in without]
+    rules = ["---"] + ["---:"] * (len(heads(rows)) - 2) + ["---"]
+    lines = [[line[index] for index in kept] for line in (heads(rows), rules, *map(cells, rows))]
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return text + (f"\n{notes(rows)}\n".replace("*", r"\*") if notes(rows) else "")
 
