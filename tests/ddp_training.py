@@ -6,6 +6,7 @@ The same functions without a process group train on the joint batch in one proce
 """
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -105,9 +106,12 @@ def main(folder: Path) -> None:
         (folder / f"fsdp-moil-{rank}.txt").write_text(f"{moil.steps} {error}")
     moil = train_by_trainer(str(folder), seed=rank, per_device=1)
     torch.save(dict(moil.model.state_dict()), folder / f"trainer-moil-{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    # Once in a while a thread of gloo's aborts the process while it is taken down, when all has been written.
+    sys.stdout.flush()
+    os._exit(0)
