@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_models import build, loss
-from peft_lora_cases import EXACT, ROUTES, base, both, count_calls, fused, ids, pair, peft, stir, stock, wrapped
+from peft_lora_cases import ROUTES, base, count_calls, fused, ids, pair, peft, stir, stock, wrapped
 from torch import nn
 
 import peft_kernels.integrations.peft as integration
@@ -94,7 +94,9 @@ def test_models_without_a_peft_model_around(calls):
     model(ids())
     mixed = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["first"], r=2), mixed=True)
     mixed.add_adapter("other", peft.LoHaConfig(target_modules=["second"], r=2))
-    assert len(accelerate(mixed).swapped) == 1
+    mixed.add_adapter("third", peft.LoraConfig(target_modules=["second"], r=2))
+    report = accelerate(mixed)
+    assert len(report.swapped) == 1 and "another adapter's layer" in str(report)
     mixed(ids())
     assert calls == [2, 0]
 
@@ -130,9 +132,8 @@ def test_peft_too_old_or_absent(version, monkeypatch):
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
-    with pytest.raises(ImportError, match=r"peft >= 0\.21") as error:
+    with pytest.raises(ImportError, match=rf"peft >= 0\.21.*{version or 'not installed'}"):
         integration._check_version()
-    assert (version or "not installed") in str(error.value)
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.22.1.dev0", "1.0"])
@@ -297,4 +298,3 @@ def test_documentation(tmp_path, monkeypatch, capsys, calls):
     exec(compile(block, str(DOCS.name), "exec"), names)
     assert "4 of 4 adapter layers are fused now" in capsys.readouterr().out and calls[0] == 4
     assert len(fused(names["model"])) == 4
-    both(stock(), stock(), ids(), **EXACT)  # nothing of PEFT's has been changed by it

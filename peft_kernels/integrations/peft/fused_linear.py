@@ -36,6 +36,8 @@ _PLAIN = (nn.Parameter, Tensor)  # subclasses (DTensor, quantised weights, …) 
 def why_not_base(base: nn.Module) -> str | None:
     if isinstance(base, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight and never calls it"
+    if hasattr(base, "base_layer"):
+        return "its base layer is another adapter's layer"
     if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
         return f"its base layer is a {type(base).__name__}, not an nn.Linear"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -89,8 +91,6 @@ def _why_not_input(layer: StockLinear, adapter: str, x: Tensor) -> str | None:
 
 
 def _why_not_now() -> str | None:
-    if torch.compiler.is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return "torch.func, forward-mode differentiation or torch.jit see through it"
     return "there are hooks on all modules" if _has_any_global_hook() else None
