@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import peft_kernels
 from peft_kernels.layers import LowRankLinear
 
 KINDS = {
@@ -183,3 +184,35 @@ def test_state_dict_is_read_by_torch_load(tmp_path):
     """weights_only refuses whatever is no tensor: a state dict's metadata must not hold the layer."""
     torch.save(layer().state_dict(), tmp_path / "layer.pt")
     assert torch.load(tmp_path / "layer.pt", weights_only=True).keys() == layer().state_dict().keys()
+
+
+def _result(kind, x):
+    weight, bias = torch.randn(6, 4), torch.randn(6)
+    down, up = torch.randn(2, 4, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    if kind == "hidden":
+        return peft_kernels.lowrank_hidden(x, down)
+    if kind == "linear":
+        return peft_kernels.lowrank_linear(x, weight, bias, down, up)
+    if kind == "batched":
+        segments = peft_kernels.adapter_segments(torch.zeros(x.numel() // 4, dtype=torch.int64), adapters=1)
+        return peft_kernels.batched_lowrank_linear(x, weight, bias, down[None], up[None], segments)
+    if kind == "gated":
+        return peft_kernels.gated_query("gated", x, torch.randn_like(x), *torch.randn(2, 4))
+    text, cross = torch.randn(2, *x.shape)
+    return peft_kernels.gated_query("additive", x, text, *torch.randn(2, 4), cross, *torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["hidden", "linear", "batched", "gated", "additive"])
+def test_results_may_be_written_to(kind, shape):
+    """As nn.ReLU(inplace=True) and y += x do, which models have behind their linear layers."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    state = torch.random.get_rng_state()
+    y = _result(kind, x)
+    (expected,) = torch.autograd.grad((y + 1).relu().sum(), x)
+    torch.random.set_rng_state(state)
+    y = _result(kind, x)
+    y += 1
+    y.relu_()
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)

@@ -30,6 +30,14 @@ def rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def shaped(t: Tensor, *shape: int) -> Tensor:
+    """A fresh result in another shape, as a tensor of its own.
+
+    Autograd lets nobody write into a custom function's view, as nn.ReLU(inplace=True) and y += x do.
+    """
+    return torch.ops.aten._unsafe_view(t, shape)
+
+
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 

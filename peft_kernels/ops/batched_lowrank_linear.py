@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from peft_kernels.backend import resolve
 from peft_kernels.checks import autocast_off, check_factor, check_linear, check_scale, check_shape, check_tensor
 from peft_kernels.dispatch import batched_lowrank_linear as dispatch
-from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows
+from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows, shaped
 
 SEGMENT_ROWS = 64  # the kernels' constant: no tile has more rows, or rows of two adapters
 
@@ -133,7 +133,7 @@ class _BatchedLowRankLinear(torch.autograd.Function):
         ctx.scale = None if isinstance(scale, Tensor) else scale
         ctx.quantized = None if isinstance(weight, Tensor) else weight
         ctx.x_shape, ctx.backend = x.shape, backend
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):

@@ -29,7 +29,7 @@ from torch import Tensor
 from peft_kernels.backend import resolve
 from peft_kernels.checks import autocasts, check_choice, check_factor, check_scale, check_shape, check_tensor
 from peft_kernels.dispatch import gated_query as dispatch
-from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows
+from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows, shaped
 
 MODES = ("additive", "gated")
 _SCALE = 0.1  # of the released code
@@ -62,7 +62,7 @@ class _Additive(torch.autograd.Function):
         )
         ctx.scale, ctx.shape, ctx.backend = None if isinstance(scale, Tensor) else scale, hidden.shape, backend
         args = (rows(hidden), rows(text), gamma, beta, rows(cross), cross_gamma, cross_beta, scale)
-        return dispatch.additive_query_fwd(backend, *args).view(hidden.shape)
+        return shaped(dispatch.additive_query_fwd(backend, *args), *hidden.shape)
 
     @staticmethod
     def backward(ctx, dy):
@@ -85,7 +85,7 @@ class _Gated(torch.autograd.Function):
         out, gate, total = dispatch.gated_query_fwd(backend, *args)
         ctx.save_for_backward(hidden, text, gamma, beta, padding_mask, gate, total)
         ctx.backend = backend
-        return out.view(hidden.shape)
+        return shaped(out, *hidden.shape)
 
     @staticmethod
     def backward(ctx, dy):

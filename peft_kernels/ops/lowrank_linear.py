@@ -35,7 +35,7 @@ from peft_kernels.checks import (
     linear_dtype,
 )
 from peft_kernels.dispatch import lowrank_linear as dispatch
-from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows
+from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows, shaped
 
 DROPOUT_PLACES = ("input", "rank", "core")
 DESIGNS = (None, "D1", "D3")
@@ -81,7 +81,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.quantized = None if isinstance(weight, Tensor) else weight
         ctx.x_shape, ctx.hidden_shape = x.shape, None if hidden is None else hidden.shape
         ctx.settings = (dropout_p, dropout_on, design, backend)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):
@@ -112,7 +112,7 @@ class _LowRankHidden(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down)
         ctx.x_shape, ctx.backend = x.shape, backend
         z = dispatch.lowrank_hidden_fwd(backend, rows(x), down, input_blocks)
-        return z.view(*x.shape[:-1], z.shape[-1])
+        return shaped(z, *x.shape[:-1], z.shape[-1])
 
     @staticmethod
     def backward(ctx, dz):

@@ -156,7 +156,7 @@ class FusedLinear(StockLinear):
             return super().forward(x, *args, **kwargs)  # which calls _mixed_batch_forward if there are adapter_names
         base, adapter = self.base_layer, self._present()[0]
         dropout = self.lora_dropout[adapter]
-        y = lowrank_linear(
+        return lowrank_linear(
             x,
             base.weight,
             base.bias,
@@ -166,7 +166,6 @@ class FusedLinear(StockLinear):
             dropout_p=getattr(dropout, "p", 0.0),
             training=dropout.training,
         )
-        return _writable(y)
 
     def why_stock(self, x: Tensor | None = None) -> str | None:
         """Why PEFT's own forward runs, as the layer is now and on x (None: on an input that fits); None if fused."""
@@ -221,7 +220,7 @@ class FusedLinear(StockLinear):
         down, up = stack_adapters([(self.lora_A[name].weight, self.lora_B[name].weight) for name in present])
         scale = torch.stack([self.scaling.tensors[name].to(x.device, self.scaling.dtype) for name in present])
         base = self.base_layer
-        return _writable(batched_lowrank_linear(x, base.weight, base.bias, down, up, segments, scale=scale))
+        return batched_lowrank_linear(x, base.weight, base.bias, down, up, segments, scale=scale)
 
     def _why_stock_mixed(self, present: list[str], x: Tensor) -> str | None:
         if reason := _why_not_now():
@@ -249,11 +248,6 @@ class FusedLinear(StockLinear):
 
 
 _UNUSED = frozenset(VARIANT_KWARG_KEYS)  # passed to every layer, read by variants alone
-
-
-def _writable(y: Tensor) -> Tensor:
-    """y as a tensor of its own: autograd refuses a write into a custom function's view (ReLU(inplace=True), y += x)."""
-    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def _segments(index: tuple[int, ...], adapters: int, rows: int, device: torch.device, *bound_to) -> AdapterSegments:
