@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.adapters.aurora import blocks_of, reading_of
 from peft_kernels.adapters.matching import Match, guess_target
 from peft_kernels.backend import Choice, resolve
-from peft_kernels.checks import autocast_off, autocasts, linear_dtype
+from peft_kernels.checks import autocast_off
 from peft_kernels.cores import cp_core, tucker_core
-from peft_kernels.integrations.peft.fused_linear import why_not_base
+from peft_kernels.integrations.peft.fused_linear import why_not_base, why_not_input, why_not_now
 from peft_kernels.layers.per_pass import PerPass
 from peft_kernels.ops.lowrank_linear import lowrank_hidden, lowrank_linear
 from peft_kernels.ops.reconstruct import reconstruct
@@ -188,7 +186,7 @@ class AuroraLinear(nn.Module, BaseTunerLayer):
         )
         if hidden is not None:
             hidden.needed_by(y)
-        return torch.ops.aten._unsafe_view(y, y.shape)  # autograd refuses writes into a custom function's view
+        return y
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         """The adapter's part of the output, by torch's own operations."""
@@ -210,29 +208,12 @@ class AuroraLinear(nn.Module, BaseTunerLayer):
         return f"{len(present)} active adapters are on this layer" if len(present) != 1 else self._why_plain(present[0])
 
     def _why_plain(self, adapter: str, x: Tensor | None = None) -> str | None:
-        if reason := why_not_base(self.base_layer):
+        if reason := why_not_base(self.base_layer) or why_not_now():
             return reason
-        if not torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
-                return "torch.func, forward-mode differentiation or torch.jit see through it"
-            if _has_any_global_hook():
-                return "there are hooks on all modules"
         factors = self._parameters_of(adapter)
         if any(type(t) not in (nn.Parameter, Tensor) for t in factors) or len({t.dtype for t in factors}) > 1:
             return f"adapter {adapter!r} is not of plain tensors of one dtype"
-        weight, factor = self.base_layer.weight, factors[0]
-        if x is None:
-            return None
-        if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided or not x.is_floating_point():
-            return "the input is not a plain Tensor of floating-point numbers"
-        if x.dim() == 0 or x.shape[-1] != self.in_features or not x.device == weight.device == factor.device:
-            return "the input does not go with the weights"  # as the base layer will say by its own error
-        dtype = linear_dtype(x)
-        if weight.dtype != dtype and (not autocasts(x) or weight.dtype == torch.float64):
-            return f"the weight is {weight.dtype}, the input is computed on in {dtype}"
-        if factor.dtype != dtype and (factor.dtype != torch.float32 or dtype == torch.float64):
-            return f"adapter {adapter!r} is {factor.dtype}, the input is computed on in {dtype}"
-        return None
+        return None if x is None else why_not_input(self.base_layer.weight, factors[0], adapter, x)
 
     def backend_choice(self) -> Choice:
         """The backend that the next forward on the weight's device takes, and the reason."""

@@ -74,8 +74,8 @@ def why_not_adapter(layer: StockLinear, adapter: str) -> str | None:
     return f"adapter {adapter!r} has hooks" if _watched(down) or _watched(up) or _watched(dropout) else None
 
 
-def _why_not_input(layer: StockLinear, adapter: str, x: Tensor) -> str | None:
-    weight, factor = layer.base_layer.weight, layer.lora_A[adapter].weight
+def why_not_input(weight: Tensor, factor: Tensor, adapter: str, x: Tensor) -> str | None:
+    """factor: one of the adapter's, whose dtype and device are all its factors'"""
     if type(x) not in _PLAIN or x.layout is not torch.strided or x.dtype not in DTYPES:
         return "the input is not a plain Tensor of floating-point numbers"
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or not x.device == weight.device == factor.device:
@@ -85,12 +85,10 @@ def _why_not_input(layer: StockLinear, adapter: str, x: Tensor) -> str | None:
         return f"the weight is {weight.dtype}, the input is computed on in {dtype}"
     if factor.dtype != dtype and (factor.dtype != torch.float32 or dtype == torch.float64):
         return f"adapter {adapter!r} is {factor.dtype}, the input is computed on in {dtype}"
-    if factor.dtype != x.dtype and not layer.cast_input_dtype_enabled and not autocasts(x):
-        return "casting the input has been disabled"
     return None
 
 
-def _why_not_now() -> str | None:
+def why_not_now() -> str | None:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return "torch.func, forward-mode differentiation or torch.jit see through it"
     return "there are hooks on all modules" if _has_any_global_hook() else None
@@ -169,7 +167,7 @@ class FusedLinear(StockLinear):
 
     def why_stock(self, x: Tensor | None = None) -> str | None:
         """Why PEFT's own forward runs, as the layer is now and on x (None: on an input that fits); None if fused."""
-        if reason := _why_not_now():
+        if reason := why_not_now():
             return reason
         if self.disable_adapters:
             return "adapters are disabled"
@@ -194,7 +192,10 @@ class FusedLinear(StockLinear):
     def _why_stock(self, adapter: str, x: Tensor | None) -> str | None:
         reason = why_not_base(self.base_layer) or why_not_adapter(self, adapter)
         if reason is None and x is not None:
-            reason = _why_not_input(self, adapter, x)
+            weight, factor = self.base_layer.weight, self.lora_A[adapter].weight
+            reason = why_not_input(weight, factor, adapter, x)
+            if reason is None and factor.dtype != x.dtype and not self.cast_input_dtype_enabled and not autocasts(x):
+                reason = "casting the input has been disabled"
         if reason is not None:
             return reason
         device = self.base_layer.weight.device
@@ -223,7 +224,7 @@ class FusedLinear(StockLinear):
         return batched_lowrank_linear(x, base.weight, base.bias, down, up, segments, scale=scale)
 
     def _why_stock_mixed(self, present: list[str], x: Tensor) -> str | None:
-        if reason := _why_not_now():
+        if reason := why_not_now():
             return reason
         for name in present:
             if reason := self._why_stock(name, x):
