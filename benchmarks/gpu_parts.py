@@ -89,12 +89,14 @@ class Run:
             log.write(f"$ {' '.join(map(str, command))}\n{text[-1_000_000:]}\n[exit status {status}]\n\n")
         return status, text
 
-    def work(self, kind: str, *options: object) -> tuple[int | None, list[dict], str]:
-        """One kind of gpu_work.py: (exit status, records, output)."""
+    def work(
+        self, kind: str, *options: object, under: Sequence[object] = (), **environment: str
+    ) -> tuple[int | None, list[dict], str]:
+        """One kind of gpu_work.py: (exit status, records, output). under: the tool that runs it, and its options"""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "records.json")
-            command = (*WORK, kind, "--save", file, "--device", self.device, *self.small, *options)
-            status, text = self.call(command)
+            command = (*under, *WORK, kind, "--save", file, "--device", self.device, *self.small, *options)
+            status, text = self.call(command, **environment)
             return status, json.loads(file.read_text(encoding="utf-8")) if file.exists() else [], text
 
 
@@ -141,27 +143,27 @@ def sanitizer(run: Run) -> Found:
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None or run.dry:
         raise NotHere("no compute-sanitizer on the PATH or in /usr/local/cuda" if tool is None else "needs a GPU")
-    reports, well = {}, True
+    reports = {}
     for check in ("memcheck", "racecheck"):
-        for op in VALUE:
-            with tempfile.TemporaryDirectory() as folder:
-                kind = ("check", "--save", f"{folder}/x.json", "--small", "--backend", "cuda", "--op", op)
-                # An allocation for each tensor: whatever lies behind its end belongs to nobody.
-                alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if check == "memcheck" else {}
-                status, text = run.call((tool, "--tool", check, "--error-exitcode", 99, *WORK, *kind), **alone)
-            summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", text, re.M)
-            told = summary[-1] if summary else "time was up" if status is None else f"exit status {status}"
-            reports.setdefault(check, {})[op] = told
-            well &= status == 0
-    told = "; ".join(f"{check}: {_alike(each)}" for check, each in reports.items())
-    return well, told, {"sanitizer": reports}
+        # An allocation for each tensor: whatever lies behind its end belongs to nobody.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if check == "memcheck" else {}
+        watched = (tool, "--tool", check, "--error-exitcode", 99)
+        half = replace(run, deadline=(time.monotonic() + run.deadline) / 2) if check == "memcheck" else run
+        reports[check] = told_by_sanitizer(*half.work("check", "--small", "--backend", "cuda", under=watched, **alone))
+    told = "; ".join(f"{check}: {each}" for check, each in reports.items())
+    return all(each.startswith("0 ") for each in reports.values()), told, {"sanitizer": reports}
 
 
-def _alike(told: dict[str, str]) -> str:
-    """What is said of every operation, or of each where it is not the same."""
-    if len(set(told.values())) == 1:
-        return next(iter(told.values()))
-    return ", ".join(f"{op} {text}" for op, text in told.items())
+def told_by_sanitizer(status: int | None, records: Sequence[dict], text: str) -> str:
+    """Its summary, "0 errors" or the like, if the kernels of all operations ran and gave what they should."""
+    summary = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", text, re.M)
+    if status != 0:
+        return "time was up" if status is None else f"exit status {status}" + "".join(f", {s}" for s in summary[-1:])
+    missing = [op for op in VALUE if not any(record["op"] == op and "ratio" in record for record in records)]
+    reasons = dict.fromkeys(record["absent"] for record in records if "absent" in record)
+    if missing:
+        return "; ".join([f"nothing ran of {', '.join(missing)}", *reasons])
+    return summary[-1] if summary else "no summary"
 
 
 def numerics(run: Run) -> Found:
@@ -172,9 +174,13 @@ def numerics(run: Run) -> Found:
     for record in records:
         if "ratio" in record:
             worst[record["backend"]] = max(record["ratio"], worst.get(record["backend"], 0))
+    verified = {(record["op"], record["backend"]) for record in records if "ratio" in record}
+    backends = ("torch", "triton") if run.dry else ("torch", "triton", "cuda")
+    missing = [f"{op} {backend}" for op in VALUE for backend in backends if (op, backend) not in verified]
     told = f"{len(records)} cases, {len(wrong)} wrong; largest error against torch's own: "
     told += ", ".join(f"{backend} {ratio:.2f}×" for backend, ratio in worst.items())
-    return status == 0, told + _cut(status), {"numerics": records}
+    told += f"; nothing of {', '.join(missing)}" if missing else ""
+    return status == 0 and not missing, told + _cut(status), {"numerics": records}
 
 
 def bench(run: Run) -> Found:

@@ -19,7 +19,7 @@ import torch
 from . import cases, gpu_search, runner
 from .__main__ import BENCHES
 
-# One small shape of each operation, as its benchmark's --shape takes it: seconds under a sanitizer or an interpreter.
+# One small shape of each operation, as the bench's --shapes takes it: seconds under a sanitizer or an interpreter.
 SMALL = {
     "lowrank_linear": (24, 16, 40, 4),
     "reconstruct": (3, 24, 40, 5),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peft_kernels.benchmarks import cases, gpu, gpu_parts, gpu_search, gpu_work, runner, tables
+from peft_kernels.benchmarks import gpu, gpu_parts, gpu_search, gpu_work, runner, tables
 from peft_kernels.benchmarks.__main__ import BENCHES
 from peft_kernels.triton_kernels.config import Tile
 
@@ -203,6 +203,56 @@ def test_a_wrong_provider_is_a_finding(why, tmp_path, monkeypatch):
     assert told == ("1 cases, 0 wrong" if ok else "1 cases, 1 wrong\n  reconstruct, PEFT: wrong: y is off")
 
 
+RAN = [{"op": op, "ratio": 1.0} for op in gpu_parts.VALUE]
+ABSENT = [*RAN[1:], {"op": RAN[0]["op"], "absent": "no extension"}]
+
+
+@pytest.mark.parametrize(
+    ("status", "records", "text", "told"),
+    [
+        (0, RAN, "========= ERROR SUMMARY: 0 errors", "0 errors"),
+        (0, RAN, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "0 hazards displayed"),
+        (99, RAN, "========= ERROR SUMMARY: 3 errors", "exit status 99, 3 errors"),
+        (1, RAN, "========= ERROR SUMMARY: 0 errors", "exit status 1, 0 errors"),  # a wrong result
+        (None, RAN, "", "time was up"),
+        (0, ABSENT, "========= ERROR SUMMARY: 0 errors", "nothing ran of lowrank_linear; no extension"),
+        (0, [], "========= ERROR SUMMARY: 0 errors", "nothing ran of lowrank_linear, weight_distance"),
+        (0, RAN, "", "no summary"),
+    ],
+)
+def test_reading_compute_sanitizer(status, records, text, told):
+    """It has nothing to find where no kernel ran."""
+    assert gpu_parts.told_by_sanitizer(status, records, text).startswith(told)
+
+
+@pytest.mark.parametrize("bad", [None, "memcheck", "racecheck"])
+def test_the_sanitizer_s_word_counts(bad, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts.shutil, "which", lambda name: name)
+    calls = {}
+
+    def work(run, kind, *options, under, **environment):
+        calls[under[2]] = run.deadline - time.monotonic(), environment
+        return 99 if under[2] == bad else 0, RAN, "========= ERROR SUMMARY: 0 errors"
+
+    monkeypatch.setattr(gpu_parts.Run, "work", work)
+    ok, told, _ = gpu_parts.sanitizer(gpu_parts.Run(tmp_path, dry=False, deadline=time.monotonic() + 60))
+    assert ok == (bad is None) and ("exit status 99" in told) != ok
+    assert (
+        [round(left, -1) for left, _ in calls.values()] == [30, 60]
+        and calls["memcheck"][1]
+        and not calls["racecheck"][1]
+    )
+
+
+def test_a_backend_of_which_nothing_ran_is_a_finding(tmp_path, monkeypatch):
+    records = [{"op": op, "backend": b, "ratio": 1.0} for op in gpu_parts.VALUE for b in ("torch", "triton", "cuda")]
+    monkeypatch.setattr(gpu_parts.Run, "work", lambda *_: (0, records, ""))
+    assert gpu_parts.numerics(gpu_parts.Run(tmp_path, dry=False))[0]
+    records[-1] = {"op": gpu_parts.VALUE[-1], "backend": "cuda", "absent": "no extension"}
+    ok, told, _ = gpu_parts.numerics(gpu_parts.Run(tmp_path, dry=False))
+    assert not ok and told.endswith(f"nothing of {gpu_parts.VALUE[-1]} cuda")
+
+
 # ---- the work --------------------------------------------------------------------------------------------------------
 
 
@@ -294,12 +344,16 @@ def test_a_patched_tile_is_the_one_that_is_launched(op):
     assert any(launch.tile is other for launch in launches) and not any(launch.tile is tile for launch in launches)
 
 
-def test_a_tile_that_computes_something_else_is_not_timed(monkeypatch):
+@pytest.mark.parametrize("found", ["wrong: y is off", RuntimeError("out of resource: shared memory")], ids=str)
+def test_a_tile_that_computes_something_else_or_does_not_run_is_not_timed(found, monkeypatch):
     bench, case = small("reconstruct")
     problem = runner.pose(bench, case, CPU)
+    assert gpu_search._time(bench, "ours, torch", problem, True) > 0
 
-    def wrong(*ignored):
-        raise cases.WrongResult("off")
+    def build(*ignored):
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    monkeypatch.setattr(runner, "build", wrong)
+    monkeypatch.setattr(runner, "build", build)
     assert gpu_search._time(bench, "ours, torch", problem, True) is None

@@ -1,8 +1,6 @@
 """Whole training steps: what is trained, that nothing wrong is timed, and that what cannot be measured is named."""
 
-import contextlib
 import dataclasses
-import importlib.util
 import json
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_kernels.benchmarks import steps, steps_methods, steps_models, timing
+from peft_kernels.benchmarks import steps, steps_methods, steps_models
 from peft_kernels.benchmarks.cases import WrongResult
 from peft_kernels.benchmarks.steps_methods import AURORA, AUTHORS, FULL, LORA, METHODS, MOIL, PEFT
 from peft_kernels.benchmarks.steps_models import MODELS, SIZES
@@ -282,129 +280,3 @@ def test_what_is_wrong_is_named_and_the_rest_is_measured(monkeypatch):
     assert reasons[MOIL, "eager"] == reasons[MOIL, "compiled"] == "wrong: no good"
     assert reasons[LORA, "eager"].startswith("wrong: the loss of step 1 is")
     assert reasons[FULL, "compiled"].startswith("wrong: the loss of step 2 is")
-
-
-# ---- on a GPU: everything but the clocks, on the CPU ----------------------------------------------------------------
-
-
-class _Gpu:
-    type = "cuda"
-
-
-class _Stream:
-    def wait_stream(self, other):
-        pass
-
-
-@pytest.fixture
-def session(monkeypatch):
-    """A capture executes nothing, a replay is a step."""
-
-    def capture(self):
-        self.run, self.captured = lambda: self.step(), True
-
-    held = iter([100, 350] * 9)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
-    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(steps_methods.Training, "capture", capture)
-    monkeypatch.setattr(timing, "peak_bytes", lambda step, device: (step(), 11))
-    monkeypatch.setattr(timing, "time_on_gpu", lambda step, copies: timing.Times.of([step(0).item()] * copies))
-    monkeypatch.setattr(timing, "count_launches", lambda step: step() and 7)
-    found = steps.Session(dataclasses.replace(OPTIONS, dropout=0.0), ["vilt"], [])
-    found.options = dataclasses.replace(found.options, device=_Gpu(), batch=2)
-    return found
-
-
-def test_a_graph_is_captured_and_counted_as_eager_steps_are(session):
-    eager, graph = (session.measure("vilt", LORA, mode) for mode in ("eager", "graph"))
-    assert eager["losses"] == graph["losses"] and len(graph["losses"]) == steps.COMPARED
-    assert eager["peak_bytes"] == graph["peak_bytes"] == 250 + 11
-    assert (eager["launches"], graph["launches"]) == (7, None) and graph["ms"] > 0
-
-
-def test_what_fails_on_a_gpu_is_named_with_its_reason(session, monkeypatch):
-    def capture(self):
-        raise RuntimeError("\noperation not permitted\nwhen a stream is capturing")
-
-    monkeypatch.setattr(steps_methods.Training, "capture", capture)
-    with pytest.raises(steps.Absent, match=r"^operation not permitted$"):
-        session.measure("vilt", FULL, "graph")
-
-    def step(self):
-        raise torch.cuda.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(steps_methods.Training, "step", step)
-    with pytest.raises(steps.Absent, match="out of memory"):
-        session.measure("vilt", FULL, "eager")
-
-    def mistake(self):
-        raise RuntimeError("a mistake")
-
-    monkeypatch.setattr(steps_methods.Training, "step", mistake)
-    with pytest.raises(RuntimeError, match="a mistake"):
-        session.measure("vilt", FULL, "eager")
-
-
-# ---- what is left out, and what is refused --------------------------------------------------------------------------
-
-
-class _Listed:
-    """A session that measures nothing."""
-
-    def __init__(self, options, models, methods):
-        pass
-
-    def measure(self, model, method, mode):
-        raise steps.Absent("not now")
-
-
-def test_a_run_that_is_killed_has_named_what_it_owes(monkeypatch):
-    monkeypatch.setattr(steps, "Session", _Listed)
-    run, told = {}, []
-    asked = {"methods": [FULL, LORA, FULL], "modes": ["compiled", "eager"]}
-    steps.measure(run, OPTIONS, **asked, report=lambda: told.append(json.dumps(run)))
-    first, last = (json.loads(text)["absent_steps"] for text in (told[0], told[-1]))
-    order = [(FULL, "eager"), (LORA, "eager"), (FULL, "compiled"), (LORA, "compiled")]
-    assert [(each["method"], each["mode"]) for each in first[::2]] == order  # of both models
-    assert {each["reason"] for each in first} == {"the run ended before"}
-    assert [each["reason"] for each in last] == ["not now"] * 7 + ["the run ended before"]
-
-
-def test_time_is_kept():
-    run = {}
-    steps.measure(run, dataclasses.replace(OPTIONS, seconds=1e-9), ["vilt"], [FULL], ["eager"])
-    assert run["steps"] == [] and [each["reason"] for each in run["absent_steps"]] == ["1e-09 seconds had passed"]
-
-
-@pytest.mark.parametrize(("missing", "left"), [("peft", [LORA]), ("transformers", None)])
-def test_what_is_not_installed_is_named(monkeypatch, missing, left):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    monkeypatch.setattr(steps, "Session", _Listed)
-    run = {}
-    steps.measure(run, OPTIONS, ["blip"], [PEFT, LORA], ["eager"])
-    assert f"{missing}" in run["absent_steps"][0]["reason"] and run["absent_steps"][0]["mode"] is None
-    assert run["absent_steps"][0]["method"] == (PEFT if missing == "peft" else None)
-    assert [each["method"] for each in run["absent_steps"][1:]] == (left or [])
-    assert "is not installed" in steps.steps_table(run)
-
-
-@pytest.mark.parametrize("names", [{"models": ["blip", "clip"]}, {"methods": ["moil"]}, {"modes": ["fast"]}], ids=str)
-def test_unknown_names_are_refused_before_anything_is_built(monkeypatch, names):
-    monkeypatch.setattr(steps, "Session", lambda *_: pytest.fail("built"))
-    with pytest.raises(ValueError, match=r"expected one of \(.*\), got"):
-        steps.measure({}, OPTIONS, **names)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("size", "huge"), ("dtype", "float16"), ("batch", 0), ("rounds", -1), ("seconds", 0), ("dropout", 1.0)],
-)
-def test_unfit_options_are_refused(name, value, capsys):
-    with pytest.raises(ValueError, match=rf"^{name}: expected"):
-        dataclasses.replace(OPTIONS, **{name: value})
-    with pytest.raises(SystemExit):
-        steps.main([f"--{name}", str(value)])
-    assert name in capsys.readouterr().err
