@@ -26,6 +26,7 @@ MAPPED = {
     "peft_kernels.triton_kernels": "triton_kernels",
     "peft_kernels.benchmarks": "benchmarks",
     "peft_kernels.benchmarks.floor": "benchmarks/floor",
+    "peft_kernels.benchmarks.gpu": "benchmarks/gpu",
 }
 
 

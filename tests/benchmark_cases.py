@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from peft_kernels.benchmarks import gpu_work, runner
+from peft_kernels.benchmarks import runner
+from peft_kernels.benchmarks.gpu import work as gpu_work
 
 # One shape for each operation, and the providers that need no compiler.
 TINY = gpu_work.SMALL

@@ -9,8 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peft_kernels.benchmarks import gpu, gpu_parts, gpu_search, gpu_work, runner, tables
+from peft_kernels.benchmarks import runner, tables
 from peft_kernels.benchmarks.__main__ import BENCHES
+from peft_kernels.benchmarks.gpu import __main__ as gpu
+from peft_kernels.benchmarks.gpu import parts as gpu_parts
+from peft_kernels.benchmarks.gpu import search as gpu_search
+from peft_kernels.benchmarks.gpu import work as gpu_work
 from peft_kernels.triton_kernels.config import Tile
 
 CPU = torch.device("cpu")

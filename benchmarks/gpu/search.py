@@ -17,7 +17,7 @@ import torch
 from peft_kernels.triton_kernels.common import record_launches
 from peft_kernels.triton_kernels.config import Tile
 
-from . import cases, runner, timing
+from .. import cases, runner, timing
 
 
 class Place(NamedTuple):

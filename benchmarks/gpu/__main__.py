@@ -21,8 +21,8 @@ import torch
 
 from peft_kernels.adapters.checkpoint import write_atomically
 
-from . import tables
-from .gpu_parts import PARTS, NotHere, Run
+from .. import tables
+from .parts import PARTS, NotHere, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHON = (sys.executable, "-m")
-WORK = (*PYTHON, "peft_kernels.benchmarks.gpu_work")
+WORK = (*PYTHON, "peft_kernels.benchmarks.gpu.work")
 VALUE = ("lowrank_linear", "weight_distance", "batched_lowrank_linear", "reconstruct", "gated_query")  # first the most
 KERNELS = ("lowrank_linear", "weight_distance", "reconstruct")  # the main three
 COUNTERS = {  # of Nsight Compute
@@ -92,7 +92,7 @@ class Run:
     def work(
         self, kind: str, *options: object, under: Sequence[object] = (), **environment: str
     ) -> tuple[int | None, list[dict], str]:
-        """One kind of gpu_work.py: (exit status, records, output). under: the tool that runs it, and its options"""
+        """One kind of work.py: (exit status, records, output). under: the tool that runs it, and its options"""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "records.json")
             command = (*under, *WORK, kind, "--save", file, "--device", self.device, *self.small, *options)

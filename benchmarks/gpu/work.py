@@ -1,6 +1,6 @@
 """The work of `python -m peft_kernels.benchmarks.gpu`, each kind in a process of its own that cannot take others down.
 
-    python -m peft_kernels.benchmarks.gpu_work check|numerics|measure|search|once --save FILE.json
+    python -m peft_kernels.benchmarks.gpu.work check|numerics|measure|search|once --save FILE.json
         [--op NAME …] [--dtype NAME …] [--backend NAME …] [--small] [--device cpu]
 
 Every kind writes its records to the file as it goes: what is stopped leaves what it has found.
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from . import cases, gpu_search, runner
-from .__main__ import BENCHES
+from .. import cases, runner
+from ..__main__ import BENCHES
+from . import search as tiles
 
 # One small shape of each operation, as the bench's --shapes takes it: seconds under a sanitizer or an interpreter.
 SMALL = {
@@ -116,10 +117,10 @@ def measure(work: Work) -> None:
 
 
 def search(work: Work) -> None:
-    """Tiles: see gpu_search.py."""
+    """Tiles: see search.py."""
     for bench in work.benches():
-        for case in gpu_search.cases_of(work.cases(bench))[: 1 if work.small else None]:
-            for record in gpu_search.search(bench, case, work.device, limit=1 if work.small else None):
+        for case in tiles.cases_of(work.cases(bench))[: 1 if work.small else None]:
+            for record in tiles.search(bench, case, work.device, limit=1 if work.small else None):
                 work.add(record)
 
 
