@@ -70,14 +70,37 @@ def errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, fl
     return found
 
 
+def rounded(tensors: Any) -> Any:
+    """Copies of float64 tensors that are off by up to half a unit in float32's last place, each element by its own."""
+
+    def nudge(t: Tensor | None) -> Tensor | None:
+        if t is None or not t.is_floating_point():
+            return t
+        generator = torch.Generator(t.device).manual_seed(t.numel())
+        by = torch.empty_like(t, requires_grad=False).uniform_(-1, 1, generator=generator)
+        return torch.addcmul(t.detach(), t.detach(), by, value=torch.finfo(torch.float32).eps / 2).requires_grad_(
+            t.requires_grad
+        )
+
+    return type(tensors)(*map(nudge, tensors))
+
+
+def longest_sum(tensors: Any) -> int:
+    """Terms of the longest sum over these tensors: along a row, or over all rows."""
+    shapes = [t.shape for t in tensors if t is not None and t.dim() > 1]
+    return max(max(shape[-1], shape.numel() // max(1, shape[-1])) for shape in shapes)
+
+
 def check(
     provider: str,
     got: dict[str, Tensor],
     exact: dict[str, Tensor],
     usual: dict[str, float],
     accuracy: Mapping[str, float] = MappingProxyType({}),
+    order: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Each result's error against float64 is at most twice that of plain torch in the same dtype, `usual`.
+    """Each result's error against float64 is at most twice that of plain torch in the same dtype, `usual`, and what is
+    left to the order of its sums, `order`.
 
     Or, for those in `accuracy`, at most that. Returns the errors. Raises WrongResult.
     """
@@ -88,7 +111,8 @@ def check(
     except WrongResult as error:
         raise WrongResult(f"{provider}: {error}") from None
     for name, error in found.items():
-        tolerated = accuracy.get(name, 2 * usual[name] + 2 * torch.finfo(got[name].dtype).eps)
+        epsilon = torch.finfo(got[name].dtype).eps
+        tolerated = accuracy.get(name, 2 * usual[name] + 2 * epsilon + order.get(name, 0.0))
         if not error <= tolerated:  # so that NaN is wrong, too
             raise WrongResult(
                 f"{provider}: {name} is off by {error:.1e} of its largest value, {tolerated:.1e} is usual"

@@ -75,6 +75,7 @@ class Bench:
     proof: Callable[[Any], Any] = lambda case: case  # the case to verify in its stead, where all of it takes too long
     accuracy: dict[str, float] = field(default_factory=dict)  # by name of a result, instead of plain torch's
     presets: dict[str, Sequence[Sequence[int]]] = field(default_factory=dict)  # shapes that go by a model's name
+    unsummed: str = "-"  # how the names of results begin that are no sums
 
     @property
     def peers(self) -> list[str]:
@@ -100,18 +101,28 @@ def results(built: Built, given: Input, backward: bool = True) -> dict[str, Tens
 
 
 def verify(bench: Bench, name: str, problem: Problem, built: Built, seed: int = 1) -> dict[str, tuple[float, float]]:
-    """{result: (its error, plain torch's)}. Raises WrongResult unless y and every gradient are as good as that."""
+    """{result: (its error, plain torch's)}. Raises WrongResult unless y and every gradient are as good as that.
+
+    But for the order of sums, which is the machine's own. Roundings of float32 at random in every term of a sum of n
+    change it as much as roundings of the inputs do, `moved`; those of its n partial sums, each as large as the terms
+    before it leave it, up to sqrt(n) times as much.
+    """
     case = problem.case
     key, reference = bench.reference(bench.providers[name], problem, built, seed)
     if key not in problem.references:
         wide, own = (converted(problem.tensors, dtype) for dtype in (torch.float64, case.torch_dtype))
-        exact = _all_results(reference(case, wide), wide.input, case.backward)
-        usual = _all_results(reference(case, own), own.input, case.backward)
-        problem.references[key] = exact, cases.errors(usual, exact)
+        near = cases.rounded(wide)
+        exact, usual, moved = (
+            _all_results(reference(case, tensors), tensors.input, case.backward) for tensors in (wide, own, near)
+        )
+        usual, moved = cases.errors(usual, exact), cases.errors(moved, exact)
+        deeper = cases.longest_sum(wide) ** 0.5
+        order = {result: deeper * error for result, error in moved.items() if not result.startswith(bench.unsummed)}
+        problem.references[key] = exact, usual, order
     torch.manual_seed(seed)
     got = _all_results(built, problem.tensors.input, case.backward)
-    exact, usual = problem.references[key]
-    found = cases.check(name, got, exact, usual, bench.accuracy)
+    exact, usual, order = problem.references[key]
+    found = cases.check(name, got, exact, usual, bench.accuracy, order)
     return {result: (error, usual[result]) for result, error in found.items()}
 
 

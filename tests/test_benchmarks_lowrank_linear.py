@@ -151,6 +151,62 @@ def test_wrong_provider_is_not_timed(change):
     assert reason(bench.BENCH, _eager_with(change), DROPPED, "PEFT").startswith("wrong: ")
 
 
+class _InOneChain(torch.autograd.Function):
+    """x Wᵀ and its gradients in float32, each sum from its first term to its last: no order is worse."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _chained(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return _chained(dy, weight.t()), _chained(dy.t(), x.t()) if ctx.needs_input_grad[1] else None
+
+
+def _chained(a, b):
+    total = torch.zeros(a.shape[0], b.shape[0])
+    for one, other in zip(a.t(), b.t()):
+        total += one[:, None] * other
+    return total
+
+
+def _with_linear(linear):
+    def build(case, t):
+        def forward(x):
+            return linear(x, t.weight) + t.bias + cases.SCALE * linear(linear(x, t.down), t.up)
+
+        return runner.Built(forward, {"d_down": t.down, "d_up": t.up})
+
+    return runner.Provider(build, "eager")
+
+
+def _in_tf32(x, weight):
+    """Operands of 10 bits, as tensor cores take them unless float32 is asked for."""
+
+    def cut(t):
+        return ((t.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) - t.detach() + t
+
+    return F.linear(cut(x), cut(weight))
+
+
+def test_the_order_of_sums_is_no_fault_and_less_precision_is_one():
+    case = bench.Case(5000, 16, 24, 4)
+    problem = runner.pose(bench.BENCH, case, CPU)
+
+    def check(linear):
+        providers = {"new": _with_linear(linear)}
+        built = providers["new"].build(case, problem.tensors)
+        return runner.verify(dataclasses.replace(bench.BENCH, providers=providers), "new", problem, built)
+
+    found = check(_InOneChain.apply)
+    eps = torch.finfo(torch.float32).eps
+    assert any(error > 2 * usual + 2 * eps for error, usual in found.values())  # where plain torch's is no measure
+    with pytest.raises(cases.WrongResult):
+        check(_in_tf32)
+
+
 # ---- peers that are not here, as their calls are known ---------------------------------------------------------------
 
 

@@ -272,6 +272,16 @@ def test_wrong_teachers_alone_are_refused():
     assert re.match("wrong: (y|teacher)", reason(bench.BENCH, runner.Provider(build, "lerp"), HYBRID))
 
 
+def test_teachers_are_no_sums():
+    """At this width the order of sums may change a gradient by more than a step moves a teacher."""
+    case = bench.Case(1, 768, 2)
+    problem = runner.pose(bench.BENCH, case, CPU)
+    built = bench.PROVIDERS["authors' formula"].build(case, problem.tensors)
+    runner.verify(bench.BENCH, "authors' formula", problem, built)
+    ((_, _, order),) = problem.references.values()
+    assert {"dA", "dB"} <= order.keys() and not any(name.startswith("teacher") for name in order)
+
+
 def test_losses_of_the_whole_case_are_compared():
     """Where the layers that are verified are right, and another one is not."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ddp_training import steady
 from moil_cases import config, experts, task_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +25,7 @@ def start(seed: int) -> tuple[MoIL, dict]:
 
 
 def run(moil: MoIL, model: nn.Module, batch: dict) -> dict:
-    optimizer = torch.optim.AdamW(moil.param_groups(1e-2))
+    optimizer = steady(moil)
     model.train()
     for _ in range(STEPS):
         optimizer.zero_grad()
