@@ -104,5 +104,5 @@ def test_a_new_process_gives_the_same_output(tmp_path):
     adapter.save_pretrained(tmp_path)
     saved = tmp_path / "output.pt"
     command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path), str(saved)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent, timeout=120)
+    subprocess.run(command, check=True, cwd=Path(__file__).parent)
     torch.testing.assert_close(torch.load(saved), output(model, batch), rtol=0, atol=0)
