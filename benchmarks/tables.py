@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     versus: dict[str, str]  # short name: provider; the first that was measured is the one on the terminal
 
 
+TIMES = {"ms": "", "graph_ms": "graph "}  # what a result has: eager, and on a GPU in a CUDA graph; before a heading
 FIGURES = {  # heading: what a result holds, its digits and unit
     "floor ms": ("floor_ms", 3, 1),
     "GB/s": ("gb_per_s", 1, 1),
@@ -245,27 +246,29 @@ def speed_table(runs: Sequence[dict]) -> str:
     """Per device a table for every operation; without a GPU's results only that there are none."""
     parts = [] if any(run["kind"] == "gpu" for run in runs) else [f"GPU: {NEVER}."]
     for run in runs:
-        time, how = ("graph_ms", "; in a CUDA graph") if run["kind"] == "gpu" else ("ms", "")
+        how = "; eager, calls issued back to back, and in a CUDA graph" if run["kind"] == "gpu" else ""
         parts.append(f"{describe(run)}{how}.")
         measured = {case["op"] for case in run["cases"]}
-        parts += [_op_table(op, run["cases"], time) for op in LAYOUTS if op in measured]
+        parts += [_op_table(op, run["cases"]) for op in LAYOUTS if op in measured]
         if run.get("steps"):
-            from .steps import steps_table  # which builds whole models
+            from .steps_table import steps_table  # which knows the models
 
             parts.append(_folded("a training step", steps_table(run)))
     return "\n\n".join(parts)
 
 
-def _op_table(op: str, cases: Sequence[dict], time: str) -> str:
+def _op_table(op: str, cases: Sequence[dict]) -> str:
     """Folded, one line for every case and backend of ours; a column that is empty throughout is left out."""
     layout = LAYOUTS[op]
-    headers = [*layout.case, "ours", "ms", *layout.figures, *(f"vs {peer}" for peer in layout.versus)]
+    headers = [*layout.case, "ours", *(f"{how}ms" for how in TIMES.values()), *layout.figures]
+    headers += [f"{how}vs {peer}" for how in TIMES.values() for peer in layout.versus]
     rows = []
     for case in (case for case in cases if case["op"] == op):
         for row in (row for row in case["results"] if row["backend"]):
             cells = [str(cell(case)) for cell in layout.case.values()]
-            cells += [row["provider"].removeprefix("ours, "), number(row[time], 3), *figures(row, layout.figures)]
-            rows.append(cells + [speed(case, row, provider, time) for provider in layout.versus.values()])
+            cells += [row["provider"].removeprefix("ours, "), *(number(row[time], 3) for time in TIMES)]
+            ratios = [speed(case, row, provider, time) for time in TIMES for provider in layout.versus.values()]
+            rows.append([*cells, *figures(row, layout.figures), *ratios])
     kept = [index for index, column in enumerate(zip(*rows)) if set(column) != {"–"}]
     table = markdown([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
     return _folded(f"<code>{op}</code>", table)

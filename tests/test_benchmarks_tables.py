@@ -84,7 +84,14 @@ def test_gpu_result_shows_for_what_it_verified(saved_run):
     for line in (line for line in text.splitlines() if "interpreted" in line or "emulation" in line):
         seen = "interpreted" in line and "`reconstruct`" not in line
         assert ("NVIDIA Test" in line) == seen and (tables.NEVER in line) != seen
-    assert f"GPU: {tables.NEVER}" not in text and "1234.50×" in text and "; in a CUDA graph." in text
+    assert f"GPU: {tables.NEVER}" not in text and "1234.50×" in text and ", and in a CUDA graph." in text
+    table = text.partition("<code>lowrank_linear</code>")[2]
+    heads, _, first = ([cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:5])
+    cells = dict(zip(heads, first))  # eager beside the graph
+    assert float(cells["graph ms"]) == pytest.approx(float(cells["ms"]) / 2, abs=2e-3)
+    assert cells["graph vs PEFT"] == "1234.50×" != cells["vs PEFT"]
+    after = text.partition("NVIDIA Test")[2].partition("threads:")
+    assert "graph ms" in after[0] and "graph ms" not in after[2]  # of a CPU there is none
 
 
 def test_what_was_verified_without_being_timed_shows_too(saved_run):
