@@ -4,6 +4,9 @@ import os
 
 import pytest
 import torch
+from quick_interpreter import quicken
+
+quicken()
 
 # Deterministic mode fills every torch.empty with NaN: whatever a kernel forgets to write shows.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
