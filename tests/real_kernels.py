@@ -7,25 +7,22 @@ to a launch are run elsewhere, and counted here. Every test prints a record that
 with workers, too; a worker whose GPU has faulted ends, and another one takes over.
 """
 
+import json
 import os
 from collections import Counter
 
 import pytest
-import torch
-
-from peft_kernels.benchmarks.gpu.launches import counted
-from peft_kernels.benchmarks.gpu.process import line_of
 
 ELSEWHERE = {"_mutants": "mutants", "_errors": "bad input, which nothing is launched for"}  # by how a file's name ends
 
 
-def why_left_out(stem: str, parameters: dict, marked: bool) -> str | None:
-    """Why a test has no kernels of a GPU to run, by its file, its parameters and whether it is marked; or None."""
+def why_left_out(stem: str, parameters: dict, marked: bool | None = None) -> str | None:
+    """Why a test has no kernels of a GPU to run, by its file, its marker if it has one, or its parameters; or None."""
     for ending, why in ELSEWHERE.items():
         if stem.endswith(ending):
             return why
-    if marked:
-        return None
+    if marked is not None:
+        return None if marked else "nothing to launch"
     named = {name: str(value) for name, value in parameters.items()}
     if "_cuda" in stem:
         return None if named.get("device") == "cuda" else "CUDA's kernels emulated on a CPU, or none"
@@ -52,7 +49,8 @@ class Kernels:
         kept, gone = [], []
         for item in items:
             parameters = getattr(getattr(item, "callspec", None), "params", {})
-            why = why_left_out(item.path.stem, parameters, item.get_closest_marker("kernels") is not None)
+            marker = item.get_closest_marker("kernels")
+            why = why_left_out(item.path.stem, parameters, marker and marker.kwargs.get("run", True))
             (gone if why else kept).append(item)
             self.left_out.update([why] if why else [])
         items[:] = kept
@@ -60,6 +58,10 @@ class Kernels:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
+        import torch  # only where tests run
+
+        from peft_kernels.benchmarks.gpu.launches import counted
+
         with counted() as self.launched:
             result = yield
         if torch.cuda.is_initialized():
@@ -97,4 +99,4 @@ class Kernels:
         self._print(record | {"launches": found.get("launches", {})})
 
     def _print(self, record: dict) -> None:
-        self.config.get_terminal_writer().line("\n" + line_of(record))
+        self.config.get_terminal_writer().line(f"\nrecord {json.dumps(record)}")

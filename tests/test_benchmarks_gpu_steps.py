@@ -1,6 +1,5 @@
 """What the steps of `python -m peft_kernels.benchmarks.gpu` make of what their processes find."""
 
-import json
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from peft_kernels.benchmarks.__main__ import BENCHES
 from peft_kernels.benchmarks.gpu import speed, truth, tuning
 from peft_kernels.benchmarks.gpu import work as gpu_work
 from peft_kernels.benchmarks.gpu.launches import counted
-from peft_kernels.benchmarks.gpu.process import OPS, RECORD, NotHere, Run
+from peft_kernels.benchmarks.gpu.process import OPS, NotHere, Run
 
 CPU = torch.device("cpu")
 
@@ -229,10 +228,10 @@ def test_a_wrong_variant_is_a_finding(absent):
 
 def work_of(kind, *options):
     """The records of one kind of work on a CPU."""
-    lines = []
+    records = []
     given = {"ops": ["reconstruct"], "providers": ["torch"], "dtypes": ["float32"], "sizes": ["small"], "small": True}
-    gpu_work.KINDS[kind](gpu_work.Work(CPU, **given | dict(options), emit=lines.append))
-    return [record for line in lines if "begun" not in (record := json.loads(line.removeprefix(RECORD)))]
+    gpu_work.KINDS[kind](gpu_work.Work(CPU, **given | dict(options), add=records.append))
+    return [record for record in records if "begun" not in record]
 
 
 def test_a_wrong_result_is_a_record(monkeypatch):
@@ -255,10 +254,10 @@ def test_errors_are_told_beside_torch_s():
 
 
 def test_every_case_is_announced_and_the_first_can_be_named():
-    lines = []
+    records = []
     given = {"ops": ["reconstruct"], "providers": [], "dtypes": ["float32"], "sizes": ["small"], "most": 4, "first": 2}
-    gpu_work.numerics(gpu_work.Work(CPU, **given, emit=lines.append))
-    assert [json.loads(line.removeprefix(RECORD)) for line in lines] == [{"begun": 2, "of": 4}, {"begun": 3, "of": 4}]
+    gpu_work.numerics(gpu_work.Work(CPU, **given, add=records.append))
+    assert records == [{"begun": 2, "of": 4}, {"begun": 3, "of": 4}]
 
 
 @pytest.mark.parametrize(

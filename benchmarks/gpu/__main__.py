@@ -14,6 +14,7 @@ tables of them. --dry runs every step on tiny shapes on a CPU, with Triton's int
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.dry and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; --dry tries every part on a CPU", file=sys.stderr)
         return 2
+    if given.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything asks whether Triton runs on a CPU
     given.out.mkdir(parents=True, exist_ok=True)
     spent = max(0.0, time.time() - given.began) if given.began else 0.0
     ok = True

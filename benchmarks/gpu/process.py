@@ -4,6 +4,7 @@ A process prints each of its records on a line of its own as soon as it has it, 
 anew for every one: a fault, a hang or a kill loses what was running, and nothing else.
 """
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -58,6 +60,11 @@ class Run:
     @property
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
+
+    @property
+    def inside(self) -> bool:
+        """Dry, only the first run starts processes for its work: each takes seconds to import torch."""
+        return self.dry and self.part != "truth"
 
     @property
     def file(self) -> Path:
@@ -141,11 +148,15 @@ class Run:
                     self.keep(key, record)
 
         small = ("--small",) if self.dry else ()
-        command = (*under, *PYTHON, self.worker, kind, "--device", self.device, *small, *options)
+        arguments = (kind, "--device", self.device, *small, *options)
         statuses, texts = [], []
         while len(statuses) <= MOST_RESTARTS:
             first = begun["begun"] + 1
-            status, text = self.call((*command, "--from", first), found, **environment)
+            if self.inside:
+                status, text = inside(self.worker, [*arguments, "--from", first], found)
+            else:
+                command = (*under, *PYTHON, self.worker, *arguments, "--from", first)
+                status, text = self.call(command, found, **environment)
             statuses.append(status)
             texts.append(text)
             if status in (0, None) or not first <= begun["begun"] < begun["of"] - 1:
@@ -164,12 +175,9 @@ class Run:
                 raise
 
     def groups(self) -> list[tuple[str, ...]]:
-        """The operations, each in a process of its own; dry in one, since a process takes seconds to import torch.
-
-        Dry, the third run's are the first alone: the others' kinds of work are those of the second.
-        """
+        """The operations, each in a process of its own; dry in one, and of the later runs the first operation alone."""
         if self.dry:
-            return [OPS[:1] if self.part == "tuning" else OPS]
+            return [OPS if self.part == "truth" else OPS[:1]]
         return [(op,) for op in OPS]
 
     def in_turn(self, groups: Sequence[tuple[str, ...]]) -> Iterator[tuple["Run", tuple[str, ...]]]:
@@ -198,6 +206,14 @@ def _lines(process: subprocess.Popen, deadline: float) -> Iterator[str]:
             break
     if rest:
         yield rest.decode(errors="replace")
+
+
+def inside(worker: str, arguments: Sequence[object], found: Callable[[dict], None]) -> tuple[int, str]:
+    """`Run.call` without a process."""
+    try:
+        return importlib.import_module(worker).main(list(map(str, arguments)), found), ""
+    except Exception:
+        return 1, traceback.format_exc()
 
 
 def end(process: subprocess.Popen) -> None:

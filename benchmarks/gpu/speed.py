@@ -9,7 +9,7 @@ from typing import Any
 from .process import PYTHON, NotHere, Run, cut
 from .truth import Told, tool
 
-WATCHED = ("shrink", "up_bwd", "down_bwd", "sum")  # of lowrank_linear, whose names these are parts of
+WATCHED = "_(shrink|up_bwd|down_bwd|sum)_kernel"  # of lowrank_linear
 COUNTERS = {  # of Nsight Compute
     "gpu__time_duration.sum": "ns",
     "dram__bytes.sum": "bytes",
@@ -115,7 +115,7 @@ def counters(run: Run) -> Told:
     if path is None or run.dry:
         raise NotHere("no ncu on the PATH or in /usr/local/cuda" if path is None else "needs a GPU")
     options = ("--profile-from-start", "off", "--clock-control", "none", "--csv", "--metrics", ",".join(COUNTERS))
-    watched = (path, *options, "--kernel-name", f"regex:{'|'.join(WATCHED)}")
+    watched = (path, *options, "--kernel-name", f"regex:{WATCHED}")
     work = ("--op", "lowrank_linear", "--with", "ours, triton D1", *dtype(run), "--most", 1)
     status, _, text = run.work("once", None, *work, under=watched)
     rows = read_counters(text)

@@ -64,10 +64,7 @@ class Work:
     most: int | None = None
     first: int = 0
     small: bool = False
-    emit: Callable[[str], None] = lambda line: print(line, flush=True)
-
-    def add(self, record: dict) -> None:
-        self.emit(line_of(record))
+    add: Callable[[dict], None] = lambda record: print(line_of(record), flush=True)  # what becomes of a record
 
     def each(self, select: Callable[[list], list] = list) -> Iterator[tuple[runner.Bench, cases.Case]]:
         """Every case from the first that is wanted on, each announced before it is begun."""
@@ -268,7 +265,7 @@ def variants(work: Work) -> None:
 KINDS = {work.__name__: work for work in (numerics, check, kernels, once, measure, search, variants)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, add: Callable[[dict], None] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     several = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("kind", choices=KINDS)
@@ -282,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(argv)
     options = {name: value for name, value in vars(given).items() if name not in ("kind", "device", "op", "dtype")}
+    options |= {"add": add} if add else {}
     KINDS[given.kind](Work(torch.device(given.device), given.op, dtypes=given.dtype, **options))
     return 0
 
