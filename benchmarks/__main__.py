@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from . import __path__ as folder
-from . import compare, runner, tables, terminal
+from . import compare, results, runner, terminal
 from .cases import Case
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if module.name.startswith("bench_"))
@@ -187,14 +187,14 @@ def main(argv: Sequence[str] | None = None, benches: Sequence[runner.Bench] = BE
         torch.set_num_threads(given.threads)
     rounds = given.rounds or (3 if given.quick else None)
 
-    run = tables.provenance(device)
-    print(tables.describe(run), end="\n\n")
+    run = results.provenance(device)
+    print(results.describe(run), end="\n\n")
     done: list[dict] = run["cases"]
 
     def save(record: dict) -> None:
         run["cases"] = [*done, record]
         if given.save:
-            tables.save(run, given.save)
+            results.save(run, given.save)
 
     for bench, _, found in plan:
         if not found:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .tables import describe
+from .results import describe, identity
 from .terminal import Table
 
 FASTER, SLOWER = "faster", "SLOWER"
-MEASURED = ("title", "rates", "results", "absent", "fault")  # what a record has beyond the case itself
 
 
 class Change(NamedTuple):
@@ -22,11 +21,6 @@ class Change(NamedTuple):
     old: float
     new: float
     told: str  # FASTER, SLOWER, or empty
-
-
-def identity(case: dict) -> frozenset:
-    """What tells a case from all others."""
-    return frozenset((key, value) for key, value in case.items() if key not in MEASURED)
 
 
 def load(path: Path | None, wanted: Sequence[dict]) -> dict | None:

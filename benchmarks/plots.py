@@ -7,7 +7,7 @@ from statistics import median
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .tables import describe
+from .results import describe
 
 
 def plot(run: dict, folder: Path) -> list[Path]:

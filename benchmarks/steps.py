@@ -29,7 +29,7 @@ import torch
 
 from peft_kernels.checks import check_choice
 
-from . import tables
+from . import results
 from .cases import WrongResult
 from .steps_methods import AUTHORS, METHODS, MODES, MOIL, PEFT, RIVALS
 from .steps_models import MODELS, SIZES
@@ -133,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = Options(device, given.size, given.batch, dtype, given.dropout, given.rounds, seconds)
     except ValueError as error:
         parser.error(str(error))
-    run = tables.provenance(device)
-    print(tables.describe(run), flush=True)
-    report = partial(tables.save, run, given.save) if given.save else lambda: None
+    run = results.provenance(device)
+    print(results.describe(run), flush=True)
+    report = partial(results.save, run, given.save) if given.save else lambda: None
     try:
         measure(run, options, given.model, given.method, given.mode or (("eager",) if on_cpu else MODES), report)
     finally:

@@ -10,7 +10,7 @@ from benchmark_cases import TINY, tiny
 
 from peft_kernels import __main__ as command
 from peft_kernels.benchmarks import __main__ as bench
-from peft_kernels.benchmarks import bench_lowrank_linear, compare, runner, tables, terminal
+from peft_kernels.benchmarks import bench_lowrank_linear, compare, results, runner, terminal
 
 BENCHES = [tiny(each) for each in bench.BENCHES]
 FAST = ["--device", "cpu", "--dtype", "float32", "--rounds", "2"]
@@ -304,7 +304,7 @@ def test_other_cases_and_other_providers_are_left_out(saved):
 )
 def test_exit_status_says_that_one_of_ours_became_slower(provider, factor, status, saved, tmp_path, capsys):
     path = tmp_path / "old.json"
-    tables.save(_slower(json.loads(saved.read_text()), provider, factor, 0.0), path)
+    results.save(_slower(json.loads(saved.read_text()), provider, factor, 0.0), path)
     for case in (old := json.loads(path.read_text()))["cases"]:
         for row in case["results"]:  # whatever the machine does meanwhile
             row["spread_ms"] = 1e9 if row["provider"] != provider else 0
@@ -315,7 +315,7 @@ def test_exit_status_says_that_one_of_ours_became_slower(provider, factor, statu
 
 
 def test_committed_results_can_be_compared_with():
-    for path in tables.RESULTS.glob("*.json"):
+    for path in results.RESULTS.glob("*.json"):
         committed = json.loads(path.read_text())
         if committed["kind"] == "cpu":
             wanted = [{"op": op, **dataclasses.asdict(c)} for op, (_, cases) in planned().items() for c in cases]
