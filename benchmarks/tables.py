@@ -187,7 +187,7 @@ def speed_table(runs: Sequence[dict]) -> str:
         measured = {case["op"] for case in run["cases"]}
         parts += [_op_table(op, run["cases"]) for op in LAYOUTS if op in measured]
         if run.get("steps"):
-            from .steps import steps_table  # which builds whole models
+            from .steps_table import steps_table  # which knows the models
 
             parts.append(_folded("a training step", steps_table(run)))
     return "\n\n".join(parts)
