@@ -110,3 +110,4 @@ def test_the_log_keeps_the_begin_and_the_end(tmp_path):
 def test_operations_go_apart_on_a_gpu():
     assert Run(None, "truth", dry=False).groups() == [(op,) for op in process.OPS]
     assert Run(None, "truth", dry=True).groups() == [process.OPS]
+    assert Run(None, "speed", dry=True).groups() == [process.OPS[:1]]

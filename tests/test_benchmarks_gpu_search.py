@@ -7,6 +7,7 @@ import torch
 
 from peft_kernels.benchmarks import bench_lowrank_linear, runner, timing
 from peft_kernels.benchmarks.__main__ import BENCHES
+from peft_kernels.benchmarks.gpu import replay
 from peft_kernels.benchmarks.gpu import search as gpu_search
 from peft_kernels.benchmarks.gpu import work as gpu_work
 from peft_kernels.triton_kernels import reconstruct
@@ -23,11 +24,11 @@ def small(op):
 
 def only_recorded(recorder, tiles):
     """Launches as they would be, none of which is made."""
-    with gpu_search.patched(recorder.bench.op, tiles), record_launches(run=False) as launches:
+    with replay.patched(recorder.bench.op, tiles), record_launches(run=False) as launches:
         problem = recorder.problems[0]
         built = recorder.bench.providers[recorder.name].build(problem.case, problem.tensors)
         runner.results(built, problem.tensors.input, problem.case.backward)
-    return [gpu_search.Recorded(launches, [])]
+    return [replay.Recorded(launches, [])]
 
 
 # ---- what is searched ------------------------------------------------------------------------------------------------
@@ -66,11 +67,11 @@ def test_width_768_and_dropout_come_first():
 def test_a_patched_tile_is_the_one_that_is_launched(op):
     """And gives the same result: `build` verifies it."""
     bench, case = small(op)
-    recorder = gpu_search.Recorder(bench, case, CPU)
+    recorder = replay.Recorder(bench, case, CPU)
     tiles = recorder.tiles()
     kernel, tile = next(iter(tiles.items()))
     other = next(each for each in gpu_search.neighbours(tile) if each.warps != tile.warps)
-    with gpu_search.patched(op, {**tiles, kernel: other}), record_launches() as launches:
+    with replay.patched(op, {**tiles, kernel: other}), record_launches() as launches:
         assert not isinstance(recorder.build(), str)
     assert any(launch.tile is other for launch in launches) and not any(launch.tile is tile for launch in launches)
     assert all(any(launch.tile is each for launch in launches) for name, each in tiles.items() if name != kernel)
@@ -100,8 +101,8 @@ def test_search_climbs_to_the_fastest_tile(monkeypatch):
             return 1.0 + abs(tile.warps - 4)
         return 1.0 + ("up_bwd" in name) * (256 - tile.columns)
 
-    monkeypatch.setattr(gpu_search.Recorder, "record", only_recorded)
-    monkeypatch.setattr(gpu_search.Recorder, "times", by_tiles(cost))
+    monkeypatch.setattr(replay.Recorder, "record", only_recorded)
+    monkeypatch.setattr(replay.Recorder, "times", by_tiles(cost))
     records = {record["kernel"]: record for record in gpu_search.search(bench, case, CPU)}
     assert {"shrink", "expand", "up_bwd", "hidden_bwd", "down_bwd"} == records.keys()  # what is launched, no more
     assert records["shrink"]["to"].startswith("Tile(rows=16, columns=64, warps=8, stages=3")
@@ -122,11 +123,11 @@ def test_a_gain_within_the_spread_is_none(monkeypatch):
         own = [any(launch.tile == began for launch in runs[0]) for runs in sets]
         return [timing.Times(1.0 if first else 0.7, spread, []) for first in own]
 
-    monkeypatch.setattr(gpu_search.Recorder, "record", only_recorded)
-    monkeypatch.setattr(gpu_search.Recorder, "times", times)
+    monkeypatch.setattr(replay.Recorder, "record", only_recorded)
+    monkeypatch.setattr(replay.Recorder, "times", times)
     (record,) = gpu_search.search(bench, case, CPU)
     assert record["to"] == record["from"] == repr(began) and record["spread_us"] == pytest.approx(4e5)
-    monkeypatch.setattr(gpu_search.Recorder, "times", lambda *given: times(*given, spread=0.1))
+    monkeypatch.setattr(replay.Recorder, "times", lambda *given: times(*given, spread=0.1))
     (record,) = gpu_search.search(bench, case, CPU)
     assert record["to"] != record["from"] and record["us_to"] < record["us_from"]
 
@@ -154,8 +155,8 @@ def test_what_is_wrong_or_does_not_fit_is_left_out_however_fast(broken, told, mo
 
     monkeypatch.setattr(reconstruct, "launch", breaking)
     monkeypatch.setattr(gpu_search, "SIZES", {"rows": (16, 64)})
-    monkeypatch.setattr(gpu_search.Recorder, "spills", spills)
-    monkeypatch.setattr(gpu_search.Recorder, "times", by_tiles(lambda launch: launch.tile.rows))
+    monkeypatch.setattr(replay.Recorder, "spills", spills)
+    monkeypatch.setattr(replay.Recorder, "times", by_tiles(lambda launch: launch.tile.rows))
     (record,) = gpu_search.search(bench, case, CPU)
     assert record["from"] == record["to"] and record["tried"] == 2
     ((tile, why),) = record["left_out"].items()
@@ -174,9 +175,9 @@ def test_a_tile_that_faults_the_device_ends_the_search_after_its_record(monkeypa
         faults.append("CUDA error: an illegal memory access was encountered")
         raise torch.AcceleratorError(faults[0])
 
-    monkeypatch.setattr(gpu_search.Recorder, "record", only_recorded)
-    monkeypatch.setattr(gpu_search.Recorder, "times", times)
-    monkeypatch.setattr(gpu_search.Recorder, "fault", lambda recorder: faults and faults[0])
+    monkeypatch.setattr(replay.Recorder, "record", only_recorded)
+    monkeypatch.setattr(replay.Recorder, "times", times)
+    monkeypatch.setattr(replay.Recorder, "fault", lambda recorder: faults and faults[0])
     records = gpu_search.search(bench, case, CPU)
     record = next(records)
     assert list(record["left_out"].values()) == [f"faulted the device: {faults[0]}"] and record["us_to"] is None
@@ -189,7 +190,7 @@ def test_a_tile_that_faults_the_device_ends_the_search_after_its_record(monkeypa
 
 def test_a_replay_is_of_the_launch_alone_and_gives_the_same():
     bench, case = small("lowrank_linear")
-    recorder = gpu_search.Recorder(bench, case, CPU)
+    recorder = replay.Recorder(bench, case, CPU)
     tiles = recorder.tiles()
     (run,) = recorder.record(tiles)
     (expand,) = [launch for launch in run.launches if launch.tile is tiles["expand"]]
@@ -204,20 +205,20 @@ def test_a_replay_is_of_the_launch_alone_and_gives_the_same():
 def test_launches_whose_work_a_tile_changes_are_replayed_with_it():
     """Half as many rows make twice as many partial sums for the kernel that adds them."""
     bench = bench_lowrank_linear.BENCH
-    recorder = gpu_search.Recorder(bench, bench_lowrank_linear.Case(3000, 16, 16), CPU)
+    recorder = replay.Recorder(bench, bench_lowrank_linear.Case(3000, 16, 16), CPU)
     taller = Tile(64, 128)
     one, other = (only_recorded(recorder, {"up_bwd": tile}) for tile in (Tile(32, 128), taller))
     for runs, others in ((one, other), (other, one)):
-        (changed,) = gpu_search.differing(runs, others)
+        (changed,) = replay.differing(runs, others)
         assert [launch.kernel.__name__ for launch in changed] == ["_up_bwd_kernel", "_sum_kernel"]
-    assert gpu_search.differing(one, one) == [[]] and len(one[0].launches) > 4
+    assert replay.differing(one, one) == [[]] and len(one[0].launches) > 4
 
 
 def test_what_is_only_reached_by_addresses_is_held():
     """Tables in device memory hold addresses: a tensor that nobody keeps would be replaced before a replay writes."""
     bench, case = small("weight_distance")
     problem = runner.pose(bench, case, CPU)
-    with gpu_search.Holding() as holding, record_launches(run=False) as launches:
+    with replay.Holding() as holding, record_launches(run=False) as launches:
         built = bench.providers["ours, triton"].build(problem.case, problem.tensors)
         runner.results(built, problem.tensors.input, problem.case.backward)
     del built
@@ -231,7 +232,7 @@ def test_what_is_only_reached_by_addresses_is_held():
 
 def test_new_memory_is_full_of_nan():
     torch.use_deterministic_algorithms(False)
-    with gpu_search.Holding() as holding:
+    with replay.Holding() as holding:
         made = torch.empty(3), torch.ones(2).new_empty(4), torch.empty_like(torch.ones(5)), torch.empty(2, dtype=int)
         right = torch.ones(2) + 1
     assert all(t.isnan().all() for t in made[:3]) and torch.equal(right, torch.full((2,), 2.0))
@@ -255,7 +256,7 @@ def test_on_a_gpu_sets_take_turns_in_graphs(monkeypatch):
     monkeypatch.setattr(timing, "copies_beyond_cache", lambda nbytes, device: 3 if nbytes else 0)
     monkeypatch.setattr(timing, "time_in_graphs", in_graphs)
     monkeypatch.setattr(timing, "fault", lambda device: None)
-    recorder = gpu_search.Recorder(bench, case, _Gpu())
+    recorder = replay.Recorder(bench, case, _Gpu())
     runs = recorder.record(recorder.tiles())
     places = {launch.args[4].data_ptr() for run in runs for launch in run.launches}
     assert len(runs) == 3 == len(places)

@@ -30,8 +30,15 @@ class Launch(NamedTuple):
         """On the device of the first tensor, on torch's current stream. Returns what Triton compiled, if it did."""
         device = next(arg.device for arg in self.args if isinstance(arg, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            sizes = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
-            return self.kernel[self.grid](*self.args, **self.constants, **sizes)
+            return self.kernel[self.grid](*self.args, **self._options)
+
+    def compile(self) -> None:
+        """Without running it."""
+        self.kernel.warmup(*self.args, grid=self.grid, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {**self.constants, "num_warps": self.tile.warps, "num_stages": self.tile.stages}
 
 
 _record: list[Launch] | None = None

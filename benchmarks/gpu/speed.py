@@ -88,22 +88,17 @@ def steps(run: Run) -> Told:
     modes = ("eager",) if run.dry else ("graph", "eager")
     small = ("--size", "tiny", "--rounds", 1, "--model", "vilt", "--method", "our LoRA") if run.dry else ()
     file = run.out / "steps.json"  # beside the results: a run that is killed leaves it there
-    run.content["steps"], run.content["absent_steps"], ends = [], [], ""
-    for index, mode in enumerate(modes):
-        turn = run.within(1.0 if index == len(modes) - 1 else 0.6)
-        command = (*PYTHON, "peft_kernels.benchmarks.steps", "--save", file, "--device", run.device, "--mode", mode)
-        status, text = turn.call((*command, "--seconds", max(1, int(turn.left)), *small))
-        if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for key in ("steps", "absent_steps"):
-                run.content[key] += found.get(key, [])
-            file.unlink()
-            run.save()
-        if status != 0:
-            ends += f"; {mode}{cut(status)}" + (f": {text.strip().splitlines()[-1]}" if status == 1 and text else "")
+    command = (*PYTHON, "peft_kernels.benchmarks.steps", "--save", file, "--device", run.device, "--mode", *modes)
+    status, text = run.call((*command, "--seconds", max(1, int(run.left)), *small))
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        run.content |= {key: found.get(key, []) for key in ("steps", "absent_steps")}
+        run.save()
+        file.unlink()
     done = run.content["steps"]
+    why = f": {text.strip().splitlines()[-1]}" if status == 1 and text.strip() else ""
     lines = [f"  {s['title']}, {s['mode']}, {s['method']}: {s['ms']:.1f} ms" for s in done]
-    return not ends and bool(done), "\n".join([f"{len(done)} steps measured{ends}", *lines])
+    return status == 0 and bool(done), "\n".join([f"{len(done)} steps measured{cut(status)}{why}", *lines])
 
 
 # ---- counters -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,11 @@ def tiles(run: Run) -> Told:
     """The tile of every kernel against its neighbours: those that beat config.py's, as rows for it."""
     ends = by_operation(run, "search", "search", (("triton",),))
     found = run.content["search"]
-    better = [f"  {r['op']}, {r['case']}: {r['kernel']}={r['to']}" for r in found if r["to"] != r["from"]]
+    better = [
+        f"  {r['op']}, {r['case']}: {r['kernel']}={r['to']}, {r['us_from']:.2f} → {r['us_to']:.2f} µs"
+        for r in found
+        if r["to"] != r["from"]
+    ]
     return not ends, "\n".join([f"{len(found)} kernels, {len(better)} tiles to change{ends}", *better])
 
 

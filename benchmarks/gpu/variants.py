@@ -155,7 +155,7 @@ def _step(
 
     def replay() -> list:
         for each in launches:
-            each.kernel[each.grid](*each.args, **each.constants, num_warps=each.tile.warps, num_stages=each.tile.stages)
+            each.run()
         return kept
 
     return replay

@@ -250,7 +250,7 @@ def measure(work: Work) -> None:
 
 def search(work: Work) -> None:
     """Tiles: see search.py."""
-    for bench, case in work.each(lambda found: tiles.cases_of(dropout_first(found))):
+    for bench, case in work.each(tiles.cases_of):
         for record in tiles.search(bench, case, work.device, limit=1 if work.small else None):
             work.add(record)
 
