@@ -76,7 +76,7 @@ def batched(needs: str = "x weight bias down up", **sizes) -> Run:
 
 
 def gated(mode: str, needs: str, **sizes) -> Run:
-    problem = gated_query_cases.Problem(mode, **{"batch": 3, "positions": 19, "width": 136} | sizes)
+    problem = gated_query_cases.Problem(mode, **{"batch": 3, "positions": 11, "width": 72} | sizes)
     return lambda: gated_query_cases.run(_needing(problem, needs), "cpu", "triton")
 
 
@@ -119,9 +119,9 @@ THIN = {"design": "D3", "dtype": HALF, "columns_in": 72, "rank": 20, "out_blocks
 CASES: dict[str, dict[str, Run]] = {
     "lowrank_linear": {
         "lora": lowrank(**WIDE, dropout_p=0.3),
-        "diagonal": lowrank(**GRID, core="diagonal", dtype=HALF, dropout_p=0.3, dropout_on="rank"),
-        "dense": lowrank(**GRID, core="dense", dtype=HALF, dropout_p=0.3, dropout_on="core"),
-        "hidden": lowrank("x core", **GRID, core="diagonal", dtype=HALF, precomputed_hidden=True),
+        "diagonal": lowrank(core="diagonal", out_blocks=2, dtype=HALF, dropout_p=0.3, dropout_on="rank"),
+        "dense": lowrank(core="dense", in_blocks=2, dtype=HALF, dropout_p=0.3, dropout_on="core"),
+        "hidden": lowrank("x core", in_blocks=2, core="diagonal", dtype=HALF, precomputed_hidden=True),
         "float32, down": lowrank("down", rank=20),
         "one kernel": lowrank("core", **THIN, core="dense", dropout_p=0.3),
         "one kernel, diagonal": lowrank("up", **THIN, core="diagonal", dropout_p=0.3, dropout_on="core", bias=False),
@@ -138,13 +138,13 @@ CASES: dict[str, dict[str, Run]] = {
     },
     "reconstruct": {
         "lora": reconstructed(rows=130, columns=264, dtype=HALF),
-        "stack": reconstructed(core="diagonal", out_blocks=3, stack=True, base="shared"),
-        "dense": reconstructed(core="dense", **GRID, rows=40, base=None),
+        "stack": reconstructed(core="diagonal", out_blocks=3, stack=True, base="shared", rank=20),
+        "dense": reconstructed(core="dense", **GRID, rows=40, rank=20, base=None),
     },
     "weight_distance": {
-        "inputs": imitated(Layer((40, 34), 65, 20, 20), Layer((40,), 64, 20, None, live=torch.bfloat16)),
-        "output": imitated(Layer((40,), 65, 20, 18, placement="output", live=HALF), reduction="relative"),
-        "aligned": imitated(Layer((40,), 72, 20, 20, bias=False), decay=None, reduction="sum"),
+        "inputs": imitated(Layer((34,), 65, 20, 20), Layer((34,), 40, 20, None, live=torch.bfloat16)),
+        "output": imitated(Layer((34,), 40, 20, 18, placement="output", live=HALF), reduction="relative"),
+        "aligned": imitated(Layer((34, 34), 40, 20, 20, bias=False), decay=None, reduction="sum"),
     },
 }
 
@@ -178,7 +178,7 @@ SWEEP: dict[str, dict[str, Run]] = {
         for kind, needs, rank in product(_KINDS, _NEEDS["batched_lowrank_linear"], (8, 40))
     },
     "gated_query": {
-        f"{mode}-{kind}-{needs}": gated(mode, needs, dtype=kind, batch=7, width=264)
+        f"{mode}-{kind}-{needs}": gated(mode, needs, dtype=kind, batch=7, positions=19, width=264)
         for mode in gated_query_cases.MODES
         for kind, needs in product(_KINDS, _NEEDS[mode])
     },

@@ -36,13 +36,14 @@ def tiles(monkeypatch):
     small_tiles(monkeypatch)
 
 
-GRID = lowrank(dtype=torch.float16, core="diagonal", out_blocks=2, in_blocks=2)
-DENSE = lowrank("core", dtype=torch.float16, core="dense")
+GRID = lowrank(dtype=torch.float16, columns_in=40, columns_out=40, rank=5, core="diagonal", out_blocks=2, in_blocks=2)
+DENSE = lowrank("core", rows=40, dtype=torch.float16, columns_in=24, columns_out=24, core="flat dense")
+COLUMNS = lowrank("x down", rows=40, columns_in=72, columns_out=136, rank=20)
 ONE_KERNEL = lowrank("x", design="D3", rows=70, columns_in=40, columns_out=72, rank=20)
 BATCH = batched("up", inputs=24, outputs=40, rank=5)
-ADDITIVE, GATED = gated("additive", "text beta", batch=2), gated("gated", "hidden text beta", batch=2, width=72)
+ADDITIVE, GATED = gated("additive", "text beta"), gated("gated", "hidden text beta", batch=2)
 BLOCKS = reconstructed(rows=40, columns=136, rank=5, core="diagonal", out_blocks=2)
-STEP = imitated(Layer((34, 40), 65, 5, 3))
+LORA, HYBRID = imitated(Layer((34, 40), 40, 5, None)), imitated(Layer((34,), 65, 5, 3))
 BOTH_WRITE, READS, OUTSIDE, NO_BARRIER = "writes .*, and so does", "reads .*, which .* writes", "outside", "no barrier"
 BARRIER = "    tl.debug_barrier()\n"
 MUTANTS = {
@@ -61,17 +62,17 @@ MUTANTS = {
     },
     lowrank_linear_bwd: {
         "dB without strips": ("part = o * tl.num_programs(1) + strip", "part = o + 0 * strip", GRID, BOTH_WRITE),
-        "t of one chunk": ("((chunk * M + rows[:, None]) * O + o)", "(rows[:, None] * O + o)", GRID, BOTH_WRITE),
+        "t of one chunk": ("((chunk * M + rows[:, None]) * O + o)", "(rows[:, None] * O + o)", COLUMNS, BOTH_WRITE),
         "dz of one input block": ("(rows[:, None] * I + i)", "(rows[:, None] * I)", GRID, BOTH_WRITE),
         "d_core without strips": ("part = strip * (O * I) + block", "part = block", GRID, BOTH_WRITE),
         "d_core's rows all the first": ("offs_r = a + tl.arange", "offs_r = 0 * a + tl.arange", DENSE, BOTH_WRITE),
         "dA without strips": ("part = i * tl.num_programs(1) + strip", "part = i + 0 * strip", GRID, BOTH_WRITE),
-        "column tiles overlap": ("% column_tiles * BLOCK_K", "% column_tiles * (BLOCK_K - 8)", GRID, None),
+        "column tiles overlap": ("% column_tiles * BLOCK_K", "% column_tiles * (BLOCK_K - 8)", COLUMNS, None),
         "d_core not masked": ("(offs_a < R)[:, None] & (offs_r", "(offs_a >= 0)[:, None] & (offs_r", DENSE, None),
     },
     common: {
         "sums beyond the end": ("mask = offsets < size", "mask = offsets >= 0", GRID, OUTSIDE),
-        "sums overlap": (".to(tl.int64) * BLOCK + ", ".to(tl.int64) * (BLOCK - 1) + ", GRID, BOTH_WRITE),
+        "sums overlap": (".to(tl.int64) * BLOCK + ", ".to(tl.int64) * (BLOCK - 1) + ", COLUMNS, BOTH_WRITE),
     },
     batched_lowrank_linear: {
         "the next adapter's first row": (
@@ -95,25 +96,25 @@ MUTANTS = {
         "rows beyond the block": ("mask = (rows < NB)[:, None]", "mask = (rows <= NB)[:, None]", BLOCKS, None),
     },
     weight_distance: {
-        "the next tile's sum": ("partial_ptr + pid * 3 + 2,", "partial_ptr + pid * 3 + 3,", STEP, None),
+        "the next tile's sum": ("partial_ptr + pid * 3 + 2,", "partial_ptr + pid * 3 + 3,", LORA, None),
         "a neighbour's target": (
             "target = tl.load(target_pointers, mask=mask,",
             "target = tl.load(target_pointers + 1, mask=mask & (columns + 1 < N),",
-            STEP,
+            LORA,
             READS,
         ),
-        "one column more": ("mask = (rows < M) & (columns < N)", "mask = (rows < M) & (columns <= N)", STEP, None),
-        "the next matrix's sums": ("sums_ptr + index * 6 + 5", "sums_ptr + index * 6 + 6", STEP, None),
+        "one column more": ("mask = (rows < M) & (columns < N)", "mask = (rows < M) & (columns <= N)", LORA, None),
+        "the next matrix's sums": ("sums_ptr + index * 6 + 5", "sums_ptr + index * 6 + 6", LORA, None),
         "no barrier before the bias": (
             "    tl.debug_barrier()  # what other threads wrote above is read below\n",
             "",
-            STEP,
+            HYBRID,
             NO_BARRIER,
         ),
     },
     weight_distance_product: {
-        "column tiles all the same": ("tile_n * BLOCK_N", "tile_n * 0", STEP, BOTH_WRITE),
-        "the last column by every tile": ("& (tile_n == column_tiles - 1)", "", STEP, BOTH_WRITE),
+        "column tiles all the same": ("tile_n * BLOCK_N", "tile_n * 0", HYBRID, BOTH_WRITE),
+        "the last column by every tile": ("& (tile_n == column_tiles - 1)", "", HYBRID, BOTH_WRITE),
     },
 }
 
