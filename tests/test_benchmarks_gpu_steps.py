@@ -287,6 +287,9 @@ def test_launches_are_counted_by_backend_and_device():
         for name, number in (("ours, torch", {}), ("ours, triton", {"triton on cpu": 1})):
             runner.results(bench.providers[name].build(problem.case, problem.tensors), problem.tensors.input, False)
             assert dict(counts) == number
+        with record_launches(run=False) as launches:
+            runner.results(bench.providers[name].build(problem.case, problem.tensors), problem.tensors.input, False)
+    assert len(launches) == 1 and dict(counts) == number  # what is only recorded does not run
 
 
 # ---- what the sanitizer watches --------------------------------------------------------------------------------------
