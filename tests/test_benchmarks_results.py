@@ -1,7 +1,5 @@
 """Result files: which sources they are of, and what several of them say together."""
 
-import pytest
-
 from peft_kernels.benchmarks import results
 
 
@@ -60,9 +58,3 @@ def test_files_of_one_device_are_read_together(tmp_path):
     rows = [(each["op"], [(row["provider"], row["ms"]) for row in each["results"]]) for each in tuning["cases"]]
     assert rows == [("x", [("cuda", 1.0), ("PEFT", 2.0), ("compiled", 2.0)]), ("y", [("PEFT", 1.0)])]
     assert speed["steps"] == ["old"] and not speed["cases"]
-
-
-def test_a_dry_run_is_no_result(tmp_path):
-    written(tmp_path, "dry-truth", "2026-01-01", kind="dry")
-    with pytest.raises(ValueError, match="dry run"):
-        results.load(tmp_path)
