@@ -87,8 +87,8 @@ def _half_tiles(block_r: int, arch: int) -> dict[str, Tile]:
         up_bwd = replace({16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r], resident=1)
     if block_r == 64:
         hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2)
-    if arch >= 100 and block_r == 16:
-        down_bwd = Tile(32, 128)
+    if arch >= 100:
+        down_bwd = {16: Tile(32, 128), 32: down_bwd, 64: wide}[block_r]
     return {
         "shrink": wide,
         "mix": small,
@@ -148,7 +148,7 @@ def batched_config(rank: int, dtype: torch.dtype, arch: int) -> BatchedConfig:
     shrink = gram = wide
     if block_r == 64:
         shrink = replace(wide, stages=2) if dtype == torch.float32 else Tile(64, 64)
-        gram = replace(wide, resident=1) if dtype != torch.float32 and arch >= 90 else wide
+        gram = replace(wide, resident=1) if dtype != torch.float32 and 90 <= arch < 100 else wide
     if block_r == 16 and arch < 90:
         gram = replace(wide, stages=2)
     return BatchedConfig(block_r, **_fitted({"shrink": shrink, "expand": wide, "gram": gram}, arch))
