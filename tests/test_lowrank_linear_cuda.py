@@ -26,7 +26,7 @@ def device(request):
 def one_strip(request, monkeypatch):
     case = getattr(request.node, "callspec", None)
     if case and not getattr(case.params.get("case"), "strips", True):
-        monkeypatch.setattr(common, "BLOCKS", 1)
+        monkeypatch.setattr(common, "PROCESSORS", 0)
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------

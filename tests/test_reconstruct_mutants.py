@@ -27,7 +27,7 @@ MUTANTS = {
     "columns of the first block": (" * I * KB + i * KB + offs_k", " * I * KB + offs_k", BLOCKS),
     "diagonal of the first block": ("core_ptr + block * R + offs_r", "core_ptr + offs_r", BLOCKS),
     "core of the first block": ("load_dense(core_ptr, block, a", "load_dense(core_ptr, block * 0, a", DENSE),
-    "core transposed": ("tl.dot(up, core, mixed,", "tl.dot(up, tl.trans(core), mixed,", DENSE),
+    "core transposed": ("add_dot(mixed, up, core,", "add_dot(mixed, up, tl.trans(core),", DENSE),
     "chunks of the core swapped": ("block, a, b, R", "block, b, a, R", DENSE),
     "first chunk of the rank only": (*FIRST_CHUNK, Problem(rank=40)),
     "one chunk of each row of the core": (
@@ -39,8 +39,8 @@ MUTANTS = {
     "row tiles all the same": ("(tile // column_tiles).to(tl.int64)", "(tile * 0).to(tl.int64)", Problem(100, 24)),
     "rounded before the base is added": ("acc += base", "acc = acc.to(tl.float16).to(tl.float32) + base", MERGE),
     "a core's product rounded": (
-        "acc = tl.dot(mixed,",
-        "acc = tl.dot(mixed.to(tl.float16).to(tl.float32),",
+        "acc = add_dot(acc, mixed,",
+        "acc = add_dot(acc, mixed.to(tl.float16).to(tl.float32),",
         MERGE_CORE,
     ),
 }

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture, dot_constants, launch, scale_arguments, sum_partials
+from .common import add_dot, architecture, dot_constants, launch, scale_arguments, sum_partials
 from .config import SEGMENT_ROWS, BatchedConfig, adapter_strips, batched_config
 from .lowrank_linear_fwd import Scale, load_up
 
@@ -80,7 +80,7 @@ def _batched_shrink_kernel(
         pointers = wide_ptr + rows[:, None] * stride_wm + offs_w[None, :]
         wide = tl.load(pointers, mask=mask_m[:, None] & mask_w[None, :], other=0.0).to(DOT)
         factor = _load_factor(factor_ptr, adapter, offs_w, mask_w, W, R, UP, DOT, BLOCK_R)
-        acc = tl.dot(wide, tl.trans(factor), acc, input_precision=PRECISION)
+        acc = add_dot(acc, wide, tl.trans(factor), PRECISION)
     acc *= _load_scale(scale_ptr, scale, adapter)
     pointers = thin_ptr + rows[:, None] * stride_tm + offs_r[None, :]
     tl.store(pointers, acc.to(thin_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_r < R)[None, :])
@@ -143,7 +143,7 @@ def _gram_kernel(
         pointers = wide_ptr + rows[:, None] * stride_wm + offs_w[None, :]
         wide = tl.load(pointers, mask=mask_m[:, None] & mask_w[None, :], other=0.0).to(DOT)
         thin = _load_thin(thin_ptr, rows, mask_m, R, stride_tm, DOT, BLOCK_R)
-        acc = tl.dot(tl.trans(wide), thin, acc, input_precision=PRECISION)
+        acc = add_dot(acc, tl.trans(wide), thin, PRECISION)
     acc *= _load_scale(scale_ptr, scale, adapter)
     if UP:
         pointers = out_ptr + (part * W + offs_w[:, None]) * R + offs_r[None, :]
@@ -202,7 +202,7 @@ def _gram(
     """-> the gradient of `factor`"""
     tile, adapters, (rows, columns) = config.gram, factor.shape[0], wide.shape
     column_tiles = triton.cdiv(columns, tile.columns)
-    strips = adapter_strips(rows, adapters, tile.rows, column_tiles, architecture(wide.device))
+    strips = adapter_strips(rows, adapters, tile, column_tiles, architecture(wide.device))
     out = torch.empty_like(factor) if strips == 1 else wide.new_empty(strips, *factor.shape, dtype=torch.float32)
     launch(
         _gram_kernel,

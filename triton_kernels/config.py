@@ -7,18 +7,24 @@ import torch
 MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
+LONGEST_CHAIN = 64  # float32 products that are added one after another; the same number as kLongestChain in csrc
 SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; the same number as kSegmentRows in csrc
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: `rows` × `columns` of the large tensor it reads or writes; `depth` where a product loops."""
+    """One kernel's tile: `rows` × `columns` of the large tensor it reads or writes; `depth` where a product loops.
+
+    resident: programs that registers and shared memory allow a multiprocessor at a time, two at most, in the variant of
+    the kernel that takes most of them. Strips of rows are planned for it, and static tests compare it with the code.
+    """
 
     rows: int
     columns: int
     warps: int = 8
     stages: int = 3
     depth: int = 0
+    resident: int = 2
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,15 @@ def lowrank_linear_config(
 def _half_tiles(block_r: int, arch: int) -> dict[str, Tile]:
     """bfloat16 and float16. up_bwd wants wide chunks: it writes block_r float32 sums per row for each of them."""
     wide, small = Tile(64, 128), Tile(64, block_r, warps=4, stages=2)
-    hidden_bwd, down_bwd = small, wide
+    hidden_bwd, down_bwd = small, replace(wide, resident=1)
     if arch >= 90:
-        up_bwd = Tile(64, 256 if block_r <= 32 else 128)
+        up_bwd = {16: Tile(64, 256), 32: Tile(64, 256, resident=1), 64: Tile(64, 128, resident=1)}[block_r]
     else:
-        up_bwd = {16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r]
+        up_bwd = replace({16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r], resident=1)
     if block_r == 64:
         hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2)
-    if arch >= 100 and block_r == 16:
-        down_bwd = Tile(32, 128)
+    if arch >= 100:
+        down_bwd = {16: Tile(32, 128), 32: down_bwd, 64: wide}[block_r]
     return {
         "shrink": wide,
         "mix": small,
@@ -102,10 +108,10 @@ def _float32_tiles(block_r: int) -> dict[str, Tile]:
         "shrink": wide,
         "mix": small,
         "expand": wide,
-        "up_bwd": wide if block_r == 64 else Tile(32, 128),
+        "up_bwd": wide if block_r == 64 else replace(wide, stages=2),
         "hidden_bwd": replace(small, rows={16: 64, 32: 32, 64: 16}[block_r]),
         "core_bwd": small,
-        "down_bwd": {16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r],
+        "down_bwd": replace({16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r], resident=1),
         "fused": Tile(64, 32, depth=32),
     }
 
@@ -119,11 +125,10 @@ def d3_problem(shape: LowRankShape) -> str | None:
     return None
 
 
-def strip_tiles(rows: int, tile_rows: int, column_tiles: int, arch: int) -> int:
-    """Row tiles that one program walks through, so that about two programs run on every multiprocessor."""
-    row_tiles = -(-rows // tile_rows)
-    strips = max(1, 2 * PROCESSORS[_nearest(arch, PROCESSORS)] // column_tiles)
-    return max(1, -(-row_tiles // strips))
+def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:
+    """Row tiles that one program walks through, so that all programs run at a time: in one wave."""
+    row_tiles = -(-rows // tile.rows)
+    return max(1, -(-row_tiles // max(1, _programs(tile, arch) // column_tiles)))
 
 
 @dataclass(frozen=True)
@@ -143,18 +148,24 @@ def batched_config(rank: int, dtype: torch.dtype, arch: int) -> BatchedConfig:
     shrink = gram = wide
     if block_r == 64:
         shrink = replace(wide, stages=2) if dtype == torch.float32 else Tile(64, 64)
+        gram = replace(wide, resident=1) if dtype != torch.float32 and 90 <= arch < 100 else wide
     if block_r == 16 and arch < 90:
         gram = replace(wide, stages=2)
     return BatchedConfig(block_r, **_fitted({"shrink": shrink, "expand": wide, "gram": gram}, arch))
 
 
-def adapter_strips(rows: int, adapters: int, tile_rows: int, column_tiles: int, arch: int) -> int:
-    """Strips of one adapter's rows, so that about two programs run on every multiprocessor.
+def adapter_strips(rows: int, adapters: int, tile: Tile, column_tiles: int, arch: int) -> int:
+    """Strips of one adapter's rows, so that all programs run at a time.
 
     The number never depends on how the rows are spread over the adapters, which the host does not know.
     """
-    wanted = 2 * PROCESSORS[_nearest(arch, PROCESSORS)] // (adapters * column_tiles)
-    return max(1, min(wanted, -(-rows // tile_rows)))
+    wanted = _programs(tile, arch) // (adapters * column_tiles)
+    return max(1, min(wanted, -(-rows // tile.rows)))
+
+
+def _programs(tile: Tile, arch: int) -> int:
+    """How many run at a time."""
+    return tile.resident * PROCESSORS[_nearest(arch, PROCESSORS)]
 
 
 def reconstruct_tile(rank: int, core: str, dtype: torch.dtype, exact: bool, arch: int) -> Tile:
@@ -167,7 +178,7 @@ def reconstruct_tile(rank: int, core: str, dtype: torch.dtype, exact: bool, arch
     if exact:
         return Tile(64, 128, stages=2, depth=16 if rank <= 16 else 32)
     if dtype == torch.float32:
-        return Tile(32, 128, stages=1 if core == "dense" else 2, depth=16)
+        return Tile(32, 128, stages=1, depth=16)
     if arch >= 90 and core != "dense":
         return Tile(64, 64, stages=2, depth=16)
     return Tile(32, 128, stages=2, depth=16)

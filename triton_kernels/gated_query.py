@@ -67,7 +67,7 @@ def additive_query_bwd(
     rows, columns = dy.shape
     tile = gated_query_config(columns).additive
     column_tiles = triton.cdiv(columns, tile.columns)
-    tiles = strip_tiles(rows, tile.rows, column_tiles, architecture(dy.device))
+    tiles = strip_tiles(rows, tile, column_tiles, architecture(dy.device))
     strips = triton.cdiv(rows, tiles * tile.rows)
     d_text, d_cross = (dy.new_empty(rows, columns) if needed else None for needed in (needs_text, needs_cross))
     any_beta = needs_beta or needs_cross_beta

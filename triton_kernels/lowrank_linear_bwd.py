@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture, dot_constants, keep_mask, launch, load_scale, scale_arguments, sum_partials
-from .config import LowRankLinearConfig, strip_tiles
+from .common import add_dot, architecture, dot_constants, keep_mask, launch, load_scale, scale_arguments, sum_partials
+from .config import LowRankLinearConfig, Tile, strip_tiles
 from .lowrank_linear_fwd import (
     Scale,
     blocks,
@@ -54,7 +54,7 @@ def _up_bwd_kernel(
             tl.store(pointers, t, mask=mask_m[:, None] & mask_r[None, :])
         if NEEDS_UP:
             mixed = load_rows(s_ptr, rows, o, M, R, stride_sm, DOT, BLOCK_R)
-            acc = tl.dot(tl.trans(dy), mixed, acc, input_precision=PRECISION)
+            acc = add_dot(acc, tl.trans(dy), mixed, PRECISION)
     if NEEDS_UP:
         part = o * tl.num_programs(1) + strip
         pointers = d_up_ptr + (part * NB + offs_n[:, None]) * R + offs_r[None, :]
@@ -103,7 +103,7 @@ def _hidden_bwd_kernel(
                     O, DROPOUT, BLOCK_M, BLOCK_R, CHUNK_R,
                 )  # fmt: skip
                 core = load_dense(core_ptr, o * I + i, a, 0, R, CHUNK_R, BLOCK_R)
-                dz = tl.dot(d_mixed.to(DOT), core.to(DOT), dz, input_precision=PRECISION)
+                dz = add_dot(dz, d_mixed.to(DOT), core.to(DOT), PRECISION)
         else:
             d_mixed = _load_d_mixed(
                 t_ptr, rng_ptr, scale_ptr, scale, rows, o, 0, M, R, chunks, threshold, keep_scale,
@@ -156,7 +156,7 @@ def _core_bwd_kernel(
                 t_ptr, rng_ptr, scale_ptr, scale, rows, o, a, M, R, chunks, threshold, keep_scale,
                 O, DROPOUT, BLOCK_M, BLOCK_R, CHUNK_R,
             )  # fmt: skip
-            acc = tl.dot(tl.trans(d_mixed.to(DOT)), z.to(DOT), acc, input_precision=PRECISION)
+            acc = add_dot(acc, tl.trans(d_mixed.to(DOT)), z.to(DOT), PRECISION)
     if CORE == "diagonal":
         tl.store(d_core_ptr + part * R + offs_r, acc, mask=offs_r < R)
     else:
@@ -203,7 +203,7 @@ def _down_bwd_kernel(
             x = tl.load(x_ptr + rows[:, None] * stride_xm + i * KB + offs_k[None, :], mask=mask, other=0.0).to(DOT)
             if DROPOUT == "input":
                 x = tl.where(kept, x, 0.0)
-            acc = tl.dot(tl.trans(dz), x, acc, input_precision=PRECISION)
+            acc = add_dot(acc, tl.trans(dz), x, PRECISION)
         if NEEDS_X:
             dx = tl.dot(dz, down, input_precision=PRECISION)
             if DROPOUT == "input":
@@ -222,7 +222,7 @@ def up_bwd(
     """-> t (chunks, M, O·R) float32 with dy_o B = Σ_chunks t, d_up"""
     tile, (columns, rank), rows = config.up_bwd, up.shape, dy.shape[0]
     out_blocks, chunks = dy.shape[1] // columns, triton.cdiv(columns, tile.columns)
-    tiles, strips = _strips(rows, tile.rows, out_blocks * chunks, dy.device)
+    tiles, strips = _strips(rows, tile, out_blocks * chunks, dy.device)
     t = dy.new_empty(chunks, rows, out_blocks * rank, dtype=torch.float32) if needs_t else None
     partials = dy.new_empty(out_blocks * strips, columns, rank, dtype=torch.float32) if needs_up else None
     launch(
@@ -266,7 +266,7 @@ def core_bwd(t: Tensor, z: Tensor, core: Tensor, scale: Scale, drop: tuple, conf
     """-> d_core"""
     chunks, rows, _ = t.shape
     out_blocks, in_blocks, rank = core.shape[:3]
-    tiles, strips = _strips(rows, config.core_bwd.rows, out_blocks * in_blocks, t.device)
+    tiles, strips = _strips(rows, config.core_bwd, out_blocks * in_blocks, t.device)
     partials = t.new_empty(strips, *core.shape)
     rng, threshold, keep_scale, place = drop
     launch(
@@ -289,7 +289,7 @@ def down_bwd(
     needs_x, needs_down = needs
     tile, (rank, columns), rows = config.down_bwd, down.shape, dz.shape[0]
     in_blocks, column_tiles = dz.shape[1] // rank, triton.cdiv(columns, tile.columns)
-    tiles, strips = _strips(rows, tile.rows, in_blocks * column_tiles, dz.device)
+    tiles, strips = _strips(rows, tile, in_blocks * column_tiles, dz.device)
     dx = dz.new_empty(rows, in_blocks * columns) if needs_x else None
     partials = dz.new_empty(in_blocks * strips, rank, columns, dtype=torch.float32) if needs_down else None
     rng, threshold, _, place = drop
@@ -309,7 +309,7 @@ def down_bwd(
     return dx, sum_partials(partials, down) if needs_down else None
 
 
-def _strips(rows: int, tile_rows: int, column_tiles: int, device: torch.device) -> tuple[int, int]:
+def _strips(rows: int, tile: Tile, column_tiles: int, device: torch.device) -> tuple[int, int]:
     """Row tiles per strip, and the number of strips."""
-    tiles = strip_tiles(rows, tile_rows, column_tiles, architecture(device))
-    return tiles, triton.cdiv(rows, tiles * tile_rows)
+    tiles = strip_tiles(rows, tile, column_tiles, architecture(device))
+    return tiles, triton.cdiv(rows, tiles * tile.rows)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot_constants, keep_mask, launch, load_scale, scale_arguments
+from .common import add_dot, dot_constants, keep_mask, launch, load_scale, scale_arguments
 from .config import LowRankLinearConfig
 
 Scale = float | Tensor
@@ -38,7 +38,7 @@ def _shrink_kernel(
         x = x.to(DOT)
         if DROPOUT == "input":
             x = tl.where(keep_input(rng_ptr, rows, i, k, KB, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        acc = tl.dot(x, tl.trans(down.to(DOT)), acc, input_precision=PRECISION)
+        acc = add_dot(acc, x, tl.trans(down.to(DOT)), PRECISION)
     if DROPOUT == "input":
         acc *= keep_scale
     z = acc.to(z_ptr.dtype.element_ty)
@@ -122,7 +122,7 @@ def _mix_kernel(
                     CHUNK_R,
                 )
                 core = load_dense(core_ptr, o * I + i, 0, b, R, BLOCK_R, CHUNK_R)
-                mixed = tl.dot(z.to(DOT), tl.trans(core.to(DOT)), mixed, input_precision=PRECISION)
+                mixed = add_dot(mixed, z.to(DOT), tl.trans(core.to(DOT)), PRECISION)
         else:
             z = load_hidden(
                 z_ptr, rng_ptr, rows, i, 0, M, R, stride_zm, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R
@@ -202,10 +202,10 @@ def _fused_kernel(
             mask=mask_r[None, :] & mask_k[:, None],
             other=0.0,
         )
-        acc = tl.dot(x, weight.to(DOT), acc, input_precision=PRECISION)
+        acc = add_dot(acc, x, weight.to(DOT), PRECISION)
         if DROPOUT == "input":
             x = tl.where(keep_input(rng_ptr, rows, 0, k, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        hidden = tl.dot(x, down.to(DOT), hidden, input_precision=PRECISION)
+        hidden = add_dot(hidden, x, down.to(DOT), PRECISION)
     if DROPOUT == "input":
         hidden *= keep_scale
     z = hidden.to(z_ptr.dtype.element_ty)

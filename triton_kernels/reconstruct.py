@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture, dot_constants, launch, load_scale, scale_arguments
+from .common import add_dot, architecture, dot_constants, launch, load_scale, scale_arguments
 from .config import reconstruct_tile
 from .lowrank_linear_fwd import Scale, core_kind, load_dense
 
@@ -59,7 +59,7 @@ def _reconstruct_kernel(
             for a in range(0, R, CHUNK_R):
                 up = _load_up(up_ptr, rows, a, NB, R, DOT, BLOCK_N, CHUNK_R)
                 core = load_dense(core_ptr, block, a, b, R, CHUNK_R, CHUNK_R).to(DOT)
-                mixed = tl.dot(up, core, mixed, input_precision=PRECISION)
+                mixed = add_dot(mixed, up, core, PRECISION)
             mixed = tl.where(mask_r[None, :], mixed, 0.0)  # an Inf in B makes NaN of the rank's padding
         else:
             mixed = _load_up(up_ptr, rows, b, NB, R, DOT, BLOCK_N, CHUNK_R)
@@ -71,7 +71,7 @@ def _reconstruct_kernel(
             mask=mask_r[:, None] & mask_k[None, :],
             other=0.0,
         ).to(DOT)
-        acc = tl.dot(mixed, down, acc, input_precision=PRECISION)
+        acc = add_dot(acc, mixed, down, PRECISION)
     acc *= load_scale(scale_ptr, scale)
     if base_ptr is not None:
         acc += base.to(tl.float32)

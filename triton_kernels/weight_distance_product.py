@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture, device_tables, dot_constants, is_aligned, launch, load_pointer, load_size, place
+from .common import (
+    add_dot,
+    architecture,
+    device_tables,
+    dot_constants,
+    is_aligned,
+    launch,
+    load_pointer,
+    load_size,
+    place,
+)
 from .config import Tile, weight_distance_config
 
 _FORMS = {"nn": 0, "nt": 1, "tn": 2}
@@ -73,7 +83,7 @@ def _multiply(
         left = tl.load(left_ptr + left_offsets, mask=mask_m & mask_k[None, :], other=0.0)
         right = tl.load(right_ptr + right_offsets, mask=mask_k[:, None] & mask_n, other=0.0)
         last = tl.load(last_ptr + offs_k * stride_last, mask=mask_k & with_last, other=0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = add_dot(acc, left, right, PRECISION)
         column += left * last[None, :]
         left_ptr += step_left
         right_ptr += step_right

@@ -51,10 +51,10 @@ def batched_lowrank_linear_bwd(dy, x, weight, down, up, scale, z, segments, need
     if need_x or need_down:
         buffers["dz"] = dy.new_empty(dy.shape[0], down.shape[1])
     if need_down:
-        params.down_strips = strips(dy.shape[0], down.shape[2], down.shape[0])
+        params.down_strips = strips(dy, params.rank, down.shape[2], params.adapters)
         buffers["d_down_partial"] = _partial(d_down, params.down_strips)
     if need_up:
-        params.up_strips = strips(dy.shape[0], up.shape[1], up.shape[0])
+        params.up_strips = strips(dy, params.rank, up.shape[1], params.adapters)
         buffers["d_up_partial"] = _partial(d_up, params.up_strips)
     hand_over(params, dy=dy, x=x if need_down else None, z=z if need_up else None, dx=dx, d_down=d_down, d_up=d_up)
     hand_over(params, **buffers)

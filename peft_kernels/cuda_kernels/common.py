@@ -7,7 +7,7 @@ from . import extension
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
 _CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
-BLOCKS = 264  # thread blocks a pass aims at: two a multiprocessor of an H200, and the same everywhere, so sums repeat
+PROCESSORS = 132  # of an H200; strips are planned for it everywhere, so that sums repeat
 
 
 def unsupported_dtype(dtype: torch.dtype) -> str | None:
@@ -62,11 +62,19 @@ def set_core(params, core: Tensor | None) -> None:
         hand_over(params, core=core)
 
 
-def strips(rows: int, block_columns: int, blocks: int) -> int:
-    """Into how many row strips a pass is split: a pure function of the shape, and with it the order of every sum."""
-    module = extension()
-    tiles, chunks = -(-rows // module.LOWRANK_LINEAR_ROWS), -(-block_columns // module.LOWRANK_LINEAR_COLUMNS)
-    return max(1, min(tiles, BLOCKS // (chunks * blocks)))
+def resident(dtype: torch.dtype, rank: int) -> int:
+    """Thread blocks that a multiprocessor runs at a time: what registers allow the pass that takes most of them."""
+    return 2 if dtype != torch.float32 and rank <= 64 else 1
+
+
+def strips(like: Tensor, rank: int, block_columns: int, blocks: int) -> int:
+    """Into how many row strips a pass is split, so that all its thread blocks run at a time.
+
+    A pure function of shape and dtype, and with it the order of every sum.
+    """
+    module, programs = extension(), PROCESSORS * resident(like.dtype, rank)
+    tiles, chunks = -(-like.shape[0] // module.LOWRANK_LINEAR_ROWS), -(-block_columns // module.LOWRANK_LINEAR_COLUMNS)
+    return max(1, min(tiles, programs // (chunks * blocks)))
 
 
 def floats(like: Tensor, count: int) -> Tensor:

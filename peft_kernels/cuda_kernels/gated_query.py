@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .common import BLOCKS, DTYPES, floats, hand_over, launch, require, set_scale, unsupported_device, unsupported_dtype
+from .common import (
+    DTYPES,
+    PROCESSORS,
+    floats,
+    hand_over,
+    launch,
+    require,
+    set_scale,
+    unsupported_device,
+    unsupported_dtype,
+)
 
 _VECTORS = ("gamma", "beta", "cross_gamma", "cross_beta")
 
@@ -40,7 +50,8 @@ def additive_query_bwd(dy, text, gamma, beta, cross, cross_gamma, cross_beta, sc
     params = _params(dy, gamma=gamma, beta=beta, cross_gamma=cross_gamma, cross_beta=cross_beta)
     module = extension()
     chunks, row_tiles = -(-dy.shape[1] // module.GATED_QUERY_COLUMNS), -(-dy.shape[0] // module.GATED_QUERY_ROWS)
-    params.strips = max(1, min(row_tiles, BLOCKS // chunks))  # of the shape alone, and with it the order of every sum
+    # Two blocks on a multiprocessor; a function of the shape alone, and with it the order of every sum.
+    params.strips = max(1, min(row_tiles, 2 * PROCESSORS // chunks))
     d_text, d_cross = (dy.new_empty(*dy.shape) if needed else None for needed in (needs_text, needs_cross))
     hand_over(params, dy=dy, text=text, cross=cross, d_text=d_text, d_cross=d_cross)
     set_scale(params, scale)

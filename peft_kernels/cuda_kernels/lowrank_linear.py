@@ -53,7 +53,7 @@ def lowrank_linear_fwd(x, weight, bias, down, up, core, scale, hidden, rng, drop
     if x.shape[0] > 0:
         mixed = _mixed(x, params, core, rng, dropout_on)
         hand_over(params, x=x, bias=bias, z=z, mixed=mixed, y=y)
-        params.expand_strips = strips(x.shape[0], up.shape[0], params.out_blocks)
+        params.expand_strips = strips(x, params.rank, up.shape[0], params.out_blocks)
         launch(extension().lowrank_linear_fwd, params, x)
         y.addmm_(x, weight.t())
     return y, z if hidden is None else None
@@ -83,19 +83,19 @@ def lowrank_linear_bwd(dy, x, weight, down, up, core, scale, z, rng, dropout_p, 
     params.in_features = 0 if down is None else down.shape[1] * in_blocks
     buffers = {}  # kept until the launch is queued
     if need_up:
-        params.up_strips = strips(rows, up.shape[0], out_blocks)
+        params.up_strips = strips(dy, rank, up.shape[0], out_blocks)
         buffers["mixed"] = _mixed(dy, params, core, rng, dropout_on)
         buffers["d_up_partial"] = floats(dy, params.up_strips * out_blocks * up.numel())
     if dz is not None or need_core:
         chunks = -(-up.shape[0] // extension().LOWRANK_LINEAR_COLUMNS)
         buffers["t_partial"] = floats(dy, chunks * rows * out_blocks * rank)
     if need_core:
-        params.core_strips = strips(rows, rank, out_blocks * in_blocks)
+        params.core_strips = strips(dy, rank, rank, out_blocks * in_blocks)
         buffers["dropped"] = dy.new_empty(rows, in_blocks * rank) if rng is not None and dropout_on == "rank" else None
         buffers["ds"] = dy.new_empty(rows, out_blocks * rank)
         buffers["d_core_partial"] = floats(dy, params.core_strips * core.numel())
     if through_z:
-        params.down_strips = strips(rows, down.shape[1], in_blocks)
+        params.down_strips = strips(dy, rank, down.shape[1], in_blocks)
     if through_z and need_down:
         buffers["d_down_partial"] = floats(dy, params.down_strips * in_blocks * down.numel())
     if buffers:
@@ -127,7 +127,7 @@ def lowrank_hidden_bwd(dz, x, down, needs):
         return dx, _zero(d_down)
     if needs[0] or needs[1]:
         params = _hidden_params(dz, down, in_blocks)
-        params.down_strips = strips(rows, down.shape[1], in_blocks)
+        params.down_strips = strips(dz, params.rank, down.shape[1], in_blocks)
         partial = floats(dz, params.down_strips * in_blocks * down.numel()) if needs[1] else None
         hand_over(params, x=x if needs[1] else None, dz=dz, dx=dx, d_down=d_down, d_down_partial=partial)
         launch(extension().lowrank_linear_bwd, params, dz)

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peft_kernels.triton_kernels.config import SHARED_MEMORY
+from peft_kernels.triton_kernels.config import LONGEST_CHAIN, SHARED_MEMORY, Tile
 
 ARCHITECTURES = (80, 90, 100)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -42,11 +42,19 @@ class Compiled:
     """One kernel for one architecture: its PTX, and registers, spills (bytes) and shared memory (bytes)."""
 
     name: str
+    arch: int
+    tile: Tile
     ptx: str
     sass: str
     registers: int
     spills: int
     shared: int
+
+    def resident(self) -> int:
+        """Programs that a multiprocessor runs at a time: it has 64 warps and 65,536 registers, which warps take by 256
+        and are given in fours; a program takes 1 KiB of shared memory more than it asks for."""
+        warps = min(64, 65536 // (-(-self.registers * 32 // 256) * 256) // 4 * 4)
+        return min(warps // self.tile.warps, (SHARED_MEMORY[self.arch] + 1024) // (self.shared + 1024))
 
     def reads_16_bytes(self) -> bool:
         return bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global [^;]*0x10", self.ptx))
@@ -62,6 +70,25 @@ class Compiled:
 
     def uses_tensor_cores(self) -> bool:
         return bool(re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx))
+
+    def chains(self) -> tuple[int, int]:
+        """The most fused multiply-adds in a row on one sum, and how many of them every pass through a loop adds to it.
+
+        A loop hands a sum on by moves at its end, so every sweep over the instructions is one pass more. sm_100 adds to
+        two sums at a time.
+        """
+        steps = []
+        for kind, operands in re.findall(r"^\s*(fma\.rn\.f32|mov\.b)\S*\s+([^;]+);", self.ptx, re.M):
+            to, *_, of = re.findall(r"\{[^}]*\}|[^,\s]+", operands)
+            steps.append((kind != "mov.b", re.findall(r"%\w+", to), re.findall(r"%\w+", of)))
+        length, before = {}, {}
+        for _ in range(9):
+            before = dict(length)
+            for is_sum, targets, sources in steps:
+                reached = max((length.get(of, 0) for of in sources), default=0) + is_sum
+                for to in targets:
+                    length[to] = max(length.get(to, 0), reached)
+        return max(length.values()), max(length[to] - before[to] for to in length)
 
 
 def compile_launch(launch, arch: int) -> Compiled:
@@ -88,6 +115,8 @@ def compile_launch(launch, arch: int) -> Compiled:
     number = lambda field: int(re.search(rf"{field}:(\d+)", usage).group(1))  # noqa: E731
     return Compiled(
         kernel.__name__,
+        arch,
+        launch.tile,
         compiled.asm["ptx"],
         _cuobjdump("--dump-sass", compiled.asm["cubin"]),
         number("REG"),
@@ -102,6 +131,22 @@ def check_resources(kernel: Compiled, arch: int) -> str:
     assert kernel.spills == 0, f"{where}, {kernel.spills} bytes spilled"
     assert kernel.shared <= SHARED_MEMORY[arch], f"{where}, {kernel.shared} bytes of shared memory"
     return where
+
+
+def check_resident(kernel: Compiled, exactly: bool = True) -> None:
+    """config.py plans as many programs on a multiprocessor as there can be, two at most; `exactly` or not more."""
+    fit, planned = min(2, kernel.resident()), kernel.tile.resident
+    what = f"{kernel.name} for sm_{kernel.arch}: {planned} on a multiprocessor, where {kernel.registers} registers and "
+    what += f"{kernel.shared} bytes of shared memory allow {fit}"
+    assert planned == fit if exactly else planned <= fit, what
+
+
+def check_chains(kernel: Compiled) -> None:
+    """Float32 products start afresh and are added as a whole. What is added element by element may go on."""
+    longest, carried = kernel.chains()
+    assert longest >= 16, f"{kernel.name} multiplies nothing"
+    assert carried <= 2, f"{kernel.name}: every pass through a loop makes a chain of products {carried} terms longer"
+    assert longest <= LONGEST_CHAIN, f"{kernel.name}: {longest} products are added in a row"
 
 
 def binaries(launches: list) -> list:

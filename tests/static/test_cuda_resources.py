@@ -126,6 +126,25 @@ def test_two_blocks_fit_a_multiprocessor():
     assert not failures(lambda k: k.registers > 128, [*DISTANCE, *GATED_QUERY])  # one of 512 threads for "gated"
 
 
+@pytest.mark.parametrize("rank", [32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPE_CODES)
+def test_strips_are_planned_for_the_blocks_that_run_at_a_time(dtype, rank):
+    """Two on a multiprocessor with registers (65,536, by 256 for a warp) and shared memory for two of every pass."""
+    import torch
+
+    from peft_kernels import _C
+    from peft_kernels.cuda_kernels.common import resident
+
+    code = DTYPE_CODES[dtype]
+    shared = max(_C.lowrank_linear_shared_bytes(code, rank), _C.batched_lowrank_linear_shared_bytes(code, rank)) + 1024
+    fit = 2
+    for kernel in kernels():
+        if kernel.name in ("wide_bwd", "gram", "expand") and (kernel.dtype, kernel.rank) == (dtype, rank):
+            warps = 65536 // (-(-kernel.registers * 32 // 256) * 256) // 4 * 4
+            fit = min(fit, warps // 8, (SHARED_LIMIT[kernel.arch] + 1024) // shared)
+    assert resident(getattr(torch, dtype), rank) == fit
+
+
 def test_shared_memory_within_limits():
     from peft_kernels import _C
 
@@ -147,6 +166,12 @@ def test_float32_stays_float32():
     assert not failures(lambda k: "FFMA" not in k.code, PRODUCTS, ["float32"])
     any_rank = [*RECONSTRUCT[1:], *DISTANCE, "finish", *GATED_QUERY]
     assert not failures(lambda k: re.search("HMMA|GMMA|TF32", k.code) or "FFMA" not in k.code, any_rank)
+
+
+def test_float32_sums_are_sums_of_short_chains():
+    """Each product of a step starts afresh and is added to what the other steps left: one addition for each element,
+    beside the two steps' multiply-adds that the loop over a product has."""
+    assert not failures(lambda k: 2 * k.code.count("FADD") < k.code.count("FFMA"), ["wide_bwd", "gram"], ["float32"])
 
 
 def test_float32_operands_are_read_in_pairs():

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from aot import ARCHITECTURES, BF16, FP16, FP32, binaries, check_resources, compile_launch
+from aot import ARCHITECTURES, BF16, FP16, FP32, binaries, check_chains, check_resident, check_resources, compile_launch
 
 from peft_kernels.triton_kernels import batched_lowrank_linear as batched
 from peft_kernels.triton_kernels import common
@@ -65,11 +65,14 @@ def check(call: Call, kernels: set[tuple[str, bool]], arch: int, monkeypatch) ->
         where = check_resources(kernel, arch)
         assert kernel.uses_tensor_cores() == (call.dtype != FP32), where
         assert ".tf32" not in kernel.ptx, where
+        if call.dtype == FP32:
+            check_chains(kernel)
         if name == SHRINK:
             assert kernel.reads_16_bytes(), f"{where}: the rows it gathers are not read 16 bytes at a time"
             assert not (kernel.reads_2_bytes() and call.factor_dtype == FP32), f"{where}: they are read one by one"
         if name == GRAM:  # rows of z are short, and of any length: only the wide rows can be read so
             assert kernel.reads_16_bytes(), f"{where}: the rows it gathers are not read 16 bytes at a time"
+            check_resident(kernel)
         if name == EXPAND or (name == GRAM and not up):
             assert kernel.writes_16_bytes(), f"{where}: not written 16 bytes at a time"
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from aot import ARCHITECTURES, BF16, FP16, FP32, binaries, check_resources, compile_launch
+from aot import ARCHITECTURES, BF16, FP16, FP32, binaries, check_resident, check_resources, compile_launch
 
 from peft_kernels.triton_kernels import common, gated_query
 
@@ -58,6 +58,8 @@ def check(call: Call, arch: int, monkeypatch) -> None:
         kernel = compile_launch(launch, arch)
         where = check_resources(kernel, arch)
         assert not kernel.uses_tensor_cores(), where
+        if kernel.name == "additive_bwd_kernel":
+            check_resident(kernel, exactly=call.width > 16)
         if kernel.name == "finish_kernel" or call.width < 256:
             continue
         assert kernel.reads_16_bytes(), f"{where}: nothing is read 16 bytes at a time"

@@ -8,9 +8,21 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from aot import ARCHITECTURES, BF16, FP16, FP32, TENSOR_CORES, binaries, check_resources, compile_launch
+from aot import (
+    ARCHITECTURES,
+    BF16,
+    FP16,
+    FP32,
+    TENSOR_CORES,
+    binaries,
+    check_chains,
+    check_resident,
+    check_resources,
+    compile_launch,
+)
+from triton_mutants import load
 
-from peft_kernels.triton_kernels import common, lowrank_linear, lowrank_linear_bwd
+from peft_kernels.triton_kernels import common, lowrank_linear, lowrank_linear_bwd, lowrank_linear_fwd
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ CALLS = {
     "aurora-released": Call(rank=64, core="dense", dropout_on="rank"),
     "lora-32-fp32": Call(FP32, rank=32, dropout_on="input"),
 }
+PRODUCTS = ("_shrink_kernel", "_expand_kernel", "_fused_kernel", "_up_bwd_kernel", "_down_bwd_kernel")
+STRIPS = ("_up_bwd_kernel", "_core_bwd_kernel", "_down_bwd_kernel")
 SWEEP = {
     f"{dtype}-{rank}-{core}-{blocks}-{place}-{design}": Call(dtype, FP32, rank, 512, 768, *blocks, core, place, design)
     for dtype in (BF16, FP32)
@@ -85,6 +99,10 @@ def check(call: Call, arch: int, monkeypatch) -> list[str]:
         if call.dtype == FP32:
             assert ".tf32" not in kernel.ptx, where
             assert "mma" not in kernel.ptx, where
+        if call.dtype == FP32 and name in PRODUCTS:
+            check_chains(kernel)
+        if name in STRIPS:
+            check_resident(kernel, exactly=call.core is None and call.dropout_on == "input")
         if name in ("_shrink_kernel", "_fused_kernel", "_up_bwd_kernel", "_down_bwd_kernel"):
             assert kernel.reads_16_bytes(), f"{where}: its large tensor is not read 16 bytes at a time"
         if name in ("_expand_kernel", "_fused_kernel", "_down_bwd_kernel"):
@@ -116,6 +134,16 @@ def test_tf32_is_seen_when_torch_allows_it(monkeypatch):
     monkeypatch.setattr(common, "_allows_tf32", lambda: True)
     shrink = next(launch for launch in CALLS["lora-32-fp32"].launches() if launch.kernel.__name__ == "_shrink_kernel")
     assert ".tf32" in compile_launch(shrink, 80).ptx
+
+
+def test_a_product_folded_back_into_one_chain_is_seen(tmp_path):
+    """What the compiler makes of a plain addition: it hands the sum on from product to product."""
+    shrink = next(launch for launch in CALLS["lora-32-fp32"].launches() if launch.kernel.__name__ == "_shrink_kernel")
+    good = "acc = add_dot(acc, x, tl.trans(down.to(DOT)), PRECISION)"
+    plain = "acc += tl.dot(x, tl.trans(down.to(DOT)), input_precision=PRECISION)"
+    mutant = load(lowrank_linear_fwd, good, plain, tmp_path)["_shrink_kernel"]
+    with pytest.raises(AssertionError, match="64 terms longer"):
+        check_chains(compile_launch(shrink._replace(kernel=mutant), 90))
 
 
 def test_one_binary_for_all_rows_scales_and_ranks_of_a_bucket():

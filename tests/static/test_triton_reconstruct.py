@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from aot import ARCHITECTURES, BF16, FP16, FP32, TENSOR_CORES, binaries, check_resources, compile_launch
+from aot import ARCHITECTURES, BF16, FP16, FP32, TENSOR_CORES, binaries, check_chains, check_resources, compile_launch
 
 from peft_kernels.triton_kernels import common, reconstruct
 
@@ -74,6 +74,7 @@ def check(call: Call, arch: int, monkeypatch) -> None:
     if call.dtype == FP32:
         assert ".tf32" not in kernel.ptx, where
         assert not kernel.uses_tensor_cores(), where
+        check_chains(kernel)
     elif call.exact:
         assert ".tf32" not in kernel.ptx, f"{where}: half-precision factors are multiplied as tf32"
         assert TENSOR_CORES[arch] in kernel.ptx, f"{where}: no {TENSOR_CORES[arch]}"

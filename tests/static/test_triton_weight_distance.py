@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from aot import ARCHITECTURES, binaries, check_resources, compile_launch
+from aot import ARCHITECTURES, binaries, check_chains, check_resources, compile_launch
 from imitation_cases import Layer
 
 from peft_kernels.backend import Choice
@@ -116,6 +116,7 @@ def check(call: Step | Call, name: str, arch: int, monkeypatch) -> None:
             assert single_stores(kernel.ptx) == 3, f"{where}: more than its three sums are written one by one"
     if name == PRODUCT:  # each operand in each form once aligned, once not: the promise stays in its branch
         assert asynchronous(4, kernel.ptx) == 4 * asynchronous(16, kernel.ptx) > 0, where
+        check_chains(kernel)
 
 
 def large_accesses(ptx: str) -> tuple[int, int]:
