@@ -5,6 +5,7 @@
 #   make demo      adapts a small vision-language model by every method; FULL=1: all variants, long
 #   make lint      ruff
 #   make static    every ahead-of-time compilation, not only CI's choice
+#   make races     races in the kernels, looked for in all of the tests' problems and with every barrier left out
 #   make bench     the benchmarks' cases under pytest-benchmark; python -m peft_kernels bench is the one with peers
 #   make gpu       on a GPU machine, three runs of nine minutes: PARTS="truth speed tuning" OUT=gpu_out (docs/gpu.md)
 #   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; half an hour on two cores
@@ -40,7 +41,7 @@ HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 CAPABILITY = import torch; c = torch.cuda.get_device_capability(); print(f"{c[0]}{c[1]}" + "a" * (c[0] == 9))
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint tests static-ci static peft-suite demo bench gpu tables wheel clean distclean FORCE
+.PHONY: help env test lint tests static-ci static races peft-suite demo bench gpu tables wheel clean distclean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -96,6 +97,10 @@ static-ci: $(VENV)/installed
 static: $(VENV)/installed
 	@echo "== static checks, the full sweep"
 	env -u TRITON_INTERPRET $(PY) -m pytest tests/static -m "" $(PYTEST_ARGS)
+
+races: $(VENV)/installed
+	@echo "== races, the full sweep"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_races*.py -m "" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 peft-suite: $(VENV)/installed
 	@echo "== PEFT's own tests"

@@ -1,28 +1,24 @@
-// Runs the kernels of this folder on a CPU, for tests: LAUNCH walks the grid, one block after another. The threads of a
-// block are fibers that take turns at every barrier, in alternating order, so that a missing barrier shows. A warp
-// meets at every __syncwarp, shuffle, ldmatrix and mma; lanes that part ways there are an error. Shared memory is
-// filled with NaN bytes before each block and ends at an unmapped page.
+// Runs the kernels of this folder on a CPU, for tests: types, barriers and warp instructions as a kernel sees them. The
+// threads behind them are in host_emulation.cpp. A missing barrier shows in the results, as threads take turns in
+// random orders, and to ThreadSanitizer, where a kernel is compiled for it: threads know of each other's accesses by
+// __syncthreads and __syncwarp alone. A warp also meets at every shuffle, ldmatrix and mma; these order no memory.
 #pragma once
-#include <setjmp.h>
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <unistd.h>
-
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <exception>
-#include <functional>
-#include <memory>
 #include <stdexcept>
-#include <utility>
-#include <vector>
 
 #define __global__ static
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+
+// ThreadSanitizer does not see what a function does with the emulation's own memory, or with registers, if it is UNSEEN;
+// what is inlined there has to be ALWAYS_INLINE.
+#define UNSEEN __attribute__((no_sanitize("thread")))
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 using std::max, std::min;
 struct alignas(16) uint4 {
@@ -36,7 +32,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // ---- half-precision types: round to nearest, ties to even -----------------------------------------------------------
 namespace emulation {
-template <typename To, typename From> To bits(From from) {
+template <typename To, typename From> ALWAYS_INLINE To bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "");
     To to;
     std::memcpy(&to, &from, sizeof to);
@@ -51,12 +47,12 @@ struct __half {
     uint16_t bits;
 };
 
-inline float __bfloat162float(__nv_bfloat16 v) { return emulation::bits<float>(uint32_t(v.bits) << 16); }
+ALWAYS_INLINE float __bfloat162float(__nv_bfloat16 v) { return emulation::bits<float>(uint32_t(v.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float v) {
     const uint32_t u = emulation::bits<uint32_t>(v);
     return {v != v ? uint16_t(0x7fff) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
-inline float __half2float(__half v) {
+ALWAYS_INLINE float __half2float(__half v) {
     const uint32_t magnitude = v.bits & 0x7fff, sign = uint32_t(v.bits & 0x8000) << 16;
     if (magnitude >= 0x7c00) return emulation::bits<float>(sign | 0x7f800000 | magnitude << 13);
     return emulation::bits<float>(sign | emulation::bits<uint32_t>(emulation::bits<float>(magnitude << 13) * 0x1p112f));
@@ -70,140 +66,52 @@ inline __half __float2half_rn(float v) {
     return {uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13)};
 }
 
-// ---- fibers ---------------------------------------------------------------------------------------------------------
+// ---- threads --------------------------------------------------------------------------------------------------------
 namespace emulation {
-constexpr size_t kStackBytes = 64 * 1024;
-enum class State { running, at_warp, at_block, done };
-
-struct Fiber {
-    ucontext_t context;
-    jmp_buf resume;
-    std::unique_ptr<char[]> stack{new char[kStackBytes]};
-    State state = State::done;
-    bool started = false;
-};
-
-struct Machine {
-    std::vector<Fiber> fibers;  // one for each thread of a block, reused for every block
-    std::function<void()> kernel;
-    std::exception_ptr error;
-    jmp_buf scheduler;
-    ucontext_t scheduler_context;
-    unsigned char *pool = nullptr, *shared = nullptr;
-    size_t pool_bytes = 0;
-    unsigned current = 0, turn = 0;
-    unsigned char exchanged[2][1024][32];  // shown to the warp; with two sets one meeting per exchange is enough
-    unsigned parity[1024];
-};
-inline Machine machine;
-
-inline void yield(State state) {
-    Fiber& fiber = machine.fibers[machine.current];
-    fiber.state = state;
-    if (_setjmp(fiber.resume) == 0) _longjmp(machine.scheduler, 1);
-}
-
-inline void fiber_main() {
-    for (;;) {
-        try {
-            machine.kernel();
-        } catch (...) { machine.error = std::current_exception(); }
-        yield(State::done);
-    }
-}
-
-// Runs thread t until its next meeting point.
-inline void run(unsigned t) {
-    Fiber& fiber = machine.fibers[t];
-    machine.current = t;
-    threadIdx = dim3(t, 0, 0);
-    fiber.state = State::running;
-    if (_setjmp(machine.scheduler) != 0) return;
-    if (fiber.started) _longjmp(fiber.resume, 1);
-    fiber.started = true;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&fiber.context, fiber_main, 0);
-    swapcontext(&machine.scheduler_context, &fiber.context);  // only this first entry costs a system call
-}
-
-// Runs the 32 lanes of a warp until they meet.
-inline State run_warp(unsigned warp, bool backwards) {
-    for (unsigned i = 0; i < 32; ++i) run(warp * 32 + (backwards ? 31 - i : i));
-    if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
-    const Fiber* lanes = &machine.fibers[warp * 32];
-    for (unsigned i = 1; i < 32; ++i)
-        if (lanes[i].state != lanes[0].state)
-            throw std::runtime_error("emulation: the lanes of a warp part ways at a barrier");
-    return lanes[0].state;
-}
-
-inline void run_block(unsigned warps, size_t shared_bytes) {
-    std::memset(machine.shared, 0xff, shared_bytes);
-    std::memset(machine.parity, 0, sizeof machine.parity);
-    for (State state = State::running; state != State::done;) {
-        const bool backwards = machine.turn++ & 1;
-        for (unsigned i = 0; i < warps; ++i) {
-            State reached;
-            do reached = run_warp(backwards ? warps - 1 - i : i, backwards);
-            while (reached == State::at_warp);
-            if (i == 0) state = reached;
-            if (reached != state) throw std::runtime_error("emulation: the warps of a block part ways at a barrier");
-        }
-    }
-}
-
+// kernel(arguments) by every thread of every block of the grid. A block is 32 to 1024 threads, in whole warps.
+void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, void (*kernel)(void*), void* arguments);
 template <typename Kernel> void launch(dim3 grid, unsigned threads, size_t shared_bytes, Kernel kernel) {
-    if (threads % 32 != 0 || threads > 1024)
-        throw std::runtime_error("emulation: a block is 32 to 1024 threads in whole warps");
-    if (shared_bytes > 227 * 1024) throw std::runtime_error("emulation: more shared memory than a GPU has");
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw std::runtime_error("emulation: an empty grid");
-    if (machine.pool == nullptr) {  // 256 KiB of shared memory, then a page that faults
-        const size_t page = size_t(sysconf(_SC_PAGESIZE));
-        machine.pool_bytes = 256 * 1024;
-        machine.pool = static_cast<unsigned char*>(
-            mmap(nullptr, machine.pool_bytes + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        mprotect(machine.pool, machine.pool_bytes, PROT_READ | PROT_WRITE);
-    }
-    machine.shared = machine.pool + machine.pool_bytes - (shared_bytes + 15) / 16 * 16;
-    machine.kernel = kernel;
-    if (machine.fibers.size() != threads) machine.fibers = std::vector<Fiber>(threads);
-    gridDim = grid;
-    blockDim = dim3(threads);
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                blockIdx = dim3(x, y, z);
-                try {
-                    run_block(threads / 32, shared_bytes);
-                } catch (...) {
-                    machine.fibers.clear();  // they stopped halfway
-                    throw;
-                }
-            }
+    run_grid(grid, threads, shared_bytes, [](void* call) { (*static_cast<Kernel*>(call))(); }, &kernel);
 }
 
-inline unsigned char* shared_memory() { return machine.shared; }
+unsigned char* shared_memory();  // filled with NaN bytes before each block; ends at an unmapped page
 
-// Shows `mine` to the warp and returns where lane 0's lies; lane i's is 32 * i bytes further.
-template <typename V> const unsigned char* exchange(const V& mine) {
-    static_assert(sizeof(V) <= 32, "");
-    const unsigned t = machine.current, set = machine.parity[t]++ & 1;
-    std::memcpy(machine.exchanged[set][t], &mine, sizeof mine);
-    yield(State::at_warp);
-    return machine.exchanged[set][t / 32 * 32];
+// Tests may ask for a barrier to be left out, by its place in the sources.
+void synchronize_block(const char* file, int line);
+void synchronize_warp(const char* file, int line);
+
+// What a lane shows to its warp.
+struct alignas(32) Slot {
+    unsigned char bytes[32];
+};
+Slot* next_slot();
+const Slot* meet(const Slot* mine);  // where lane 0's is, once all lanes have shown theirs
+
+template <typename V> UNSEEN const Slot* exchange(const V& mine) {
+    static_assert(sizeof(V) <= sizeof(Slot), "");
+    Slot* const slot = next_slot();
+    *reinterpret_cast<V*>(slot) = mine;
+    return meet(slot);
 }
-template <typename V> V shown(const unsigned char* set, unsigned lane) {
-    V v;
-    std::memcpy(&v, set + 32 * lane, sizeof v);
-    return v;
+template <typename V> UNSEEN ALWAYS_INLINE V shown(const Slot* slots, unsigned lane) {
+    return *reinterpret_cast<const V*>(slots + lane);
+}
+}  // namespace emulation
+
+#define __syncthreads() emulation::synchronize_block(__FILE__, __LINE__)
+#define __syncwarp(...) emulation::synchronize_warp(__FILE__, __LINE__)
+template <typename V> V __shfl_sync(unsigned, V v, int lane) {
+    return emulation::shown<V>(emulation::exchange(v), lane & 31);
+}
+template <typename V> V __shfl_xor_sync(unsigned, V v, int mask) {
+    return emulation::shown<V>(emulation::exchange(v), (threadIdx.x & 31) ^ mask);
 }
 
 // ---- warp instructions ----------------------------------------------------------------------------------------------
+namespace emulation {
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
     const auto* rows = exchange(row);
-    const unsigned lane = machine.current % 32;
+    const unsigned lane = threadIdx.x % 32;
     for (unsigned i = 0; i < 4; ++i) {
         uint16_t pair[2];
         for (unsigned j = 0; j < 2; ++j) {
@@ -218,15 +126,16 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
     }
 }
 
-inline float widened(uint16_t v, __half) { return __half2float({v}); }
-inline float widened(uint16_t v, __nv_bfloat16) { return __bfloat162float({v}); }
+ALWAYS_INLINE float widened(uint16_t v, __half) { return __half2float({v}); }
+ALWAYS_INLINE float widened(uint16_t v, __nv_bfloat16) { return __bfloat162float({v}); }
 
-template <typename T> void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <typename T>
+UNSEEN void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Fragments {
         uint32_t a[4], b[2];
     };
     const auto* set = exchange(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-    const unsigned lane = machine.current % 32, row = lane / 4, col = lane % 4 * 2;
+    const unsigned lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
     // Element i is at (row + 8 * (i / 2), col + i % 2); four lanes hold a row of A or a column of B between them.
     for (unsigned i = 0; i < 4; ++i)
         for (unsigned k = 0; k < 16; ++k) {
@@ -237,12 +146,3 @@ template <typename T> void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], u
         }
 }
 }  // namespace emulation
-
-inline void __syncthreads() { emulation::yield(emulation::State::at_block); }
-inline void __syncwarp(unsigned = ~0u) { emulation::yield(emulation::State::at_warp); }
-template <typename V> V __shfl_sync(unsigned, V v, int lane) {
-    return emulation::shown<V>(emulation::exchange(v), lane & 31);
-}
-template <typename V> V __shfl_xor_sync(unsigned, V v, int mask) {
-    return emulation::shown<V>(emulation::exchange(v), (threadIdx.x & 31) ^ mask);
-}

@@ -70,7 +70,6 @@ template <typename T, int RANK> __global__ void __launch_bounds__(kThreads, size
             if (row < rows)
                 static_cast<T*>(p.z)[int64_t(row0 + row) * p.z_stride + block * p.rank + r] = from_float<T>(sum);
         }
-        __syncthreads();
     }
 }
 
@@ -147,7 +146,6 @@ template <typename T, int RANK> __global__ void __launch_bounds__(kThreads, size
     Thin s;
     if (strip.first < strip.last) s.load(p.s, strip.first, p.rows - strip.first, int64_t(block) * p.rank, p.rank);
     for (int row0 = strip.first; row0 < strip.last; row0 += kRows) {
-        __syncthreads();
         s.store(thin);
         __syncthreads();
         const int next = row0 + kRows;

@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(kThreads, DENSE ? 2 : 3) reconstruct_kernel(co
     for (int r0 = 0; r0 < p.rank; r0 += kDepth) {
         if constexpr (DENSE) {
             apply_dense_core<T, Left>(left, right, p, pair, row0, r0, row_tile, half);
-            __syncthreads();
         } else {
             Left up;
             up.template load<true, T>(p.up, row0, rows, r0, p.rank - r0);

@@ -24,36 +24,50 @@ import torch
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 DEFINES = "PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'
-FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -U_FORTIFY_SOURCE -fvisibility=hidden -Wall -Wno-unknown-pragmas"
+FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
-def build(replacements=()):
-    """Path of the compiled module. `replacements`, for mutants: (file, old, new), where `old` occurs once.
+def build(replacements=(), only="", watched=False, instead=None):
+    """Path of the compiled module. `replacements`, for mutants: (file, old, new), where `old` occurs once; sources
+    whose names do not begin with `only` keep the old text. watched: for a process with ThreadSanitizer's library.
+    instead: a source to compile instead of those in csrc/.
 
     Objects and modules are cached by content, so a mutant recompiles what it changes (with -O0, which is quicker to
     compile and slower to run) and an unchanged tree nothing.
     """
     sources = {path.name: path.read_text() for path in sorted(CSRC.iterdir())}
+    if instead:
+        sources[instead.name] = instead.read_text()
+    names = (instead.name, "host_emulation.cpp") if instead else filter(re.compile(r".*\.(cu|cpp)").fullmatch, sources)
     changed = dict(sources)
     for file, old, new in replacements:
         assert changed[file].count(old) == 1, f"{file}: expected once: {old!r}"
         changed[file] = changed[file].replace(old, new)
-    cache = Path(tempfile.gettempdir()) / f"peft_kernels_emulation_{os.getuid()}"
-    cache.mkdir(exist_ok=True)
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several pytest workers compiles, the others wait
-        objects = []
-        for name in (name for name in sources if name.endswith((".cu", ".cpp"))):
-            same = _read_by(name, changed) == _read_by(name, sources)
-            objects.append(_object(cache, changed, name, "-O1" if same and name.endswith(".cu") else "-O0"))
-        module = cache / _digest(*map(str, objects)) / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        if not module.exists():
-            module.parent.mkdir(exist_ok=True)
-            _compile(module, "-shared", *map(str, objects))
+    objects = {}
+    for name in names:
+        before, after = (_read_by(name, texts) for texts in (sources, changed))
+        files = after if name.startswith(only) else before
+        flags = _flags(name, quick=files != before and not watched, watched=watched)
+        objects[_cached(".o", *map(str, sorted(files.items())), *flags)] = files, name, flags
+    module = _cached(sysconfig.get_config_var("EXT_SUFFIX"), *map(str, objects))
+    _make({path: functools.partial(_compile_source, *source) for path, source in objects.items()})
+    _make({module: lambda result: _compile(result, "-shared", *map(str, objects))})
     return module
+
+
+def _flags(name, quick, watched):
+    flags = [*FLAGS.split(), *(f"-D{define}" for define in DEFINES)]
+    if name == "bindings.cpp":
+        import pybind11
+
+        return [*flags, "-O0", "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
+    if name == "host_emulation.cpp":
+        return [*flags, "-O2"]
+    flags += ["-fsanitize=thread", "-g1"] if watched else []
+    return [*flags, "-O0" if quick else "-O1"]
 
 
 def _read_by(name, sources):
@@ -67,20 +81,30 @@ def _read_by(name, sources):
     return found
 
 
-def _object(cache, sources, name, optimize):
-    import pybind11
+def _cached(suffix, *content):
+    cache = Path(tempfile.gettempdir()) / f"peft_kernels_emulation_{os.getuid()}"
+    cache.mkdir(exist_ok=True)
+    return cache / (hashlib.sha256("\0".join(content).encode()).hexdigest()[:16] + suffix)
 
-    flags = [*FLAGS.split(), optimize, *(f"-D{define}" for define in DEFINES)]
-    if name == "bindings.cpp":
-        flags += ["-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
-    files = _read_by(name, sources)
-    result = cache / f"{_digest(*map(str, sorted(files.items())), *flags)}.o"
-    if not result.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            for file, text in files.items():
-                Path(folder, file).write_text(text)
-            _compile(result, *flags, "-c", "-x", "c++", str(Path(folder, name)))
-    return result
+
+def _make(files):
+    """Makes what is missing of {path: function of it}. Of several pytest workers each makes what no other is making,
+    and then waits for the others."""
+    for flags in (fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX):
+        for path, make in files.items():
+            if path.exists():
+                continue
+            with path.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, flags)
+                if not path.exists():
+                    make(path)
+
+
+def _compile_source(files, name, flags, result):
+    with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+        for file, text in files.items():
+            Path(folder, file).write_text(text)
+        _compile(result, *flags, "-c", "-x", "c++", str(Path(folder, name)))
 
 
 def _compile(result, *arguments):
@@ -92,16 +116,12 @@ def _compile(result, *arguments):
     unfinished.rename(result)
 
 
-def _digest(*texts):
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-
-
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def load(path):
     # Each module has a name of its own: pybind11 returns the module it has by that name, whatever the path.
-    spec = importlib.util.spec_from_file_location(f"emulation_{path.parent.name}._C", path)
+    spec = importlib.util.spec_from_file_location(f"emulation_{path.name.split('.')[0]}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -119,6 +139,13 @@ def installed(module):
             del sys.modules["peft_kernels._C"]
         else:
             sys.modules["peft_kernels._C"] = before
+
+
+def controls(path):
+    """The emulation's own functions in that module: emulation_seed, emulation_skip and emulation_reached."""
+    library = ctypes.CDLL(path)
+    library.emulation_reached.restype = ctypes.c_char_p
+    return library
 
 
 @functools.cache
@@ -139,8 +166,12 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and _real_module() else [
 
 @contextlib.contextmanager
 def kernels_on(device):
-    """Inside, the CUDA kernels run there: emulated on the CPU, or the real ones."""
-    with installed(emulated_module()) if device == "cpu" else contextlib.nullcontext():
+    """Inside, the CUDA kernels run there: emulated on the CPU, in orders that repeat, or the real ones."""
+    if device != "cpu":
+        yield device
+        return
+    controls(emulated_module().__file__).emulation_seed(0)
+    with installed(emulated_module()):
         yield device
 
 

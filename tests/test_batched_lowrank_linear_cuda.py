@@ -209,11 +209,6 @@ MUTANTS = {
         "thin_rows.find(order + row0, rows - row0);",
         "for (int i = 0; i < Thin::kOcts; ++i) thin_rows.at[i] = Thin::row_of(i) < rows - row0 ? row0 : -1;",
     ),
-    "barrier missing": (
-        BWD,
-        "        w.store(wide);\n        t.store(thin);\n        __syncthreads();\n",
-        "        w.store(wide);\n        t.store(thin);\n",
-    ),
 }
 SENSITIVE = Case(dtype=BF16, index="mixed", rows=200)
 

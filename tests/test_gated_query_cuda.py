@@ -119,19 +119,14 @@ def test_limits(device):
 
 ADDITIVE, GATED = Problem("additive", 2, 35, 40, dtype=BF16), Problem("gated", 2, 35, 40, "some")
 SHARED, MAIN, OTHER = "gated_query.cuh", "gated_query.cu", "gated_query_additive.cu"
-BARRIER = "    __syncthreads();"
-Q, SOFTMAX = "return q;\n        });\n", "gate[i] /= sum;\n"
 MUTANTS = {
     "cross beta missing": (OTHER, " + cross_beta.v[j])", ")", ADDITIVE),
     "strips overlap": (OTHER, "first = p.rows * blockIdx.y / gridDim.y", "first = 0", ADDITIVE),
     "the other beta left out": (OTHER, "put<T>(p.d_cross_beta,", "put<T>(nullptr,", ADDITIVE),
     "last strip left out": (OTHER, "strip < p.strips", "strip < p.strips - 1", ADDITIVE),
     "sums of one warp": (SHARED, "sum.v[j] += other.v[j]", "sum.v[j] = other.v[j]", GATED),
-    "barrier missing in sums": (SHARED, "= sum;\n    __syncthreads();", "= sum;", GATED),
     "padding in the total": (MAIN, "if (!sequence.kept(i)) return;", "", GATED),
     "softmax without its sum": (MAIN, "gate[i] /= sum", "gate[i] /= 1.f", GATED),
-    "barrier missing after q": (MAIN, Q + BARRIER, Q, GATED),
-    "barrier missing after the softmax": (MAIN, SOFTMAX + BARRIER, SOFTMAX, GATED),
     "mean missing": (MAIN, "gate[i] * (ds[i] - mean)", "gate[i] * ds[i]", GATED),
     "padding gets the total's gradient": (MAIN, "(kept ? d_total.v[j] : 0.f)", "d_total.v[j]", GATED),
     "rows ahead are others": (MAIN, "visit(i + k * warps(), k);", "visit(i, k);", GATED),

@@ -154,7 +154,6 @@ MUTANTS = {
     "float32 factors rounded": (PURE, "p.core_kind == Core::none"),
     "dense core transposed": ("(pair * p.rank + a) * p.rank + r", "(pair * p.rank + r) * p.rank + a"),
     "base of the first block": ("p.base_shared ? 0 : p.block_rows * stride", "0"),
-    "barrier missing": ("        down.store(right);\n        __syncthreads();\n", "        down.store(right);\n"),
 }
 SENSITIVE = [
     Case(dtype=BF16, factors="masters"),

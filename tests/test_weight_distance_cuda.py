@@ -163,7 +163,6 @@ MUTANTS = {
     "last column's old value lost": (PRODUCT, "(record.accumulate ? *last : 0.f)", "0.f"),
     "column kept elsewhere left out": (SHARED, "if (j == last) r.octs", "if (j == last && false) r.octs"),
     "factor left out": (SHARED, "l.octs[i].v[j] *= factor;", ";"),
-    "barrier missing": (SHARED, "        r.store(right);\n        __syncthreads();\n", "        r.store(right);\n"),
 }
 SENSITIVE = [Case(bias="shift"), Case(((130, 96, (33, 8)),), live=HALF)]
 
