@@ -19,7 +19,8 @@ TRITON ?= triton==3.7.1
 VENV   ?= .venv
 
 # Two workers, one thread each: the interpreted kernels are single-threaded Python. PYTEST_ARGS adds to every pytest call.
-PYTEST_WORKERS ?= 2
+PYTEST_WORKERS  ?= 2
+OMP_NUM_THREADS ?= 1
 PYTEST_ARGS    ?=
 
 OUT   ?= gpu_out
@@ -73,6 +74,9 @@ $(VENV)/installed: $(VENV)/choices $(VENV)/cuda-choices pyproject.toml setup.py 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
+# $(call timed,COMMAND): and says how long it took, however it ended.
+timed = begin=$$(date +%s); $(1); status=$$?; echo "== took $$(($$(date +%s) - begin)) s"; exit $$status
+
 test: lint tests static-ci
 
 lint: $(VENV)/installed
@@ -82,17 +86,17 @@ lint: $(VENV)/installed
 tests: $(VENV)/installed
 	@if $(HAS_GPU); then \
 	    echo "== tests, on the GPU"; \
-	    $(PY) -m pytest tests --ignore=tests/static $(PYTEST_ARGS); \
+	    $(call timed,$(PY) -m pytest tests --ignore=tests/static $(PYTEST_ARGS)); \
 	else \
-	    echo "== tests, Triton kernels interpreted"; \
-	    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/static \
-	        -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS); \
+	    echo "== tests, Triton kernels interpreted: MINUTES minutes on two quiet cores"; \
+	    $(call timed,TRITON_INTERPRET=1 OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest tests --ignore=tests/static \
+	        -n $(PYTEST_WORKERS) --dist worksteal --durations=10 --durations-min=5 $(PYTEST_ARGS)); \
 	fi
 
 # A process of its own: kernels decorated under the interpreter cannot be compiled.
 static-ci: $(VENV)/installed
 	@echo "== static checks of the compiled kernels"
-	env -u TRITON_INTERPRET $(PY) -m pytest tests/static $(PYTEST_ARGS)
+	@$(call timed,env -u TRITON_INTERPRET $(PY) -m pytest tests/static $(PYTEST_ARGS))
 
 static: $(VENV)/installed
 	@echo "== static checks, the full sweep"
