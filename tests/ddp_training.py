@@ -8,7 +8,9 @@ The same functions without a process group train on the joint batch in one proce
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import adapter_cases
 import pytest
@@ -86,13 +88,33 @@ def train_by_trainer(folder: str, seed: int, per_device: int) -> Adapter:
     return moil
 
 
+@contextlib.contextmanager
+def counted_broadcasts() -> Iterator[list[int]]:
+    """The addresses of what `dist.broadcast` sends inside."""
+    sent, broadcast = [], dist.broadcast
+
+    def counted(tensor, *args, **kwargs):
+        sent.append(tensor.data_ptr())
+        return broadcast(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "broadcast", counted):
+        yield sent
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     own = {name: t.chunk(world)[rank] for name, t in batch().items()}
     for method in METHODS:
         adapter = start(method, seed=rank)
-        train(adapter, DistributedDataParallel(adapter.model), own)
+        model = DistributedDataParallel(adapter.model)
+        with counted_broadcasts() as sent:
+            train(adapter, model, own)
+        if method == "moil":  # DDP would wait for gradients that no backward brings
+            adapters = {name for name, _ in adapter.named_parameters("adapter")}
+            teachers = [name for name in adapter.model.state_dict() if "teacher_" in name]
+            assert adapters <= model.parameters_to_ignore and teachers
+            assert len(sent) == len(set(sent)) == len(adapters) + len(teachers)  # once each
         torch.save(dict(adapter.model.state_dict()), folder / f"ddp-{method}-{rank}.pt")
     for method in ("lora", "aurora"):
         adapter = start(method, seed=0)
