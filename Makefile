@@ -6,7 +6,7 @@
 #   make lint      ruff
 #   make static    every ahead-of-time compilation, not only CI's choice
 #   make bench     the benchmarks' cases under pytest-benchmark; python -m peft_kernels bench is the one with peers
-#   make gpu       on a GPU machine, all there is to do on one in nine minutes; PARTS="tests bench" OUT=gpu_out
+#   make gpu       on a GPU machine, three runs of nine minutes: PARTS="truth speed tuning" OUT=gpu_out (docs/gpu.md)
 #   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; half an hour on two cores
 #   make tables    README's tables from the result files
 #   make wheel     dist/*.whl
@@ -112,13 +112,15 @@ bench: $(VENV)/installed
 	@echo "== benchmarks"
 	OMP_NUM_THREADS=1 $(PY) -m pytest benchmarks --benchmark-only --benchmark-group-by=group $(PYTEST_ARGS)
 
-# With the Python that has torch for this GPU, and nothing from a network: no environment is made.
+# With the Python that has torch for this GPU, and nothing from a network: no environment is made. Without CUDA's kernels,
+# if they do not build, Triton's are still worth the run, which tells that they are missing.
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU: PYTHON=… can name another Python")'
-	@echo "== building for this GPU"
-	PEFT_KERNELS_CUDA=require PEFT_KERNELS_CUDA_ARCHS=$$($(PYTHON) -c '$(CAPABILITY)') \
-	    $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PYTHON) -m peft_kernels.benchmarks.gpu --out $(OUT) $(PARTS)
+	@began=$$(date +%s); install="$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e ."; \
+	echo "== building for this GPU"; \
+	PEFT_KERNELS_CUDA=require PEFT_KERNELS_CUDA_ARCHS=$$($(PYTHON) -c '$(CAPABILITY)') $$install \
+	    || { echo "== CUDA's kernels do not build here"; PEFT_KERNELS_CUDA=off $$install; } && \
+	$(PYTHON) -m peft_kernels.benchmarks.gpu --out $(OUT) --began $$began $(PARTS)
 
 tables: $(VENV)/installed
 	$(PY) -m peft_kernels.benchmarks.tables

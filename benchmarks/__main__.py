@@ -5,8 +5,9 @@
 
 Each case is a table: the median time and half the distance between its quartiles, the least time possible beside it,
 and rates that count the compulsory work alone. Who does not run here is named with the reason, and so is who computes
-something wrong, which is not timed. Exit status: 1 if something was wrong, or if --compare found one of ours slower by
-more than both spreads; 2 for arguments that make no sense. README's tables are of a whole run, on a CPU --threads 1.
+something wrong, which is not timed. On a GPU times are eager, calls issued back to back, and in a CUDA graph, too.
+Exit status: 1 if something was wrong, or faulted the GPU, which ends the run, or if --compare found one of ours slower
+by more than both spreads; 2 for arguments that make no sense. README's tables are of a whole run, on a CPU --threads 1.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from . import __path__ as folder
-from . import compare, runner, tables, terminal
+from . import compare, results, runner, terminal
 from .cases import Case
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if module.name.startswith("bench_"))
@@ -46,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", metavar="NAME", help="bfloat16 on a GPU, float32 and bfloat16 on a CPU; or float16")
     add("--dropout", nargs="+", type=_probability, metavar="P", help="instead of 0 and 0.1, where there is dropout")
     add("--graph", action=argparse.BooleanOptionalAction, help="on a GPU: in a CUDA graph, too; it is, unless refused")
-    add("--quick", action="store_true", help="two cases of each dtype, few rounds")
+    add("--quick", action="store_true", help="two cases of each dtype, few rounds, compiled peers only by name")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--rounds", type=_positive, help="on a CPU: turns of every provider; usually what fits into seconds")
     add("--threads", type=_positive, help="on a CPU")
-    add("--save", type=Path, metavar="FILE.json", help="written anew after every case")
+    add("--save", type=Path, metavar="FILE.json", help="written anew after every case, on a GPU after every provider")
     add("--plot", type=Path, metavar="FOLDER", help="for bars of every operation and a roofline, as PNG files")
     add("--compare", type=Path, metavar="OLD.json", help="a file of --save: prints what changed")
     return made
@@ -108,7 +109,7 @@ def planned(
         _check("--against", unknown, names, [word for name in names for word in _parts(name)])
     plan = []
     for bench in chosen:
-        usual = runner.providers_on(bench, device.type)
+        usual = runner.providers_on(bench, device.type, compiled=not given.quick)
         ours = [name for name in usual if bench.providers[name].backend]
         named = [name for word in given.against or () for name in _matches(word, bench.peers)]
         wanted = usual if given.against is None else ours + named
@@ -186,18 +187,27 @@ def main(argv: Sequence[str] | None = None, benches: Sequence[runner.Bench] = BE
         torch.set_num_threads(given.threads)
     rounds = given.rounds or (3 if given.quick else None)
 
-    run = tables.provenance(device)
-    print(tables.describe(run), end="\n\n")
-    for bench, providers, found in plan:
+    run = results.provenance(device)
+    print(results.describe(run), end="\n\n")
+    done: list[dict] = run["cases"]
+
+    def save(record: dict) -> None:
+        run["cases"] = [*done, record]
+        if given.save:
+            results.save(run, given.save)
+
+    for bench, _, found in plan:
         if not found:
             print(f"{bench.op}: no sizes of that name", end="\n\n")
-        for case in found:
-            record = runner.measure(bench, case, device, providers, rounds, given.graph is not False)
-            terminal.show(terminal.case_table(record))
-            run["cases"].append(record)
-            if given.save:
-                tables.save(run, given.save)
-    status = int(any(why.startswith("wrong:") for case in run["cases"] for why in case["absent"].values()))
+    for bench, providers, case in [(bench, names, case) for bench, names, found in plan for case in found]:
+        done.append(runner.measure(bench, case, device, providers, rounds, given.graph is not False, save))
+        terminal.show(terminal.case_table(done[-1]))
+        if "fault" in done[-1]:
+            print(f"nothing more runs: {done[-1]['fault']}", end="\n\n")
+            break
+    run["cases"] = done
+    broken = any("fault" in case for case in done)
+    status = int(broken or any(why.startswith("wrong:") for case in done for why in case["absent"].values()))
     if old:
         changes = compare.changes(old, run)
         terminal.show(compare.table(changes, old))

@@ -118,10 +118,10 @@ def _ours(backend: str) -> Callable[[Case, Tensors], Built]:
 
 PROVIDERS = {
     "formula, eager": Provider(_formula, None),
-    "formula, compiled": Provider(_compiled, None),
     "ours, torch": Provider(_ours("torch"), None, "torch"),
     "ours, triton": Provider(_ours("triton"), "fused", "triton", ("cuda",)),
     "ours, cuda": Provider(_ours("cuda"), "fused", "cuda", ("cuda",)),
+    "formula, compiled": Provider(_compiled, None, compiled=True),
 }
 
 

@@ -66,7 +66,7 @@ class Tensors(NamedTuple):
 
 
 # (M, K, N). BLIP and ViLT have width 768 and an MLP of 3072; 577 is the number of image tokens.
-GPU_SHAPES = ((8192, 4096, 4096), (16 * 577, 768, 768), (16 * 577, 768, 3072), (16 * 577, 3072, 768))
+GPU_SHAPES = ((16 * 577, 768, 768), (16 * 577, 768, 3072), (16 * 577, 3072, 768), (8192, 4096, 4096))
 CPU_SHAPES = ((4 * 577, 768, 768), (2 * 577, 768, 3072), (2 * 577, 3072, 768))
 DROPOUTS = (0.0, 0.1)
 # 16 images or texts at a time: 577 tokens of BLIP's images, 40 of its texts; ViLT's 40 and 145 patches of 384² pixels.
@@ -186,8 +186,8 @@ PROVIDERS = {
     "ours, triton D1": Provider(_ours("triton", "D1"), "D1", "triton", ("cuda",)),
     "ours, triton D3": Provider(_ours("triton", "D3"), "D3", "triton", ("cuda",)),
     "ours, cuda": Provider(_ours("cuda", None), "D1", "cuda", ("cuda",)),
-    "torch compiled": Provider(_compiled(_eager), None, devices=("cuda",)),  # on a CPU as PEFT compiled, within 3 %
-    "PEFT compiled": Provider(_compiled(_peft), None),
+    "torch compiled": Provider(_compiled(_eager), None, devices=("cuda",), compiled=True),  # on a CPU as PEFT's
+    "PEFT compiled": Provider(_compiled(_peft), None, compiled=True),
     "unsloth": Provider(_fast_lora("unsloth.kernels.fast_lora", False), "unsloth", devices=(), foreign=True),
     "axolotl": Provider(_fast_lora("axolotl.kernels.lora", True), None, devices=(), foreign=True),
     "LoRAFusion": Provider(_lorafusion, None, devices=(), foreign=True),

@@ -62,28 +62,30 @@ class Tensors(NamedTuple):
 
 # Aurora's stacks in BLIP and ViLT (width 768, rank 64, 12 layers of 3 or 9 projections), and a LoRA merge at 4096.
 ALIKE = {"rows": 768, "columns": 768, "R": 64}
-CPU_CASES = (
+MERGE = {"N": 1, "rows": 4096, "columns": 4096, "R": 16, "core": "none", "base": True}
+STACKS = (
     {"N": 36, "core": "diagonal", **ALIKE},
-    {"N": 1, "rows": 4096, "columns": 4096, "R": 16, "core": "none", "base": True},
     {"N": 1, "core": "diagonal", **ALIKE},
     {"N": 36, "core": "dense", **ALIKE},
     {"N": 36, "core": "diagonal", "base": True, **ALIKE},
     {"N": 108, "core": "diagonal", **ALIKE},
 )
+CPU_CASES = (*STACKS, MERGE)
 GPU_CASES = (
-    *CPU_CASES,
+    *STACKS,
     {"N": 1, "core": "dense", **ALIKE},
     {"N": 36, "core": "dense", "base": True, **ALIKE},
     {"N": 108, "core": "dense", **ALIKE},
     {"N": 108, "core": "diagonal", "base": True, **ALIKE},
+    MERGE,
 )
 PRESETS = {"blip": ((108, 768, 768, 64),), "vilt": ((36, 768, 768, 64),), "llm": ((1, 4096, 4096, 16),)}
 BACKWARD_CASES = ({"N": 36, "core": "diagonal", **ALIKE}, {"N": 36, "core": "dense", **ALIKE})
 
 
 def usual_cases(on_cpu: bool, dtypes: Sequence[str]) -> list[Case]:
-    forward = [(each, False) for each in (CPU_CASES if on_cpu else GPU_CASES)]
-    both = forward + [(each, True) for each in BACKWARD_CASES]
+    *forward, merge = [(each, False) for each in (CPU_CASES if on_cpu else GPU_CASES)]
+    both = [*forward, *((each, True) for each in BACKWARD_CASES), merge]
     return [Case(**each, dtype=dtype, backward=backward) for dtype in dtypes for each, backward in both]
 
 

@@ -5,27 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .tables import describe
+from .results import describe, identity
 from .terminal import Table
 
 FASTER, SLOWER = "faster", "SLOWER"
-MEASURED = ("title", "rates", "results", "absent")  # what a record has beyond the case itself
 
 
 class Change(NamedTuple):
-    """Milliseconds of one provider in one case: in a CUDA graph where both runs have that."""
+    """Milliseconds of one provider in one case."""
 
     case: str
     provider: str
+    how: str  # "eager", or "graph" in a CUDA graph
     ours: bool
     old: float
     new: float
     told: str  # FASTER, SLOWER, or empty
-
-
-def identity(case: dict) -> frozenset:
-    """What tells a case from all others."""
-    return frozenset((key, value) for key, value in case.items() if key not in MEASURED)
 
 
 def load(path: Path | None, wanted: Sequence[dict]) -> dict | None:
@@ -43,26 +38,25 @@ def load(path: Path | None, wanted: Sequence[dict]) -> dict | None:
 
 
 def changes(old: dict, new: dict) -> list[Change]:
-    """Of every provider that both runs measured in a case."""
+    """Of every provider that both runs measured in a case; in a CUDA graph, too, where both have that."""
     before = {(identity(case), row["provider"]): row for case in old["cases"] for row in case["results"]}
     found = []
     for case in new["cases"]:
         for row in case["results"]:
-            if was := before.get((identity(case), row["provider"])):
-                kind = "graph_" if was["graph_ms"] and row["graph_ms"] else ""
+            was = before.get((identity(case), row["provider"]), {})
+            for how, kind in (("eager", ""), ("graph", "graph_")):
                 time, spread = f"{kind}ms", f"{kind}spread_ms"
+                if not was.get(time) or not row[time]:
+                    continue
                 beyond = abs(row[time] - was[time]) > (was.get(spread) or 0) + (row.get(spread) or 0)
                 told = (SLOWER if row[time] > was[time] else FASTER) if beyond else ""
-                title = f"{case['op']} {case['title']}"
-                found.append(Change(title, row["provider"], bool(row["backend"]), was[time], row[time], told))
+                name = f"{case['op']} {case['title']}", row["provider"], how, bool(row["backend"])
+                found.append(Change(*name, was[time], row[time], told))
     return found
 
 
 def table(found: Sequence[Change], old: dict) -> Table:
     """The ratio is the old time to the new one: above 1 is faster."""
-    rows = [
-        [each.case, each.provider, f"{each.old:.3f}", f"{each.new:.3f}", f"{each.old / each.new:.2f}×", each.told]
-        for each in found
-    ]
-    headers = ["case", "provider", "old ms", "new ms", "old / new", "beyond both spreads"]
+    rows = [[e.case, e.provider, e.how, f"{e.old:.3f}", f"{e.new:.3f}", f"{e.old / e.new:.2f}×", e.told] for e in found]
+    headers = ["case", "provider", "how", "old ms", "new ms", "old / new", "beyond both spreads"]
     return Table(f"against {describe(old)}", headers, rows, [])

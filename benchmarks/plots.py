@@ -7,7 +7,7 @@ from statistics import median
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .tables import describe
+from .results import describe
 
 
 def plot(run: dict, folder: Path) -> list[Path]:
@@ -24,7 +24,10 @@ def plot(run: dict, folder: Path) -> list[Path]:
 
 
 def _bars(path: Path, cases: Sequence[dict], title: str) -> None:
-    """A panel for each case: milliseconds of every provider, and the floor as a line; ours are dark."""
+    """A panel for each case: milliseconds of every provider, and the floor as a line; ours are dark.
+
+    On a GPU a bar is the time in a CUDA graph, and a mark beyond it the eager one.
+    """
     figure = Figure(figsize=(8, 1 + sum(0.7 + 0.25 * len(case["results"]) for case in cases)))
     heights = [2 + len(case["results"]) for case in cases]
     for axes, case in zip(figure.subplots(len(cases), squeeze=False, height_ratios=heights)[:, 0], cases):
@@ -34,13 +37,18 @@ def _bars(path: Path, cases: Sequence[dict], title: str) -> None:
         axes.barh([row["provider"] for row in rows], times, color=colors)
         for index, (row, time) in enumerate(zip(rows, times)):
             share = f" ({row['percent_of_floor']:.0f} % of its floor)" if row["percent_of_floor"] else ""
-            axes.text(time, index, f" {time:.3g}{share}", va="center", fontsize=7)
+            eager = f", eager {row['ms']:.3g}" if row["graph_ms"] else ""
+            axes.text(max(time, row["ms"]), index, f" {time:.3g}{share}{eager}", va="center", fontsize=7)
+        in_graph = [(row["ms"], index) for index, row in enumerate(rows) if row["graph_ms"]]
+        if in_graph:
+            axes.scatter(*zip(*in_graph), marker="|", color="black")
         if floors := [row["floor_ms"] for row in rows if row["backend"] and row["floor_ms"]]:
             axes.axvline(floors[0], color="tab:red", linestyle=":")
         axes.set_title(case["title"], fontsize=8, loc="left")
         axes.tick_params(labelsize=7)
         axes.margins(x=0.35)
-    axes.set_xlabel("ms; red: the floor", fontsize=8)
+    graphs = any(row["graph_ms"] for case in cases for row in case["results"])
+    axes.set_xlabel(f"ms{' in a CUDA graph; black: eager' if graphs else ''}; red: the floor", fontsize=8)
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
 

@@ -25,6 +25,8 @@ from .steps_models import SIZES, Batch, Model, Size, own_logits
 FULL, PEFT, LORA, AURORA = "full tuning", "PEFT LoRA", "our LoRA", "Aurora"
 MOIL, AUTHORS = "MoIL", "MoIL, authors' formula"
 METHODS = (FULL, PEFT, LORA, MOIL, AUTHORS, AURORA)
+RIVALS = {"PEFT LoRA": PEFT, "full tuning": FULL, "authors' formula": AUTHORS}
+MODES = ("graph", "eager", "compiled")  # in which each is measured: what a graph shows is no host's doing
 _KINDS = {FULL: FullTuning, LORA: LoRA, AURORA: Aurora, MOIL: MoIL, AUTHORS: MoIL}
 WEIGHT_DECAY = 0.05
 DRIFT, VERIFIED_DECAY = 0.1, 0.9  # what is verified moves far enough to be seen; relative to the live weights' size

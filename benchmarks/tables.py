@@ -1,4 +1,4 @@
-"""Result files, and the tables that README.md has between its markers made from them.
+"""The tables that README.md has between its markers, made from the result files.
 
     python -m peft_kernels.benchmarks.tables [--check]
 
@@ -7,22 +7,16 @@ differs from what the result files say.
 """
 
 import argparse
-import json
 import pkgutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from peft_kernels import ops
 
-from peft_kernels import environment, ops
-from peft_kernels.adapters.checkpoint import write_atomically
+from .results import HERE, RESULTS, describe, load
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 NEVER = "not yet run on a GPU"
 
@@ -42,6 +36,7 @@ class Layout(NamedTuple):
     versus: dict[str, str]  # short name: provider; the first that was measured is the one on the terminal
 
 
+TIMES = {"ms": "", "graph_ms": "graph "}  # what a result has: eager, and on a GPU in a CUDA graph; before a heading
 FIGURES = {  # heading: what a result holds, its digits and unit
     "floor ms": ("floor_ms", 3, 1),
     "GB/s": ("gb_per_s", 1, 1),
@@ -127,65 +122,7 @@ def operations() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if not module.name.startswith("_"))
 
 
-# ---- result files ---------------------------------------------------------------------------------------------------
-
-
-def provenance(device: torch.device) -> dict:
-    """Where and with what a run is made; its `cases` are still to be added. Names no host and no path."""
-    report = environment.report()
-    on_gpu = device.type == "cuda"
-    return {
-        "schema": 1,
-        "kind": "gpu" if on_gpu else "cpu",
-        "device": torch.cuda.get_device_name(device) if on_gpu else report["machine"]["processor"],
-        "driver": report["gpu"].get("driver") if on_gpu else None,
-        "threads": None if on_gpu else torch.get_num_threads(),
-        "versions": {name: version for name, version in report["versions"].items() if version},
-        "commit": _commit(),
-        "date": date.today().isoformat(),
-        "cases": [],
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+" if files that are tracked differ from it; None outside a checkout."""
-    answers = []
-    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(["git", "-C", HERE, *command], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        answers.append(done.stdout.strip())
-    return answers[0] + ("+" if answers[1] else "")
-
-
-def save(run: dict, path: str | Path) -> None:
-    text = json.dumps(run, indent=1) + "\n"
-    write_atomically(Path(path), lambda new: new.write_text(text, encoding="utf-8"))
-
-
-def load(folder: Path = RESULTS) -> list[dict]:
-    """The latest run of every device, GPUs first."""
-    latest = {}
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        key = (run["kind"], run["device"])
-        if run["kind"] == "dry":
-            raise ValueError(f"{path.name} is of a dry run, which measures nothing")
-        if key not in latest or run["date"] >= latest[key]["date"]:
-            latest[key] = run
-    return sorted(latest.values(), key=lambda run: (run["kind"] != "gpu", run["device"]))
-
-
 # ---- cells of a table -----------------------------------------------------------------------------------------------
-
-
-def describe(run: dict) -> str:
-    threads = f", threads: {run['threads']}" if run["threads"] else ""
-    versions = ", ".join(
-        f"{name} {run['versions'][name]}" for name in ("torch", "triton", "peft") if name in run["versions"]
-    )
-    return f"{run['device']}{threads}; {versions}; {run['date']}"
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -238,34 +175,36 @@ def _run_on_gpu(op: str, backend: str, runs: Sequence[dict]) -> str:
         rows += [record for record in run.get("numerics", ()) if record["op"] == op and "ratio" in record]
         return run["kind"] == "gpu" and any(row["backend"] == backend for row in rows)
 
-    return "; ".join(f"{run['device']}, {run['date']}" for run in runs if verified(run)) or NEVER
+    return "; ".join(dict.fromkeys(f"{run['device']}, {run['date']}" for run in runs if verified(run))) or NEVER
 
 
 def speed_table(runs: Sequence[dict]) -> str:
     """Per device a table for every operation; without a GPU's results only that there are none."""
     parts = [] if any(run["kind"] == "gpu" for run in runs) else [f"GPU: {NEVER}."]
-    for run in runs:
-        time, how = ("graph_ms", "; in a CUDA graph") if run["kind"] == "gpu" else ("ms", "")
+    for run in (run for run in runs if run["cases"] or run.get("steps")):
+        how = "; eager, calls issued back to back, and in a CUDA graph" if run["kind"] == "gpu" else ""
         parts.append(f"{describe(run)}{how}.")
         measured = {case["op"] for case in run["cases"]}
-        parts += [_op_table(op, run["cases"], time) for op in LAYOUTS if op in measured]
+        parts += [_op_table(op, run["cases"]) for op in LAYOUTS if op in measured]
         if run.get("steps"):
-            from .steps import steps_table  # which builds whole models
+            from .steps_table import steps_table  # which knows the models
 
             parts.append(_folded("a training step", steps_table(run)))
     return "\n\n".join(parts)
 
 
-def _op_table(op: str, cases: Sequence[dict], time: str) -> str:
+def _op_table(op: str, cases: Sequence[dict]) -> str:
     """Folded, one line for every case and backend of ours; a column that is empty throughout is left out."""
     layout = LAYOUTS[op]
-    headers = [*layout.case, "ours", "ms", *layout.figures, *(f"vs {peer}" for peer in layout.versus)]
+    headers = [*layout.case, "ours", *(f"{how}ms" for how in TIMES.values()), *layout.figures]
+    headers += [f"{how}vs {peer}" for how in TIMES.values() for peer in layout.versus]
     rows = []
     for case in (case for case in cases if case["op"] == op):
         for row in (row for row in case["results"] if row["backend"]):
             cells = [str(cell(case)) for cell in layout.case.values()]
-            cells += [row["provider"].removeprefix("ours, "), number(row[time], 3), *figures(row, layout.figures)]
-            rows.append(cells + [speed(case, row, provider, time) for provider in layout.versus.values()])
+            cells += [row["provider"].removeprefix("ours, "), *(number(row[time], 3) for time in TIMES)]
+            ratios = [speed(case, row, provider, time) for time in TIMES for provider in layout.versus.values()]
+            rows.append([*cells, *figures(row, layout.figures), *ratios])
     kept = [index for index, column in enumerate(zip(*rows)) if set(column) != {"–"}]
     table = markdown([headers[index] for index in kept], [[row[index] for index in kept] for row in rows])
     return _folded(f"<code>{op}</code>", table)

@@ -19,7 +19,10 @@ class Table(NamedTuple):
 
 
 def case_table(case: dict) -> Table:
-    """One case. Launches are the design's on a CPU, counted on a GPU; ratios to the first peer that was measured."""
+    """One case. Launches are the design's on a CPU, counted on a GPU; ratios to the first peer that was measured.
+
+    ms: eager; on a GPU calls are issued back to back, and beside that stands the time in a CUDA graph
+    """
     in_graph = any(row["graph_ms"] for row in case["results"])
     measured = [row["provider"] for row in case["results"] if not row["backend"]]
     known = {provider: peer for peer, provider in LAYOUTS[case["op"]].versus.items() if provider in measured}
@@ -33,7 +36,7 @@ def case_table(case: dict) -> Table:
             cells += [number(row["graph_ms"], 3), number(row["graph_spread_ms"], 3)]
             cells += [speed(case, row, provider, "graph_ms")] if provider else []
         rows.append([*cells, *figures(row, SHOWN)])
-    headers = ["provider", "ms", "±", *ratio, *(["ms in a graph", "±", *ratio] if in_graph else []), *SHOWN]
+    headers = ["provider", "ms", "±", *ratio, *(["graph ms", "±", *ratio] if in_graph else []), *SHOWN]
     notes = [f"{name}: {reason}" for name, reason in case["absent"].items()]
     return Table(f"{case['op']} {case['title']}", headers, rows, notes)
 

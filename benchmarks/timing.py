@@ -31,26 +31,34 @@ FEWEST_ROUNDS, MOST_ROUNDS, SECONDS = 6, 100, 1.2
 
 
 def time_on_cpu(steps: dict[str, Callable[[], object]], rounds: int | None = None, warmup: int = 1) -> dict[str, Times]:
-    """Every step once per round, so that whatever else the machine does strikes all alike; compare within a round.
-
-    The order is drawn for every other round, and the next one runs backwards: nobody always follows the same neighbour,
-    whose use of the caches doubles the time of a small step. Without a number of rounds, as many as fit into SECONDS,
-    within reason.
-    """
+    """Every step once per round. Without a number of rounds, as many as fit into SECONDS, within reason."""
     for step in steps.values():
         for _ in range(warmup):
             step()
-    samples = {name: [] for name in steps}
-    order, draw = list(steps), random.Random(0)
+    return _in_turns({name: lambda step=step: _seconds_on_cpu(step) for name, step in steps.items()}, rounds)
+
+
+def _seconds_on_cpu(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _in_turns(clocks: dict[str, Callable[[], float]], rounds: int | None) -> dict[str, Times]:
+    """A sample of every clock per round, so that whatever else the machine does strikes all alike: compare in a round.
+
+    The order is drawn for every other round, and the next one runs backwards: nobody always follows the same neighbour,
+    whose use of the caches doubles the time of a small step.
+    """
+    samples = {name: [] for name in clocks}
+    order, draw = list(clocks), random.Random(0)
     begin = time.perf_counter()
     for turn in range(rounds or MOST_ROUNDS):
         if not rounds and turn >= FEWEST_ROUNDS and time.perf_counter() - begin > SECONDS:
             break
         draw.shuffle(order) if turn % 2 == 0 else order.reverse()
         for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(clocks[name]())
     return {name: Times.of(values) for name, values in samples.items()}
 
 
@@ -61,6 +69,13 @@ def speed_against(times: Times, other: Times) -> float:
     return statistics.median(theirs / ours for ours, theirs in zip(times.samples, other.samples))
 
 
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+CALLS, FEWEST_CALLS = 20, 3  # between two events: as many, or fewer of what takes long
+SAMPLES, FEWEST_SAMPLES, GPU_SECONDS = 20, 5, 0.5
+GRAPH_SECONDS = 1e-3  # replays between two events take that long, or one of them takes longer
+
+
 def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
     """How many sets of inputs to take turns with, so that none is still in a GPU's L2 cache when its turn comes."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -68,38 +83,78 @@ def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
 
 
 def time_on_gpu(step: Callable[[int], object], copies: int) -> Times:
-    """Calls issued one by one, as in eager training; `step(i)` runs on the i-th set of inputs. A median by do_bench."""
-    from triton.testing import do_bench
+    """Eager, per call: calls issued back to back, as in training; `step(i)` runs on the i-th set of inputs.
 
-    turn = iter(range(10**9))
-    milliseconds = do_bench(lambda: step(next(turn) % copies), warmup=50, rep=200, return_mode="all")
-    return Times.of([value / 1e3 for value in milliseconds])
+    The device is idle when they begin, so that the slower of the two shows: the host that issues, or the device that
+    computes. Triton's do_bench clears 256 MB before every call, and hides 90 µs of the host's time behind that.
+    """
+    turn = itertools.count()
+
+    def issue() -> None:
+        step(next(turn) % copies)
+
+    _seconds_on_gpu(issue, copies)
+    once = _seconds_on_gpu(issue, FEWEST_CALLS)
+    calls = max(FEWEST_CALLS, min(CALLS, int(GPU_SECONDS / FEWEST_SAMPLES / once)))
+    samples = max(FEWEST_SAMPLES, min(SAMPLES, int(GPU_SECONDS / calls / once)))
+    return Times.of([_seconds_on_gpu(issue, calls) for _ in range(samples)])
 
 
-def time_in_graph(step: Callable[[int], object], copies: int, replays: int = 20) -> Times:
+def time_in_graph(step: Callable[[int], object], copies: int) -> Times:
     """The same without the cost of issuing: one call on each set of inputs in a CUDA graph, replayed; per call.
 
     The results stay alive until the last call, so that no call writes where another has left its lines in the cache.
     """
+    times = time_in_graphs({"": lambda: [step(index) for index in range(copies)]})[""]
+    return Times.of([sample / copies for sample in times.samples])
+
+
+def time_in_graphs(steps: dict[str, Callable[[], object]], samples: int = SAMPLES) -> dict[str, Times]:
+    """What each step puts on the device, in a CUDA graph of its own; the graphs are replayed in turns."""
+    clocks = {}
+    for name, step in steps.items():
+        replay = _captured(step)
+        count = max(1, int(GRAPH_SECONDS / _seconds_on_gpu(replay, FEWEST_CALLS)))
+        clocks[name] = lambda replay=replay, count=count: _seconds_on_gpu(replay, count)
+    return _in_turns(clocks, samples)
+
+
+def _captured(step: Callable[[], object]) -> Callable[[], object]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for index in range(copies):
-            step(index)
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [step(index) for index in range(copies)]
-    samples = []
-    for _ in range(3 + replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        kept = step()
+
+    def replay() -> object:
         graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) / 1e3 / copies)
-    del kept
-    return Times.of(samples[3:])
+        return kept
+
+    return replay
+
+
+def _seconds_on_gpu(run: Callable[[], object], count: int) -> float:
+    """Per run, of `count` in a row between two events."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
+def fault(device: torch.device) -> str | None:
+    """Why nothing runs on this device any more in this process, or None: what a kernel does wrong shows later."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def count_launches(step: Callable[[], object]) -> int:
@@ -113,6 +168,9 @@ def count_launches(step: Callable[[], object]) -> int:
         step()
         torch.cuda.synchronize()
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(

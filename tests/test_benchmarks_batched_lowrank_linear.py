@@ -103,7 +103,7 @@ def test_every_adapter_that_can_have_rows_has_some(case):
 
 @pytest.mark.parametrize("case", CASES, ids=_title)
 def test_reference_is_the_definition(case):
-    t = runner.converted(bench.make_tensors(case, CPU), torch.float64)
+    t = cases.converted(bench.make_tensors(case, CPU), torch.float64)
     built = bench.reference(None, None, None, 0)[1](case, t)
     index = t.row_index.view(t.x.shape[:-1])
     exact = batched_lowrank_linear_reference(t.x, t.weight, t.bias, t.down, t.up, index, scale=cases.SCALE)

@@ -10,7 +10,7 @@ from benchmark_cases import TINY, tiny
 
 from peft_kernels import __main__ as command
 from peft_kernels.benchmarks import __main__ as bench
-from peft_kernels.benchmarks import bench_lowrank_linear, compare, runner, tables, terminal
+from peft_kernels.benchmarks import bench_lowrank_linear, compare, results, runner, terminal
 
 BENCHES = [tiny(each) for each in bench.BENCHES]
 FAST = ["--device", "cpu", "--dtype", "float32", "--rounds", "2"]
@@ -92,6 +92,26 @@ def test_dropout_and_quick():
     assert [len(cases) for _, cases in planned("--quick", "--dtype", "float32").values()] == [2] * 5
 
 
+def test_compiled_peers_are_last_and_in_a_quick_run_only_by_name():
+    for device in ("cpu", "cuda"):
+        full, quick = planned(device=device), planned("--quick", device=device)
+        for each in bench.BENCHES:
+            kinds = [each.providers[name].compiled for name in full[each.op][0]]
+            assert kinds == sorted(kinds) and any(kinds) == ("compiled" in str(full[each.op][0]))
+            assert quick[each.op][0] == [name for name in full[each.op][0] if not each.providers[name].compiled]
+    named = planned("--quick", "--against", "compile", device="cuda")
+    assert named["lowrank_linear"][0][-2:] == ["torch compiled", "PEFT compiled"]
+
+
+def test_width_4096_comes_last():
+    for device in ("cpu", "cuda"):
+        for op, (_, found) in planned("--dtype", "bfloat16", device=device).items():
+            widths = [max(getattr(case, name, 0) for name in ("K", "N", "rows", "width", "D")) for case in found]
+            wide = [width >= 4096 for width in widths]
+            assert wide == sorted(wide), op
+            assert widths[0] == 768
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -156,6 +176,22 @@ def test_saved_after_every_case(saved, tmp_path, monkeypatch):
     assert len(json.loads(path.read_text())["cases"]) == 1 and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_fault_ends_the_run(saved, tmp_path, monkeypatch, capsys):
+    """What was measured before is saved, and what was not begun is not in the file."""
+    record, calls = json.loads(saved.read_text())["cases"][0], []
+
+    def measure(bench, case, device, providers, rounds, in_graph, save):
+        calls.append(case)
+        save({**record, "results": record["results"][:1]})
+        assert len(json.loads(path.read_text())["cases"]) == len(calls)
+        return record if len(calls) == 1 else {**record, "fault": "PEFT faulted the device: an illegal address"}
+
+    monkeypatch.setattr(runner, "measure", measure)
+    path = tmp_path / "x.json"
+    assert run("--save", str(path)) == 1 and len(calls) == 2
+    assert "nothing more runs: PEFT faulted the device" in capsys.readouterr().out
+
+
 def test_floor_and_absent_peers_are_told(capsys):
     full = dataclasses.replace(bench_lowrank_linear.BENCH, cases=BENCHES[2].cases)
     assert run("--against", "peft,unsloth", "--dropout", "0", benches=[full]) == 0
@@ -180,7 +216,7 @@ def test_something_wrong_is_told_and_is_the_exit_status(capsys):
 def test_without_a_graph(monkeypatch):
     seen = []
     nothing = {"op": "gated_query", "title": "", "results": [], "absent": {}}
-    monkeypatch.setattr(runner, "measure", lambda *arguments: seen.append(arguments[-1]) or nothing)
+    monkeypatch.setattr(runner, "measure", lambda *arguments: seen.append(arguments[-2]) or nothing)
     run("gated_query", "--quick")
     run("gated_query", "--quick", "--no-graph")
     assert seen == [True, True, False, False]
@@ -231,7 +267,7 @@ def test_changes_beyond_both_spreads(saved):
     for factor, told in ((1.15, ""), (1.3, compare.SLOWER), (0.85, ""), (0.7, compare.FASTER)):
         new = _slower(old, "ours, torch", factor, 0.1)
         found = compare.changes(old, new)
-        assert len(found) == 2 * 3
+        assert len(found) == 2 * 3 and {change.how for change in found} == {"eager"}
         for change in found:
             mine = change.provider == "ours, torch"
             assert change.ours == mine and change.told == (told if mine else "")
@@ -240,13 +276,20 @@ def test_changes_beyond_both_spreads(saved):
 
 
 def test_graphs_are_compared_where_both_runs_have_them(saved):
+    """Beside eager times, which say what they say."""
     old = _slower(json.loads(saved.read_text()), "", 1, 0.0)
     new = _slower(old, "ours, torch", 2, 0.0, graph_ms=1.0, graph_spread_ms=0.5)
+
+    def told(old, how):
+        return {(c.old, c.new, c.told) for c in compare.changes(old, new) if c.how == how}
+
     assert {change.told for change in compare.changes(old, new) if change.ours} == {compare.SLOWER}
-    old = _slower(old, "", 1, 0.0, graph_ms=1.6, graph_spread_ms=0.0)
-    assert {(c.old, c.new, c.told) for c in compare.changes(old, new)} == {(1.6, 1.0, compare.FASTER)}
+    assert told(old, "graph") == set()
+    eager, old = told(old, "eager"), _slower(old, "", 1, 0.0, graph_ms=1.6, graph_spread_ms=0.0)
+    assert told(old, "graph") == {(1.6, 1.0, compare.FASTER)}
+    assert told(old, "eager") == eager and compare.SLOWER in {word for _, _, word in eager}
     old = _slower(old, "", 1, 0.0, graph_ms=1.6, graph_spread_ms=0.2)
-    assert {change.told for change in compare.changes(old, new)} == {""}
+    assert told(old, "graph") == {(1.6, 1.0, "")}
 
 
 def test_other_cases_and_other_providers_are_left_out(saved):
@@ -261,7 +304,7 @@ def test_other_cases_and_other_providers_are_left_out(saved):
 )
 def test_exit_status_says_that_one_of_ours_became_slower(provider, factor, status, saved, tmp_path, capsys):
     path = tmp_path / "old.json"
-    tables.save(_slower(json.loads(saved.read_text()), provider, factor, 0.0), path)
+    results.save(_slower(json.loads(saved.read_text()), provider, factor, 0.0), path)
     for case in (old := json.loads(path.read_text()))["cases"]:
         for row in case["results"]:  # whatever the machine does meanwhile
             row["spread_ms"] = 1e9 if row["provider"] != provider else 0
@@ -272,7 +315,7 @@ def test_exit_status_says_that_one_of_ours_became_slower(provider, factor, statu
 
 
 def test_committed_results_can_be_compared_with():
-    for path in tables.RESULTS.glob("*.json"):
+    for path in results.RESULTS.glob("*.json"):
         committed = json.loads(path.read_text())
         if committed["kind"] == "cpu":
             wanted = [{"op": op, **dataclasses.asdict(c)} for op, (_, cases) in planned().items() for c in cases]
@@ -292,6 +335,10 @@ def test_without_matplotlib_nothing_runs(monkeypatch, capsys):
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
+def _size(folder, name):
+    return (folder / name / "lowrank_linear.png").stat().st_size
+
+
 def test_pictures(saved, tmp_path):
     pytest.importorskip("matplotlib")
     from peft_kernels.benchmarks import plots
@@ -300,6 +347,10 @@ def test_pictures(saved, tmp_path):
     paths = plots.plot(content, tmp_path / "made")
     assert [path.name for path in paths] == ["lowrank_linear.png", "roofline.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
+    for case in content["cases"]:
+        for row in case["results"]:
+            row["graph_ms"] = row["ms"] / 2
+    assert plots.plot(content, tmp_path / "graphs") and _size(tmp_path, "graphs") != _size(tmp_path, "made")
     for case in content["cases"]:
         case["results"].clear()
     assert plots.plot(content, tmp_path) == []

@@ -8,7 +8,7 @@ from benchmark_cases import reason
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_kernels.benchmarks import bench_reconstruct as bench
-from peft_kernels.benchmarks import floor, runner
+from peft_kernels.benchmarks import cases, floor, runner
 from peft_kernels.benchmarks.floor import reconstruct as costs
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_kernels_launch_once(core):
     from peft_kernels.triton_kernels.reconstruct import reconstruct_fwd
 
     case = bench.Case(*SHAPES[core], core, base=True, backward=False)
-    t = runner.converted(bench.make_tensors(case, CPU), torch.bfloat16)
+    t = cases.converted(bench.make_tensors(case, CPU), torch.bfloat16)
     core_blocks = None if t.core is None else t.core.detach()[:, None]
     with record_launches(run=False) as launches:
         reconstruct_fwd(t.down.detach(), t.up.detach(), core_blocks, 2.0, t.base.flatten(0, -2), torch.bfloat16)

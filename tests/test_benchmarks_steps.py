@@ -8,14 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_kernels.benchmarks import steps, steps_methods, steps_models
+from peft_kernels.benchmarks import steps, steps_methods, steps_models, steps_session, timing
 from peft_kernels.benchmarks.cases import WrongResult
 from peft_kernels.benchmarks.steps_methods import AURORA, AUTHORS, FULL, LORA, METHODS, MOIL, PEFT
 from peft_kernels.benchmarks.steps_models import MODELS, SIZES
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 
 CPU, META, TINY = torch.device("cpu"), torch.device("meta"), SIZES["tiny"]
-OPTIONS = steps.Options(CPU, "tiny", rounds=1)
+OPTIONS = steps_session.Options(CPU, "tiny", rounds=1)
 
 
 def training(method, model="vilt", dropout=0.0):
@@ -42,7 +42,7 @@ def test_run_has_every_step(run):
         assert r["ms"] > 0 and r["spread_ms"] >= 0 and r["launches"] is None and r["compiler"] is None
         assert r["peak_bytes"] > 4 * r["trained"] > 0
         assert r["backend"] == ("torch" if r["method"] in (LORA, AURORA, MOIL) else None)
-        assert len(r["losses"]) == steps.COMPARED and r["losses"] == sorted(r["losses"], reverse=True)
+        assert len(r["losses"]) == steps_session.COMPARED and r["losses"] == sorted(r["losses"], reverse=True)
     graph = {"model": None, "method": None, "mode": "graph", "reason": "a CUDA graph needs a GPU"}
     assert run["absent_steps"] == [graph]
 
@@ -82,8 +82,38 @@ def test_table(run):
     assert steps.steps_table({}) == "" and steps.steps_table({"cases": [], "steps": []}) == ""
 
 
+def test_seconds_before_a_step_s_time_have_fields_of_their_own(run, monkeypatch):
+    for model in MODELS:
+        found = [r for r in run["steps"] if r["model"] == model]
+        assert all(r[name] > 0 for r in found for name in ("build_s", "verify_s", "first_s", "measure_s"))
+        assert len({(r["build_s"], r["verify_s"]) for r in found}) == 1 and {r["expect_s"] < 0.01 for r in found} == {
+            True
+        }
+    now, slow = [0.0], {"verify": 100.0, "begin": 10.0, "time_on_cpu": 1.0}
+
+    def slowly(owner, name):
+        function = getattr(owner, name)
+
+        def call(*args, **options):
+            now[0] += slow[name]
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(steps_session.time, "perf_counter", lambda: now[0])
+    for owner, name in ((steps_methods, "verify"), (steps_session, "begin"), (timing, "time_on_cpu")):
+        slowly(owner, name)
+    session = steps_session.Session(dataclasses.replace(OPTIONS, seconds=1.5), [FULL, LORA])
+    records = [session.measure("vilt", method, "eager") for method in (FULL, LORA)]
+    assert [[r[name] for name in ("build_s", "verify_s", "expect_s", "first_s", "measure_s")] for r in records] == [
+        [0, 100, 0, 10, 1]
+    ] * 2
+    with pytest.raises(steps_session.Absent, match=r"^1.5 seconds had passed"):  # of timing alone
+        session.measure("vilt", PEFT, "eager")
+
+
 def test_layers_compile_once_for_all():
-    session = steps.Session(OPTIONS, ["vilt"], [])
+    session = steps_session.Session(OPTIONS, [])
     counts = torch._dynamo.utils.counters["stats"]
     counts.clear()
     eager = session.measure("vilt", AUTHORS, "eager")
@@ -251,11 +281,11 @@ def test_another_forward_is_found(model):
 
 def test_losses_come_down_the_same_way():
     eager = [1.0, 0.95, 0.9]
-    steps.compare([1.0, 0.96, 0.91], eager, "float32")
-    steps.compare([1.02, 0.93, 0.92], eager, "bfloat16")
+    steps_session.compare([1.0, 0.96, 0.91], eager, "float32")
+    steps_session.compare([1.02, 0.93, 0.92], eager, "bfloat16")
     for wrong in ([1.0, 1.0, 1.0], [1.0, 0.95, 0.93], [1.0, 0.95, 0.85], [1.01, 0.95, 0.9], [1.0, float("nan"), 0.9]):
         with pytest.raises(WrongResult, match=r"^the loss of step \d is"):
-            steps.compare(wrong, eager, "float32")
+            steps_session.compare(wrong, eager, "float32")
 
 
 def test_what_is_wrong_is_named_and_the_rest_is_measured(monkeypatch):

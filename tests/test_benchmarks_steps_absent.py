@@ -8,12 +8,13 @@ import json
 import pytest
 import torch
 
-from peft_kernels.benchmarks import steps, steps_methods, timing
+from peft_kernels.benchmarks import steps, steps_methods, steps_session, timing
+from peft_kernels.benchmarks.cases import WrongResult
 from peft_kernels.benchmarks.steps_methods import FULL, LORA, PEFT
 from peft_kernels.benchmarks.steps_models import SIZES
 
 CPU, TINY = torch.device("cpu"), SIZES["tiny"]
-OPTIONS = steps.Options(CPU, "tiny", rounds=1)
+OPTIONS = steps_session.Options(CPU, "tiny", rounds=1)
 
 
 # ---- on a GPU: everything but the clocks, on the CPU ----------------------------------------------------------------
@@ -44,16 +45,38 @@ def session(monkeypatch):
     monkeypatch.setattr(timing, "peak_bytes", lambda step, device: (step(), 11))
     monkeypatch.setattr(timing, "time_on_gpu", lambda step, copies: timing.Times.of([step(0).item()] * copies))
     monkeypatch.setattr(timing, "count_launches", lambda step: step() and 7)
-    found = steps.Session(dataclasses.replace(OPTIONS, dropout=0.0), ["vilt"], [])
+    monkeypatch.setattr(timing, "fault", lambda device: None)
+    found = steps_session.Session(dataclasses.replace(OPTIONS, dropout=0.0), [])
+    found.model("vilt")  # on the CPU
     found.options = dataclasses.replace(found.options, device=_Gpu(), batch=2)
     return found
 
 
 def test_a_graph_is_captured_and_counted_as_eager_steps_are(session):
-    eager, graph = (session.measure("vilt", LORA, mode) for mode in ("eager", "graph"))
-    assert eager["losses"] == graph["losses"] and len(graph["losses"]) == steps.COMPARED
+    graph, eager = (session.measure("vilt", LORA, mode) for mode in ("graph", "eager"))
+    assert eager["losses"] == graph["losses"] and len(graph["losses"]) == steps_session.COMPARED
     assert eager["peak_bytes"] == graph["peak_bytes"] == 250 + 11
     assert (eager["launches"], graph["launches"]) == (7, None) and graph["ms"] > 0
+
+
+def test_a_graph_is_compared_with_eager_steps_before_it_is_timed(session, monkeypatch):
+    """As graphs come first: those steps are taken for that alone, and once."""
+    began, begin = [], steps_session.begin
+    monkeypatch.setattr(steps_session, "begin", lambda mode, *rest: began.append(mode) or begin(mode, *rest))
+    graph = session.measure("vilt", FULL, "graph")
+    expected = session.losses["vilt", FULL]
+    assert graph["expect_s"] > 1e-3 and graph["losses"] == expected and expected is not graph["losses"]
+    capture = steps_methods.Training.capture
+
+    def backwards(self):
+        capture(self)
+        self.lr.neg_()
+
+    monkeypatch.setattr(steps_methods.Training, "capture", backwards)
+    monkeypatch.setattr(timing, "time_on_gpu", lambda *_: pytest.fail("timed"))
+    with pytest.raises(WrongResult, match=r"^the loss of step \d is"):
+        session.measure("vilt", FULL, "graph")
+    assert began == ["graph", "graph"] and session.losses["vilt", FULL] is expected
 
 
 def test_what_fails_on_a_gpu_is_named_with_its_reason(session, monkeypatch):
@@ -61,14 +84,14 @@ def test_what_fails_on_a_gpu_is_named_with_its_reason(session, monkeypatch):
         raise RuntimeError("\noperation not permitted\nwhen a stream is capturing")
 
     monkeypatch.setattr(steps_methods.Training, "capture", capture)
-    with pytest.raises(steps.Absent, match=r"^operation not permitted$"):
+    with pytest.raises(steps_session.Absent, match=r"^operation not permitted$"):
         session.measure("vilt", FULL, "graph")
 
     def step(self):
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(steps_methods.Training, "step", step)
-    with pytest.raises(steps.Absent, match="out of memory"):
+    with pytest.raises(steps_session.Absent, match="out of memory"):
         session.measure("vilt", FULL, "eager")
 
     def mistake(self):
@@ -79,17 +102,41 @@ def test_what_fails_on_a_gpu_is_named_with_its_reason(session, monkeypatch):
         session.measure("vilt", FULL, "eager")
 
 
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_a_fault_is_told_and_ends_the_run(mode, session, monkeypatch):
+    """Of what was asked for, nothing else runs; what was measured before is there, and was saved."""
+    times, faults, told = timing.time_on_gpu, [], []
+
+    def time_on_gpu(step, copies):
+        if len(told) == 2:  # before the first, and after it
+            faults.append("CUDA error: an illegal memory access was encountered")
+            raise torch.AcceleratorError(faults[0])
+        return times(step, copies)
+
+    monkeypatch.setattr(timing, "time_on_gpu", time_on_gpu)
+    monkeypatch.setattr(timing, "fault", lambda device: faults[0] if faults else None)
+    monkeypatch.setattr(steps, "Session", lambda options, methods: session)
+    run = {}
+    with pytest.raises(WrongResult, match=r"^vilt, full tuning, .* faulted the device: CUDA error"):
+        steps.measure(
+            run, session.options, ["vilt"], [LORA, FULL, PEFT], [mode], lambda: told.append(len(run["steps"]))
+        )
+    assert told == [0, 1] and [r["method"] for r in run["steps"]] == [LORA]
+    assert [each["method"] for each in run["absent_steps"]] == [FULL, PEFT]
+    assert all("full tuning" in each["reason"] and "illegal" in each["reason"] for each in run["absent_steps"])
+
+
 # ---- what is left out, and what is refused --------------------------------------------------------------------------
 
 
 class _Listed:
     """A session that measures nothing."""
 
-    def __init__(self, options, models, methods):
+    def __init__(self, options, methods):
         pass
 
     def measure(self, model, method, mode):
-        raise steps.Absent("not now")
+        raise steps_session.Absent("not now")
 
 
 def test_a_run_that_is_killed_has_named_what_it_owes(monkeypatch):
@@ -99,15 +146,17 @@ def test_a_run_that_is_killed_has_named_what_it_owes(monkeypatch):
     steps.measure(run, OPTIONS, **asked, report=lambda: told.append(json.dumps(run)))
     first, last = (json.loads(text)["absent_steps"] for text in (told[0], told[-1]))
     order = [(FULL, "eager"), (LORA, "eager"), (FULL, "compiled"), (LORA, "compiled")]
+    assert steps.MODES[0] == "graph" and len(told) == 1 + 8
     assert [(each["method"], each["mode"]) for each in first[::2]] == order  # of both models
     assert {each["reason"] for each in first} == {"the run ended before"}
-    assert [each["reason"] for each in last] == ["not now"] * 7 + ["the run ended before"]
+    assert [each["reason"] for each in last] == ["not now"] * 8
 
 
 def test_time_is_kept():
     run = {}
-    steps.measure(run, dataclasses.replace(OPTIONS, seconds=1e-9), ["vilt"], [FULL], ["eager"])
-    assert run["steps"] == [] and [each["reason"] for each in run["absent_steps"]] == ["1e-09 seconds had passed"]
+    steps.measure(run, dataclasses.replace(OPTIONS, seconds=1e-9), ["vilt"], [FULL, LORA], ["eager"])
+    assert [r["method"] for r in run["steps"]] == [FULL]
+    assert [each["reason"] for each in run["absent_steps"]] == ["1e-09 seconds had passed"]
 
 
 @pytest.mark.parametrize(("missing", "left"), [("peft", [LORA]), ("transformers", None)])

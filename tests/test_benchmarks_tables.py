@@ -9,7 +9,7 @@ import pytest
 from benchmark_cases import TINY, tiny
 
 from peft_kernels.benchmarks import __main__ as every
-from peft_kernels.benchmarks import tables, terminal
+from peft_kernels.benchmarks import results, tables, terminal
 
 # ---- a run of everything --------------------------------------------------------------------------------------------
 
@@ -84,7 +84,14 @@ def test_gpu_result_shows_for_what_it_verified(saved_run):
     for line in (line for line in text.splitlines() if "interpreted" in line or "emulation" in line):
         seen = "interpreted" in line and "`reconstruct`" not in line
         assert ("NVIDIA Test" in line) == seen and (tables.NEVER in line) != seen
-    assert f"GPU: {tables.NEVER}" not in text and "1234.50×" in text and "; in a CUDA graph." in text
+    assert f"GPU: {tables.NEVER}" not in text and "1234.50×" in text and ", and in a CUDA graph." in text
+    table = text.partition("<code>lowrank_linear</code>")[2]
+    heads, _, first = ([cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:5])
+    cells = dict(zip(heads, first))  # eager beside the graph
+    assert float(cells["graph ms"]) == pytest.approx(float(cells["ms"]) / 2, abs=2e-3)
+    assert cells["graph vs PEFT"] == "1234.50×" != cells["vs PEFT"]
+    after = text.partition("NVIDIA Test")[2].partition("threads:")
+    assert "graph ms" in after[0] and "graph ms" not in after[2]  # of a CPU there is none
 
 
 def test_what_was_verified_without_being_timed_shows_too(saved_run):
@@ -107,9 +114,9 @@ def test_steps_are_shown(saved_run):
 
 
 def test_a_dry_run_is_no_result(saved_run, tmp_path):
-    tables.save({**saved_run, "kind": "dry"}, tmp_path / "dry.json")
+    results.save({**saved_run, "kind": "dry"}, tmp_path / "dry.json")
     with pytest.raises(ValueError, match=r"dry.json is of a dry run"):
-        tables.load(tmp_path)
+        results.load(tmp_path)
 
 
 def test_ratios_are_those_of_the_rounds_where_there_are_some():
@@ -122,14 +129,14 @@ def test_ratios_are_those_of_the_rounds_where_there_are_some():
 
 
 def test_tables_command(saved_run, tmp_path):
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    results.mkdir()
-    tables.save(saved_run, results / "cpu-old.json")
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    folder.mkdir()
+    results.save(saved_run, folder / "cpu-old.json")
     readme.write_text(MARKED)
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    arguments = ["--readme", str(readme), "--results", str(folder)]
     assert tables.main([*arguments, "--check"]) == 1 and readme.read_text() == MARKED
     assert tables.main(arguments) == 0 and tables.main([*arguments, "--check"]) == 0
-    tables.save(_on_gpu(saved_run), results / "gpu.json")
+    results.save(_on_gpu(saved_run), folder / "gpu.json")
     assert tables.main([*arguments, "--check"]) == 1
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="status:begin"):
@@ -138,18 +145,18 @@ def test_tables_command(saved_run, tmp_path):
 
 def test_later_run_of_a_device_replaces_the_earlier(saved_run, tmp_path):
     for name, date in (("a", "2026-02-01"), ("b", "2026-01-01")):
-        tables.save({**saved_run, "date": date}, tmp_path / f"{name}.json")
-    assert [run["date"] for run in tables.load(tmp_path)] == ["2026-02-01"]
+        results.save({**saved_run, "date": date}, tmp_path / f"{name}.json")
+    assert [run["date"] for run in results.load(tmp_path)] == ["2026-02-01"]
 
 
 def test_readme_is_in_sync():
     text = tables.README.read_text() if tables.README.is_file() else MARKED
     if "<!-- status:begin -->" in text and text != MARKED:
-        assert tables.updated(text, tables.load()) == text, "run `python -m peft_kernels.benchmarks.tables`"
+        assert tables.updated(text, results.load()) == text, "run `python -m peft_kernels.benchmarks.tables`"
 
 
 def test_committed_results_name_no_host_and_no_path():
-    for path in Path(tables.RESULTS).glob("*.json"):
+    for path in Path(results.RESULTS).glob("*.json"):
         run = json.loads(path.read_text())
         assert {"kind", "device", "versions", "commit", "date", "cases"} <= run.keys(), path.name
         assert not re.search(r'"[^"]*(?:/\w+){2}', path.read_text()), path.name

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peft_kernels import imitation_step
 from peft_kernels.benchmarks import bench_weight_distance as bench
-from peft_kernels.benchmarks import cases, floor, runner, terminal, timing
+from peft_kernels.benchmarks import cases, floor, providers, runner, terminal, timing
 from peft_kernels.benchmarks.floor import weight_distance as costs
 from peft_kernels.imitation.plan import Memory, Plan
 
@@ -209,8 +209,8 @@ def test_peak_counts_what_is_kept_from_step_to_step():
 
 def test_larger_cases_are_verified_by_their_first_layers(monkeypatch):
     verified = []
-    check = runner.verify
-    monkeypatch.setattr(runner, "verify", lambda *args: verified.append(args[2].case.layers) or check(*args))
+    check = providers.verify
+    monkeypatch.setattr(providers, "verify", lambda *args: verified.append(args[2].case.layers) or check(*args))
     for layers in (1, 2, 5):
         runner.measure(bench.BENCH, dataclasses.replace(HYBRID, layers=layers), CPU, ["ours, torch"], rounds=1)
     assert verified == [1, 2, 2]

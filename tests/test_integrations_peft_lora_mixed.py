@@ -1,13 +1,16 @@
 """Batches that mix adapters: PEFT's numbers, in one call for each layer, whatever adapters it has."""
 
 import copy
+import gc
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft_lora_cases import EXACT, both, count_calls, ids, pair, peft, stir
 from torch import nn
 
-from peft_kernels.integrations.peft import accelerate, fused_linear
+from peft_kernels.integrations.peft import accelerate, mixed_batches
 
 
 @pytest.fixture
@@ -68,9 +71,9 @@ class Given(nn.Module):
 def test_mixed_batches_share_their_order(calls, monkeypatch):
     _, ours = mixing()
     sorted_ = []
-    segments = fused_linear.adapter_segments
-    monkeypatch.setattr(fused_linear, "adapter_segments", lambda *args: sorted_.append(1) or segments(*args))
-    fused_linear._cached_segments.cache_clear()
+    segments = mixed_batches.adapter_segments
+    monkeypatch.setattr(mixed_batches, "adapter_segments", lambda *args: sorted_.append(1) or segments(*args))
+    mixed_batches._cached.cache_clear()
     x = torch.randn(4, 6, dtype=torch.float64)
     with torch.inference_mode():
         expected = ours(x, adapter_names=["a", "b", "a", "b"])
@@ -127,3 +130,83 @@ def test_mixed_batch_through_the_model(calls):
     accelerate(ours)
     torch.testing.assert_close(ours(ids(), adapter_names=names), expected, **EXACT)
     assert calls == [0, 5]
+
+
+# ---- on a GPU: streams and captures, tried on a CPU -----------------------------------------------------------------
+
+
+class Stream:
+    def __init__(self, name, did):
+        self.name, self.did = name, did
+
+    def record_event(self):
+        self.did.append(("records", self.name))
+        return f"event of {self.name}"
+
+    def wait_event(self, event):
+        self.did.append((self.name, f"waits for {event}"))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What the host does, in order: on the stream that is current, captured or not."""
+    did = []
+    found = SimpleNamespace(did=did, capturing=False, stream=Stream("usual", did))
+    segments, tensor = mixed_batches.adapter_segments, torch.tensor
+    monkeypatch.setattr(mixed_batches, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: found.stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: did.append(("kept for", stream.name)))
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: did.append("table") or tensor(*args, **kwargs))
+    monkeypatch.setattr(mixed_batches, "adapter_segments", lambda *args: did.append("sorts") or segments(*args))
+    mixed_batches._cached.cache_clear()
+    yield found
+    mixed_batches._cached.cache_clear()
+    mixed_batches._captured.clear()
+
+
+NAMED = ["a", "b", "__base__", "a"]
+
+
+def test_a_mixed_batch_is_captured_after_a_call_on_another_stream(gpu):
+    """The host makes no table, sorts nothing and waits for nothing: all of that is forbidden there."""
+    theirs, ours = mixing()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    side, capture = Stream("side", gpu.did), Stream("capture", gpu.did)
+    gpu.stream = side
+    ours(x, adapter_names=NAMED)
+    assert gpu.did == ["table", "sorts", ("records", "side")]
+    gpu.did.clear()
+    gpu.stream, gpu.capturing = capture, True
+    torch.testing.assert_close(ours(x, adapter_names=NAMED), theirs(x, adapter_names=NAMED), **EXACT)
+    assert gpu.did == []
+    with pytest.raises(RuntimeError, match=r"^adapter_names: .* after one call before the capture"):
+        ours(x, adapter_names=["b", "a", "b", "a"])
+    assert gpu.did == []
+
+
+def test_other_streams_wait_for_the_one_that_sorted_and_keep_its_memory(gpu):
+    theirs, ours = mixing()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = theirs(x, adapter_names=NAMED)
+    one, other = Stream("one", gpu.did), Stream("other", gpu.did)
+    for gpu.stream in (one, other, other, one):
+        torch.testing.assert_close(ours(x, adapter_names=NAMED), expected, **EXACT)
+    waits = [("other", "waits for event of one"), *[("kept for", "other")] * 4]  # of four tensors
+    assert gpu.did == ["table", "sorts", ("records", "one"), *waits]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_what_a_graph_reads_stays(captured, gpu):
+    """Whatever other batches come after it; what no graph reads goes."""
+    _, ours = mixing()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    ours(x, adapter_names=NAMED)
+    gpu.capturing = captured
+    ours(x, adapter_names=NAMED)
+    (order,) = (weakref.ref(t) for t in gc.get_objects() if type(t) is mixed_batches._Shared)
+    gpu.capturing = False
+    for index in range(mixed_batches._cached.cache_parameters()["maxsize"]):
+        ours(x[:, None].expand(4, index + 2, 6), adapter_names=NAMED)
+    gc.collect()
+    assert (order() is not None) == captured

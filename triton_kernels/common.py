@@ -26,6 +26,20 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     tile: Tile
 
+    def run(self) -> Any:
+        """On the device of the first tensor, on torch's current stream. Returns what Triton compiled, if it did."""
+        device = next(arg.device for arg in self.args if isinstance(arg, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self.kernel[self.grid](*self.args, **self._options)
+
+    def compile(self) -> None:
+        """Without running it."""
+        self.kernel.warmup(*self.args, grid=self.grid, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {**self.constants, "num_warps": self.tile.warps, "num_stages": self.tile.stages}
+
 
 _record: list[Launch] | None = None
 _running = True
@@ -44,14 +58,12 @@ def record_launches(run: bool = True) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], tile: Tile) -> None:
-    """Run `kernel` over `grid` on the device of its first tensor, on torch's current stream."""
+    """Run `kernel` over `grid`, unless launches are only recorded."""
+    launched = Launch(kernel, grid, args, constants, tile)
     if _record is not None:
-        _record.append(Launch(kernel, grid, args, constants, tile))
-    if not _running:
-        return
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
+        _record.append(launched)
+    if _running:
+        launched.run()
 
 
 def architecture(device: torch.device) -> int:

@@ -1,50 +1,47 @@
 """The search for tiles: each kernel's tile against its neighbours, one size doubled or halved at a time.
 
-A candidate is patched into the function of triton_kernels/config.py that chooses, verified like any provider, then
-timed in a CUDA graph. What is faster becomes the tile whose neighbours are tried next. Nothing is written back: the
-winners are rows for config.py, to be looked at by a person, and compiled ahead of time for every architecture first.
+A candidate is patched into the function of triton_kernels/config.py that chooses. The whole operation then runs once on
+each of several sets of tensors, beyond the cache together, and its launches are recorded: the first set's results are
+verified against float64, in memory that was full of NaN before. From then on the kernel's launches alone are replayed,
+and with them those of other kernels that the tile changes: a tile of fewer rows makes more partial sums to add. The
+best tile so far is replayed in turns with the candidate, which wins by more than both spreads; its neighbours are tried
+next. At last the winner meets the tile that the search began with once more, for the record.
+
+Nothing is written back: the winners are rows for config.py, to be looked at by a person, and compiled ahead of time for
+every architecture first.
 """
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
-from peft_kernels.triton_kernels.common import record_launches
 from peft_kernels.triton_kernels.config import Tile
 
 from .. import cases, runner, timing
+from .replay import Recorded, Recorder, Unfit, differing
 
-
-class Place(NamedTuple):
-    """Where an operation's tiles are chosen: a function, and the modules of triton_kernels that call it by name."""
-
-    function: str
-    modules: tuple[str, ...]
-
-
-PLACES = {
-    "lowrank_linear": Place("lowrank_linear_config", ("lowrank_linear",)),
-    "reconstruct": Place("reconstruct_tile", ("reconstruct",)),
-    "batched_lowrank_linear": Place("batched_config", ("batched_lowrank_linear",)),
-    "weight_distance": Place("weight_distance_config", ("weight_distance_records", "weight_distance_product")),
-    "gated_query": Place("gated_query_config", ("gated_query",)),
-}
-ALONE = "tile"  # the name of a tile that is chosen without a record
 SIZES = {"rows": (8, 256), "columns": (16, 256), "depth": (16, 128), "warps": (2, 8), "stages": (1, 5)}
-GAIN = 0.98  # of the time: a candidate has to save more than the clock's own spread
+
+
+# ---- what to search -------------------------------------------------------------------------------------------------
 
 
 def cases_of(given: Sequence[cases.Case]) -> list[cases.Case]:
-    """The first case of each kind: others that have its kernels share its tiles."""
+    """The first case of each kind: others that have its kernels share its tiles. Width 768 and dropout come first."""
     kinds: dict[tuple, cases.Case] = {}
     for case in given:
-        kinds.setdefault((case.dtype, getattr(case, "core", ""), getattr(case, "mode", "")), case)
-    return list(kinds.values())
+        kind = (case.dtype, getattr(case, "core", ""), getattr(case, "mode", ""), _dropout(case), _wide(case))
+        kinds.setdefault(kind, case)
+    return sorted(kinds.values(), key=lambda case: (_wide(case), not _dropout(case)))
+
+
+def _dropout(case: cases.Case) -> bool:
+    return getattr(case, "dropout", 0) > 0
+
+
+def _wide(case: cases.Case) -> bool:
+    return max(getattr(case, name, 0) for name in ("K", "N", "columns", "width", "D")) > 768
 
 
 def neighbours(tile: Tile) -> list[Tile]:
@@ -57,91 +54,66 @@ def neighbours(tile: Tile) -> list[Tile]:
     return found
 
 
-@contextmanager
-def patched(op: str, tiles: dict[str, Tile]) -> Iterator[None]:
-    """These kernels run with these tiles, all others with their own."""
-
-    def choosing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def choose(*args: Any, **kwargs: Any) -> Any:
-            chosen = original(*args, **kwargs)
-            return tiles.get(ALONE, chosen) if isinstance(chosen, Tile) else replace(chosen, **tiles)
-
-        return choose
-
-    with _replaced(PLACES[op], choosing):
-        yield
+# ---- the search -----------------------------------------------------------------------------------------------------
 
 
-def used(op: str, step: Callable[[], object]) -> dict[str, Tile]:
-    """The tiles that were chosen and then launched, by kernel."""
-    found: dict[str, Tile] = {}
-
-    def choosing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def choose(*args: Any, **kwargs: Any) -> Any:
-            chosen = original(*args, **kwargs)
-            tiles = {ALONE: chosen} if isinstance(chosen, Tile) else vars(chosen)
-            found.update({name: tile for name, tile in tiles.items() if isinstance(tile, Tile)})
-            return chosen
-
-        return choose
-
-    with _replaced(PLACES[op], choosing), record_launches() as launches:
-        step()
-    return {name: tile for name, tile in found.items() if any(launch.tile is tile for launch in launches)}
-
-
-@contextmanager
-def _replaced(place: Place, choosing: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    with ExitStack() as patches:
-        for name in place.modules:
-            module = importlib.import_module(f"peft_kernels.triton_kernels.{name}")
-            choose = choosing(getattr(module, place.function))
-            patches.enter_context(mock.patch.object(module, place.function, choose))
-        yield
+def faster(new: timing.Times, old: timing.Times) -> bool:
+    return old.median - new.median > old.spread + new.spread
 
 
 def search(bench: runner.Bench, case: cases.Case, device: torch.device, limit: int | None = None) -> Iterator[dict]:
-    """A record for each kernel of the Triton provider.
+    """A record for each kernel of the Triton provider, with the better tiles of the kernels before it.
 
-    limit: candidates of each kernel;  ms: of the whole operation, with the better tiles of the kernels before
+    limit: candidates of each kernel
+    us_from, us_to: of the kernel's launches in one run of the operation, and of those that the tile changes
+    left_out: why, by candidate. One that faults the device ends the search, after a record without times.
     """
-    name = next(name for name, each in bench.providers.items() if each.backend == "triton")
-    problem, on_cpu = runner.pose(bench, case, device), device.type == "cpu"
-    best = _time(bench, name, problem, on_cpu)
-    if best is None:
-        raise RuntimeError(f"{name} does not run {bench.op} {case.title}")
-    better: dict[str, Tile] = {}
-    for kernel, began in used(bench.op, lambda: runner.build(bench, name, problem)).items():
-        before, tile, tried, queue = best, began, {began: best}, neighbours(began)
-        while queue and (limit is None or len(tried) <= limit):
+    recorder = Recorder(bench, case, device)
+    tiles = recorder.tiles()
+    best = recorder.record(tiles)
+    for kernel, began in list(tiles.items()):
+        record = {"op": bench.op, "case": case.title, "dtype": case.dtype, "provider": recorder.name, "kernel": kernel}
+        record |= {"from": repr(began), "to": repr(began), "us_from": None, "us_to": None, "spread_us": None}
+        record |= {"tried": 0, "left_out": {}}
+        first, tile, tried, queue = best, began, {began}, neighbours(began)
+        recorder.compile(tiles, kernel, queue[:limit])
+        while queue and (limit is None or record["tried"] < limit):
             candidate = queue.pop(0)
             if candidate in tried:
                 continue
-            with patched(bench.op, {**better, kernel: candidate}):
-                tried[candidate] = time = _time(bench, name, problem, on_cpu)
-            if time is not None and time < GAIN * best:
-                best, tile, queue = time, candidate, neighbours(candidate)
-                better[kernel] = tile
-        yield {
-            **{"op": bench.op, "case": case.title, "dtype": case.dtype, "provider": name, "kernel": kernel},
-            **{"from": repr(began), "to": repr(tile), "ms_from": before, "ms_to": best, "tried": len(tried) - 1},
-        }
+            tried.add(candidate)
+            record["tried"] += 1
+            try:
+                found = recorder.record({**tiles, kernel: candidate})
+                won = faster(*_compared(recorder, found, best))
+            except Unfit as why:
+                record["left_out"][repr(candidate)] = str(why)
+            except Exception:
+                if why := recorder.fault():
+                    record["left_out"][repr(candidate)] = f"faulted the device: {why}"
+                    yield record
+                raise
+            else:
+                if won:
+                    best, tile, queue = found, candidate, [each for each in neighbours(candidate) if each not in tried]
+                    recorder.compile(tiles, kernel, queue if limit is None else queue[: limit - record["tried"]])
+        if best is first:
+            (old,) = (new,) = recorder.times([[each for each in run.launches if each.tile is began] for run in first])
+        else:
+            new, old = _compared(recorder, best, first)
+        if faster(new, old):
+            record["to"], tiles[kernel] = repr(tile), tile
+        else:
+            new, best = old, first
+        us = {"us_from": old.median, "us_to": new.median, "spread_us": old.spread + new.spread}
+        yield record | {name: 1e6 * seconds for name, seconds in us.items()}
 
 
-def _time(bench: runner.Bench, name: str, problem: runner.Problem, on_cpu: bool) -> float | None:
-    """Milliseconds; None for what does not compile, does not fit, or computes something else."""
-    try:
-        built = runner.build(bench, name, problem)
-        if isinstance(built, str):
-            return None
-
-        def step(index: int) -> dict:
-            return runner.results(built, problem.tensors.input, problem.case.backward)
-
-        if on_cpu:
-            return timing.time_on_cpu({"": lambda: step(0)}, rounds=1)[""].median * 1e3
-        return timing.time_in_graph(step, 1).median * 1e3
-    except Exception as error:  # of Triton, which has many kinds for a tile that cannot be
-        if isinstance(error, torch.AcceleratorError):
-            raise  # nothing runs on this GPU any more in this process
-        return None
+def _compared(
+    recorder: Recorder, found: Sequence[Recorded], best: Sequence[Recorded]
+) -> tuple[timing.Times, timing.Times]:
+    """The times of a candidate and of what it is to beat. Raises Unfit for one that spills more."""
+    new, old = differing(found, best), differing(best, found)
+    if (spilled := recorder.spills(new)) > recorder.spills(old):
+        raise Unfit(f"spills {spilled} registers")
+    return tuple(recorder.times(new, old))

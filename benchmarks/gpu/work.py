@@ -1,26 +1,34 @@
-"""The work of `python -m peft_kernels.benchmarks.gpu`, each kind in a process of its own that cannot take others down.
+"""The work of `python -m peft_kernels.benchmarks.gpu`, each kind in processes of their own that take no other down.
 
-    python -m peft_kernels.benchmarks.gpu.work check|numerics|measure|search|once --save FILE.json
-        [--op NAME …] [--dtype NAME …] [--backend NAME …] [--small] [--device cpu]
+    python -m peft_kernels.benchmarks.gpu.work numerics|check|kernels|once|measure|search|variants
+        [--op NAME …] [--with triton cuda torch peers compiled | PROVIDER …] [--dtype NAME …]
+        [--sizes small loops prepared usual] [--most N] [--from N] [--small] [--device cpu]
 
-Every kind writes its records to the file as it goes: what is stopped leaves what it has found.
+Every record is printed as it is found. What is wrong is a record, not an error; an error ends the process, and the run
+that started it goes on behind the case that was last begun.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
+
+from peft_kernels.cuda_kernels import common, gated_query
+from peft_kernels.triton_kernels import config
 
 from .. import cases, runner
 from ..__main__ import BENCHES
 from . import search as tiles
+from . import variants as choices
+from .launches import counted
+from .process import line_of
 
-# One small shape of each operation, as the bench's --shapes takes it: seconds under a sanitizer or an interpreter.
+# One small shape of each operation, as the bench's --shapes takes it: seconds in an interpreter.
 SMALL = {
     "lowrank_linear": (24, 16, 40, 4),
     "reconstruct": (3, 24, 40, 5),
@@ -28,162 +36,252 @@ SMALL = {
     "weight_distance": (3, 24, 5, 3),
     "gated_query": (3, 7, 24),
 }
+# One where every loop of every kernel goes round more than once, if all rows are one strip: what a loop carries from
+# one round to the next is where it may race. Rows for two tiles of 64, columns for two of 256, ranks above 32; gated
+# queries walk through 16 rows and 1024 columns at a time.
+LOOPS = {
+    "lowrank_linear": (130, 264, 264, 40),
+    "reconstruct": (2, 130, 264, 40),
+    "batched_lowrank_linear": (4, 130, 264, 264, 2, 40),
+    "weight_distance": (2, 264, 40, 40),
+    "gated_query": (3, 40, 1032),
+}
 DTYPES = ("float32", "bfloat16", "float16")
-MOST = 6  # cases of each operation and dtype in `numerics`
+PEERS, COMPILED = "peers", "compiled"
+PROFILED = 5  # calls whose kernels the profiler adds up
+MOST_KERNELS = 16
 
 
 @dataclass
 class Work:
-    """What to do it on, and where the records go."""
+    """What to do it on."""
 
-    save: Path
     device: torch.device
     ops: Sequence[str]
+    providers: Sequence[str]
     dtypes: Sequence[str]
-    backends: Sequence[str]
-    small: bool
-    records: list[dict] = field(default_factory=list)
+    sizes: Sequence[str]
+    most: int | None = None
+    first: int = 0
+    small: bool = False
+    add: Callable[[dict], None] = lambda record: print(line_of(record), flush=True)  # what becomes of a record
 
-    def add(self, record: dict) -> None:
-        self.records.append(record)
-        self.save.write_text(json.dumps(self.records) + "\n", encoding="utf-8")
-        print(json.dumps(record), flush=True)
-
-    def benches(self) -> Iterator[runner.Bench]:
-        yield from (bench for bench in BENCHES if bench.op in self.ops)
+    def each(self, select: Callable[[list], list] = list) -> Iterator[tuple[runner.Bench, cases.Case]]:
+        """Every case from the first that is wanted on, each announced before it is begun."""
+        benches = [bench for op in self.ops for bench in BENCHES if bench.op == op]
+        todo = [(bench, case) for bench in benches for case in select(self.cases(bench))]
+        for index, (bench, case) in enumerate(todo):
+            if index >= self.first:
+                self.add({"begun": index, "of": len(todo)})
+                yield bench, case
 
     def cases(self, bench: runner.Bench) -> list[cases.Case]:
         """Each once: some operations have one dtype, whatever is asked for."""
         found = {}
-        for dtype in self.dtypes:
-            usual = bench.shaped(SMALL[bench.op], dtype) if self.small else bench.cases(False, [dtype])
-            found |= dict.fromkeys(usual)
+        for size in self.sizes:
+            for dtype in self.dtypes:
+                if size == "usual":
+                    some = bench.cases(False, [dtype])
+                else:
+                    some = [case for shape in SHAPES[size].get(bench.op, ()) for case in bench.shaped(shape, dtype)]
+                found |= dict.fromkeys(some[: self.most])
         return list(found)
 
-    def ours(self, bench: runner.Bench) -> list[str]:
-        return [name for name, each in bench.providers.items() if each.backend in self.backends]
+    def wanted(self, bench: runner.Bench) -> list[str]:
+        """The providers, by backend, by kind or by name; compiled ones last."""
+        found = []
+        for name, each in bench.providers.items():
+            kind = each.backend or (COMPILED if each.compiled else PEERS)
+            if name in self.providers or (kind in self.providers and (each.backend or "cuda" in each.devices)):
+                found.append(name)
+        return sorted(found, key=lambda name: bench.providers[name].compiled)
+
+
+SHAPES = {
+    "small": {op: (shape,) for op, shape in SMALL.items()},
+    "loops": {op: (shape,) for op, shape in LOOPS.items()},
+    "prepared": choices.SHAPES,
+}
+
+
+def dropout_first(found: list[cases.Case]) -> list[cases.Case]:
+    """In the order of their shapes; of one shape with dropout, which costs the kernels more, before without."""
+    plain = [replace(case, dropout=0.0) if hasattr(case, "dropout") else case for case in found]
+    order = {case: index for index, case in enumerate(dict.fromkeys(plain))}
+    ranks = {case: (order[like], -getattr(case, "dropout", 0)) for case, like in zip(found, plain)}
+    return sorted(found, key=ranks.get)
+
+
+# ---- right or wrong -------------------------------------------------------------------------------------------------
 
 
 def numerics(work: Work) -> None:
     """Every result's error against float64, beside plain torch's in the same dtype."""
-    for bench in work.benches():
-        counted: dict[str, int] = {}
-        for case in work.cases(bench):
-            counted[case.dtype] = counted.get(case.dtype, 0) + 1
-            if counted[case.dtype] <= MOST:
-                _verify(work, bench, case)
+    for bench, case in work.each():
+        problem = runner.pose(bench, bench.proof(case), work.device)
+        for name in work.wanted(bench):
+            record = _named(bench, case, name)
+            try:
+                built = bench.providers[name].build(problem.case, problem.tensors)
+                record |= _worst(runner.verify(bench, name, problem, built), case)
+            except cases.WrongResult as error:
+                record["wrong"] = str(error)
+            except Exception as error:
+                if (why := runner.absence(error)) is None:
+                    raise
+                record["absent"] = why
+            work.add(record)
+
+
+def _named(bench: runner.Bench, case: cases.Case, name: str) -> dict[str, Any]:
+    record = {"op": bench.op, "case": case.title, "dtype": case.dtype, "provider": name}
+    return record | {"backend": bench.providers[name].backend}
+
+
+def _worst(found: dict[str, tuple[float, float]], case: cases.Case) -> dict[str, Any]:
+    # A sum may have no error in one run of plain torch: a unit in the last place is no finding.
+    eps = torch.finfo(case.torch_dtype).eps
+    ratios = {result: own / (usual + eps / 4) for result, (own, usual) in found.items()}
+    worst = max(ratios, key=ratios.get)
+    own, usual = found[worst]
+    return {"worst": worst, "error": own, "torch_error": usual, "ratio": ratios[worst]}
 
 
 def check(work: Work) -> None:
-    """The same on every small case, for a sanitizer that watches."""
-    for bench in work.benches():
-        for case in work.cases(bench):
-            _verify(work, bench, case)
-
-
-def _verify(work: Work, bench: runner.Bench, case: cases.Case) -> None:
-    problem = runner.pose(bench, bench.proof(case), work.device)
-    for name in work.ours(bench):
-        provider = bench.providers[name]
-        record: dict[str, Any] = {"op": bench.op, "case": case.title, "dtype": case.dtype, "provider": name}
-        record["backend"] = provider.backend
-        try:
-            built = provider.build(problem.case, problem.tensors)
-            found = runner.verify(bench, name, problem, built)
-        except cases.WrongResult as error:
-            record["wrong"] = str(error)
-        except Exception as error:
-            if (why := runner.absence(error)) is None:
-                raise
-            record["absent"] = why
-        else:
-            # A sum may have no error in one run of plain torch: a unit in the last place is no finding.
-            eps = torch.finfo(case.torch_dtype).eps
-            ratios = {result: own / (usual + eps / 4) for result, (own, usual) in found.items()}
-            worst = max(ratios, key=ratios.get)
-            own, usual = found[worst]
-            record |= {"worst": worst, "error": own, "torch_error": usual, "ratio": ratios[worst]}
-        work.add(record)
-
-
-def measure(work: Work) -> None:
-    """The benchmark's own records, one for each case."""
-    for bench in work.benches():
-        providers = runner.providers_on(bench, work.device.type)
-        if work.small:  # what takes seconds to compile tells nothing about shapes of nothing
-            providers = [name for name in providers if "compiled" not in name]
-        for case in work.cases(bench)[: 1 if work.small else None]:
-            work.add(runner.measure(bench, case, work.device, providers, 2 if work.small else None))
-
-
-def search(work: Work) -> None:
-    """Tiles: see search.py."""
-    for bench in work.benches():
-        for case in tiles.cases_of(work.cases(bench))[: 1 if work.small else None]:
-            for record in tiles.search(bench, case, work.device, limit=1 if work.small else None):
-                work.add(record)
-
-
-def once(work: Work) -> None:
-    """Each kernel of the first case, by torch's profiler, and once between marks for a profiler around this process."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = work.device.type == "cuda"
-    for bench in work.benches():
-        case, (name, *_) = work.cases(bench)[0], work.ours(bench)
+    """Each kernel once, for a sanitizer that watches: nothing is compared, whose kernels it would watch as well."""
+    for bench, case in work.each():
         problem = runner.pose(bench, case, work.device)
-        built = runner.build(bench, name, problem)
-        if isinstance(built, str):
-            work.add({"op": bench.op, "case": case.title, "provider": name, "absent": built})
-            continue
-        step = _step(built, problem, on_gpu)
-        step()
-        if on_gpu:
-            torch.cuda.profiler.start()
-            step()
-            torch.cuda.profiler.stop()
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-            step()
-        kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-        rows = [
-            {"kernel": event.key, "calls": event.count, "us": _microseconds(event, on_gpu)}
-            for event in profiler.key_averages()
-            if event.device_type == kind
-        ]
-        rows.sort(key=lambda row: -row["us"])
-        work.add({"op": bench.op, "case": case.title, "provider": name, "kernels": rows[:12]})
+        for name in work.wanted(bench):
+            record = _named(bench, case, name)
+            try:
+                with one_strip(), counted() as counts:
+                    built = bench.providers[name].build(case, problem.tensors)
+                    y = runner.results(built, problem.tensors.input, case.backward)["y"]
+                    record["finite"] = bool(y.isfinite().all())  # waits for the device
+                record["launches"] = dict(counts)
+            except Exception as error:
+                if (why := runner.absence(error)) is None:
+                    raise
+                record["absent"] = why
+            work.add(record)
 
 
-def _step(built: runner.Built, problem: runner.Problem, on_gpu: bool) -> Callable[[], None]:
+@contextmanager
+def one_strip() -> Iterator[None]:
+    """Every pass over rows is one strip, as if there were one processor: its loop goes over all rows."""
+    with (
+        mock.patch.dict(config.PROCESSORS, dict.fromkeys(config.PROCESSORS, 0)),
+        mock.patch.object(common, "BLOCKS", 1),
+        mock.patch.object(gated_query, "BLOCKS", 1),
+    ):
+        yield
+
+
+# ---- fast or slow ---------------------------------------------------------------------------------------------------
+
+
+def kernels(work: Work) -> None:
+    """Microseconds of each kernel, by torch's profiler. Not verified: `measure` does that, and takes its time."""
+    for bench, case in work.each():
+        problem = runner.pose(bench, case, work.device)
+        for name in work.wanted(bench):
+            record = _named(bench, case, name)
+            try:
+                built = bench.providers[name].build(case, problem.tensors)
+                record["kernels"] = profiled(_step(built, problem), work.device)
+                record["us"] = sum(row["us"] for row in record["kernels"])
+                record["kernels"] = record["kernels"][:MOST_KERNELS]
+            except Exception as error:
+                if (why := runner.absence(error)) is None:
+                    raise
+                record["absent"] = why
+            work.add(record)
+
+
+def _step(built: runner.Built, problem: runner.Problem) -> Callable[[], None]:
     def step() -> None:
         runner.results(built, problem.tensors.input, problem.case.backward)
-        if on_gpu:
-            torch.cuda.synchronize()
 
     return step
 
 
-def _microseconds(event: Any, on_gpu: bool) -> float:
-    return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+def profiled(step: Callable[[], None], device: torch.device) -> list[dict]:
+    """Each kernel of one call, the longest first: how often, and microseconds of all of them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    calls = PROFILED if on_gpu else 1
+    for _ in range(2 if on_gpu else 0):  # compiles, and warms up
+        step()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+        for _ in range(calls):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    rows = []
+    for event in profiler.key_averages():
+        if event.device_type == kind:
+            total = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            rows.append({"kernel": event.key, "calls": event.count / calls, "us": total / calls})
+    return sorted(rows, key=lambda row: -row["us"])
 
 
-KINDS = {work.__name__: work for work in (check, numerics, measure, search, once)}
+def once(work: Work) -> None:
+    """One call of the first case between marks, for a profiler around this process."""
+    for bench, case in work.each(lambda found: found[:1]):
+        problem = runner.pose(bench, case, work.device)
+        step = _step(bench.providers[work.wanted(bench)[0]].build(case, problem.tensors), problem)
+        step()
+        torch.cuda.profiler.start()
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 1 if a result was wrong."""
+def measure(work: Work) -> None:
+    """The benchmark's own records: verified, then timed; a case's is printed after every provider."""
+    for bench, case in work.each():
+        rounds = 1 if work.small else None
+        record = runner.measure(bench, case, work.device, work.wanted(bench), rounds, save=work.add)
+        if record.get("fault"):
+            sys.exit(record["fault"])  # nothing runs on the device any more in this process
+
+
+def search(work: Work) -> None:
+    """Tiles: see search.py."""
+    for bench, case in work.each(tiles.cases_of):
+        for record in tiles.search(bench, case, work.device, limit=1 if work.small else None):
+            work.add(record)
+
+
+def variants(work: Work) -> None:
+    """Prepared choices against what is: see variants.py."""
+    for bench, case in work.each(dropout_first):
+        for record in choices.compare(bench, case, work.device, most=2 if work.small else None):
+            work.add(record)
+
+
+KINDS = {work.__name__: work for work in (numerics, check, kernels, once, measure, search, variants)}
+
+
+def main(argv: Sequence[str] | None = None, add: Callable[[dict], None] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    several = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--save", type=Path, required=True)
-    parser.add_argument("--op", nargs="+", choices=SMALL, default=list(SMALL), metavar="NAME")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="NAME")
-    parser.add_argument("--backend", nargs="+", default=["torch", "triton", "cuda"], metavar="NAME")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--op", choices=SMALL, default=list(SMALL), **several)
+    parser.add_argument("--with", dest="providers", default=["torch", "triton", "cuda"], **several)
+    parser.add_argument("--dtype", choices=DTYPES, default=list(DTYPES), **several)
+    parser.add_argument("--sizes", choices=(*SHAPES, "usual"), default=["usual"], **several)
+    parser.add_argument("--most", type=int, help="cases of each operation, size and dtype")
+    parser.add_argument("--from", dest="first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--small", action="store_true", help="as little work as shows that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(argv)
-    work = Work(given.save, torch.device(given.device), given.op, given.dtype, given.backend, given.small)
-    KINDS[given.kind](work)
-    return int(any("wrong" in record for record in work.records))
+    options = {name: value for name, value in vars(given).items() if name not in ("kind", "device", "op", "dtype")}
+    options |= {"add": add} if add else {}
+    KINDS[given.kind](Work(torch.device(given.device), given.op, dtypes=given.dtype, **options))
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,12 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from peft_kernels.backend import Choice, resolve
 from peft_kernels.checks import DTYPES, autocasts, linear_dtype
-from peft_kernels.ops.batched_lowrank_linear import (
-    AdapterSegments,
-    adapter_segments,
-    batched_lowrank_linear,
-    stack_adapters,
-)
+from peft_kernels.integrations.peft.mixed_batches import shared_rows, sorted_rows
+from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear, stack_adapters
 from peft_kernels.ops.lowrank_linear import lowrank_linear
 
 _PLAIN = (nn.Parameter, Tensor)  # subclasses (DTensor, quantised weights, …) have products of their own
@@ -213,11 +209,7 @@ class FusedLinear(StockLinear):
         place = {name: index for index, name in enumerate(present)}
         index = tuple(place.get(name, -1) for name in adapter_names)
         batch = (index, len(present), math.prod(x.shape[1:-1]), x.device)
-        if torch.compiler.is_compiling():
-            segments = _segments(*batch)
-        else:
-            stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-            segments = _cached_segments(*batch, stream, torch.is_inference_mode_enabled())
+        segments = sorted_rows(*batch) if torch.compiler.is_compiling() else shared_rows(*batch)
         down, up = stack_adapters([(self.lora_A[name].weight, self.lora_B[name].weight) for name in present])
         scale = torch.stack([self.scaling.tensors[name].to(x.device, self.scaling.dtype) for name in present])
         base = self.base_layer
@@ -249,12 +241,3 @@ class FusedLinear(StockLinear):
 
 
 _UNUSED = frozenset(VARIANT_KWARG_KEYS)  # passed to every layer, read by variants alone
-
-
-def _segments(index: tuple[int, ...], adapters: int, rows: int, device: torch.device, *bound_to) -> AdapterSegments:
-    """The rows of a batch by adapter; rows: of each of its entries. bound_to: where alone a cached result is of use."""
-    entries = torch.tensor(index, dtype=torch.int64, device=device)
-    return adapter_segments(entries[:, None].expand(-1, rows).reshape(-1), adapters)
-
-
-_cached_segments = functools.lru_cache(maxsize=8)(_segments)  # sorted once for all layers that a batch runs through

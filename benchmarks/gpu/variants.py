@@ -1,0 +1,161 @@
+"""Prepared choices of `lowrank_linear` against what is: each verified, then both replayed in turns.
+
+A variant is a small patch of one choice, or another design that is there already. Where it changes thin passes alone,
+only our own launches are timed: beside torch's products, which take most of an operation, no change of theirs shows.
+Nothing is written back; what wins is a row for triton_kernels/config.py, to be looked at by a person.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from unittest import mock
+
+import torch
+
+from peft_kernels.cuda_kernels import common as cuda_common
+from peft_kernels.triton_kernels import common, config, lowrank_linear
+from peft_kernels.triton_kernels.common import record_launches
+
+from .. import cases, runner, timing
+
+# (M, K, N): ViLT-B's and BLIP's layers at batches of 4 and 16 images, and a language model's.
+LAYERS = ((2308, 768, 768), (9232, 768, 768), (9232, 768, 3072), (9232, 3072, 768), (8192, 4096, 4096))
+SHAPES = {"lowrank_linear": LAYERS}
+D1, D3, CUDA = "ours, triton D1", "ours, triton D3", "ours, cuda"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is in force while it is built and run, and on which cases it makes sense."""
+
+    name: str
+    patch: Callable[[], AbstractContextManager] = nullcontext
+    base: str = D1
+    provider: str = D1
+    whole: bool = False  # time the operation, torch's products included
+    applies: Callable[[cases.Case], bool] = lambda case: True
+
+
+# ---- patches --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tile(kernel: str, **sizes: int) -> Iterator[None]:
+    """One kernel's tile with other sizes."""
+    choose = lowrank_linear.lowrank_linear_config
+
+    def changed(*args, **kwargs):
+        chosen = choose(*args, **kwargs)
+        return replace(chosen, **{kernel: replace(getattr(chosen, kernel), **sizes)})
+
+    with mock.patch.object(lowrank_linear, "lowrank_linear_config", changed):
+        yield
+
+
+def strips(factor: float) -> AbstractContextManager:
+    """Strips of rows for as many times the processors as there are."""
+    return mock.patch.dict(config.PROCESSORS, {arch: int(n * factor) for arch, n in config.PROCESSORS.items()})
+
+
+@contextmanager
+def sums(columns: int) -> Iterator[None]:
+    """Each program of a sum over strips adds fewer columns: there are more programs."""
+    run = common.launch
+
+    def launch(kernel, grid, args, constants, tile):
+        if kernel is common._sum_kernel:
+            grid, constants = (-(-args[3] // columns),), {"BLOCK": columns}
+        run(kernel, grid, args, constants, tile)
+
+    with mock.patch.object(common, "launch", launch):
+        yield
+
+
+def blocks(count: int) -> AbstractContextManager:
+    return mock.patch.object(cuda_common, "BLOCKS", count)
+
+
+VARIANTS = (
+    Variant("shrink: 32 rows", partial(tile, "shrink", rows=32), applies=lambda case: case.M < 4096),
+    Variant("sums: 256 columns a program", partial(sums, 256)),
+    Variant("half as many strips", partial(strips, 0.5)),
+    Variant("twice as many strips", partial(strips, 2)),
+    Variant("D3 forward", provider=D3, whole=True, applies=lambda case: case.K <= 1024 and case.R <= 32),
+    Variant("up_bwd: 128 columns", partial(tile, "up_bwd", columns=128)),
+    Variant("down_bwd: 32 rows", partial(tile, "down_bwd", rows=32)),
+    Variant("down_bwd: 4 warps", partial(tile, "down_bwd", warps=4)),
+    Variant("shrink: 4 warps", partial(tile, "shrink", warps=4)),
+    Variant("expand: 4 warps", partial(tile, "expand", warps=4)),
+    Variant("cuda: 132 blocks a pass", partial(blocks, 132), CUDA, CUDA, whole=True),
+    Variant("cuda instead of triton", provider=CUDA, whole=True),
+)
+
+
+# ---- the comparison -------------------------------------------------------------------------------------------------
+
+
+def compare(bench: runner.Bench, case: cases.Case, device: torch.device, most: int | None = None) -> Iterator[dict]:
+    """A record for each variant that makes sense on a case. most: variants"""
+    problem = runner.pose(bench, case, device)
+    inputs, bases = _inputs(problem, device), {}
+    for variant in [each for each in VARIANTS if each.applies(case)][:most]:
+        record = {"op": bench.op, "case": case.title, "dtype": case.dtype, "variant": variant.name}
+        record |= {"base": variant.base, "provider": variant.provider, "whole": variant.whole}
+        if variant.base not in bases:
+            bases[variant.base] = runner.build(bench, variant.base, problem)
+        try:
+            with variant.patch():
+                built = runner.build(bench, variant.provider, problem)
+            if why := next((each for each in (bases[variant.base], built) if isinstance(each, str)), None):
+                yield record | {"absent": why}
+                continue
+            base, other = bases[variant.base], built
+            steps = {"base": _step(base, case, inputs, nullcontext, variant.whole)}
+            steps["variant"] = _step(other, case, inputs, variant.patch, variant.whole)
+            times = timing.time_on_cpu(steps, rounds=1) if device.type == "cpu" else timing.time_in_graphs(steps)
+        except Exception as error:  # of Triton, which has many kinds for a tile that cannot be
+            if isinstance(error, torch.AcceleratorError):
+                raise  # nothing runs on this GPU any more in this process
+            yield record | {"absent": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+            continue
+        for name, each in times.items():
+            record[f"{name}_us"], record[f"{name}_spread_us"] = (
+                seconds * 1e6 / len(inputs) for seconds in (each.median, each.spread)
+            )
+        yield record | {"ratio": timing.speed_against(times["variant"], times["base"])}
+
+
+def _inputs(problem: runner.Problem, device: torch.device) -> list[runner.Input]:
+    """As many sets as do not fit into the cache at once."""
+    given = problem.tensors.input
+    if device.type == "cpu":
+        return [given]
+    more = timing.copies_beyond_cache(sum(t.nbytes for t in given), device) - 1
+    return [given, *(tuple(torch.randn_like(t).requires_grad_(t.requires_grad) for t in given) for _ in range(more))]
+
+
+def _step(
+    built: runner.Built,
+    case: cases.Case,
+    inputs: list[runner.Input],
+    patch: Callable[[], AbstractContextManager],
+    whole: bool,
+) -> Callable[[], object]:
+    """All inputs in turn: the whole operation, or the launches that were recorded of it."""
+
+    def run() -> list:
+        with patch():
+            return [runner.results(built, given, case.backward) for given in inputs]
+
+    if whole:
+        return run
+    with record_launches() as launches:
+        kept = run()  # what the launches write to stays theirs
+
+    def replay() -> list:
+        for each in launches:
+            each.run()
+        return kept
+
+    return replay
