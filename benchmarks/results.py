@@ -93,8 +93,8 @@ def load(folder: Path = RESULTS) -> list[dict]:
     What a run has not is an earlier one's, and cases that were measured on the same sources are one run's.
     """
     runs, kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))], []
-    if any(run["kind"] == "dry" for run in runs):
-        raise ValueError(f"{folder.name} has a file of a dry run, which measures nothing")
+    if any(run["kind"] in ("dry", "rehearsal") for run in runs):
+        raise ValueError(f"{folder.name} has a file of a dry run or a rehearsal, which measure nothing")
     for run in sorted(runs, key=lambda run: run["date"])[::-1]:
         newer = [each for each in kept if (each["kind"], each["device"]) == (run["kind"], run["device"])]
         for other in newer:

@@ -2,11 +2,12 @@
 
 A tensor on the pretended GPU is a meta tensor that tells Python "cuda:0": shapes, dtypes and devices follow torch's own
 rules, mixing it with a CPU tensor raises, its address is one that an allocator could have given, and nothing is
-computed, so that the shapes of real models cost nothing. What is read back is 0, and an error while a graph is being
-captured, as it would be there. CPU tensors stay as they are.
+computed, so that the shapes of real models cost nothing. Results read as 0, so that two of them are equal; to read one
+while a graph is being captured is an error, as it would be there. CPU tensors stay as they are.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # before anything is replaced: it looks through torch.cuda
+import torch.profiler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -38,13 +40,22 @@ H100 = SimpleNamespace(
 )
 _device = torch._C.TensorBase.device.__get__
 _data_ptr = torch._C.TensorBase.data_ptr
-_known = WeakTensorKeyDictionary()  # what is in those few tensors whose values other results' shapes depend on
-_below, _capturing = 0, False  # inside of torch's own code, which is told the truth; inside of a graph's capture
+_profile = torch.profiler.profile
+_known = WeakTensorKeyDictionary()  # what is in few tensors: numbers that were sent, what shapes depend on
+_capturing = False
+BLOCK = 2**20
+_free, _places = itertools.count(2**40, BLOCK), {}  # addresses; by storage its size and where it begins
+_SO = {getattr(torch.ops.aten, name) for name in ("all", "eq", "ge", "le")}  # of numbers that are 0
 
 
 def is_there(tensor: Tensor) -> bool:
     """Whether a tensor is on the pretended GPU."""
     return _device(tensor) == META
+
+
+def _says_so(tensor: Tensor) -> bool:
+    """Torch's own code below the dispatcher is told the truth: no mode is in force there."""
+    return bool(torch._C._len_torch_dispatch_stack()) and is_there(tensor)
 
 
 @contextmanager
@@ -56,9 +67,10 @@ def pretended_gpu() -> Iterator[None]:
         for name, value in _TENSOR.items():
             patches.enter_context(mock.patch.object(Tensor, name, value, create=True))
         for name in ("tensor", "as_tensor", "asarray"):
-            patches.enter_context(mock.patch.object(torch, name, _sent_here(getattr(torch, name))))
+            patches.enter_context(mock.patch.object(torch, name, _made_here(getattr(torch, name))))
         patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
         patches.enter_context(mock.patch.object(torch, "compile", _uncompiled))
+        patches.enter_context(mock.patch.object(torch.profiler, "profile", _profile_of_cpu))
         patches.enter_context(_Dispatch())
         yield
 
@@ -83,22 +95,39 @@ def _sent_here(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _made_here(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For what makes a tensor of numbers, such as a learning rate: they are known."""
+
+    @functools.wraps(function)
+    def make(data: Any, *args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
+        if isinstance(data, Tensor) or _here(device) != META:
+            options = {"requires_grad": True} if requires_grad else {}
+            return function(data, *args, device=_here(device), **options, **kwargs)
+        value = function(data, *args, **kwargs)
+        there = value.to(META)
+        _known[there] = value
+        return there.requires_grad_(requires_grad)
+
+    return make
+
+
 class _Dispatch(TorchDispatchMode):
     """Every operation for "cuda" goes to the meta device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        global _below
         kwargs = {name: _here(value) for name, value in (kwargs or {}).items()}
         kwargs.pop("pin_memory", None)
         if (read := _read(function, args, kwargs)) is not None:
             return read
-        _below += 1
         try:
-            return function(*map(_here, args), **kwargs)
-        except NotImplementedError:  # its result's shape depends on what is in its tensors
-            return _on_zeros(function, args, kwargs)
-        finally:
-            _below -= 1
+            result = function(*map(_here, args), **kwargs)
+        except NotImplementedError:
+            if not function._schema.returns:  # a fused optimizer's step, which only writes
+                return None
+            return _on_zeros(function, args, kwargs)  # its result's shape depends on what is in its tensors
+        if function.overloadpacket in _SO and is_there(result) and result.numel() == 1:
+            _known[result] = torch.ones(result.shape, dtype=result.dtype)
+        return result
 
 
 def _read(function: Any, args: tuple, kwargs: dict) -> Any:
@@ -109,14 +138,17 @@ def _read(function: Any, args: tuple, kwargs: dict) -> Any:
     if not args or not isinstance(args[0], Tensor) or not is_there(args[0]):
         return None
     if function is aten._local_scalar_dense.default:
-        return _waited() or torch.zeros((), dtype=args[0].dtype).item()
+        return _waited() or _content(args[0]).item()
     if function is aten._to_copy.default and kwargs.get("device", META) != META:
-        _waited()
-        value = _known.get(args[0])
-        return (torch.zeros(args[0].shape) if value is None else value).to(kwargs.get("dtype") or args[0].dtype)
-    if function is aten.equal.default:
+        return _waited() or _content(args[0]).to(kwargs.get("dtype"))
+    if function in (aten.equal.default, aten.allclose.default):
         return _waited() or True
     return None
+
+
+def _content(tensor: Tensor) -> Tensor:
+    """What is read: 0, or what is known."""
+    return _known.get(tensor, torch.zeros(tensor.shape, dtype=tensor.dtype))
 
 
 def _on_zeros(function: Any, args: tuple, kwargs: dict) -> Any:
@@ -143,17 +175,24 @@ def _waited() -> None:
 
 
 def _address(tensor: Tensor) -> int:
-    """Storages begin at multiples of 512 bytes, as torch's allocator has it; an empty one is nowhere."""
+    """No two storages overlap, and each begins at a multiple of a power of two; an empty one is nowhere."""
     if not is_there(tensor):
         return _data_ptr(tensor)
     storage = tensor.untyped_storage()
-    return (storage._cdata << 5) + tensor.storage_offset() * tensor.element_size() if storage.nbytes() else 0
+    size, key = storage.nbytes(), storage._cdata
+    if size == 0:
+        return 0
+    if _places.get(key, (0, 0))[0] != size:  # another storage where one was that is gone
+        _places[key] = size, next(_free)
+        for _ in range(size // BLOCK):
+            next(_free)
+    return _places[key][1] + tensor.storage_offset() * tensor.element_size()
 
 
 _TENSOR = {
-    "device": property(lambda tensor: GPU if not _below and is_there(tensor) else _device(tensor)),
-    "is_cuda": property(is_there),
-    "is_meta": property(lambda tensor: bool(_below) and is_there(tensor)),
+    "device": property(lambda tensor: GPU if _says_so(tensor) else _device(tensor)),
+    "is_cuda": property(_says_so),
+    "is_meta": property(lambda tensor: is_there(tensor) and not _says_so(tensor)),
     "data_ptr": _address,
     "to": _sent_here(torch._C.TensorBase.to),
     "cuda": lambda tensor, *_, **__: tensor.to(META),
@@ -172,6 +211,11 @@ class _Generator(torch._C.Generator):
 def _uncompiled(function: Any = None, **options: Any) -> Any:
     """A graph would be compiled for the meta device, which has no code: it runs as it is."""
     return function if function is not None else lambda function: function
+
+
+def _profile_of_cpu(*_: Any, activities: Any = None, **options: Any) -> Any:
+    """A profiler that is to watch a GPU complains of each operation that there is none."""
+    return _profile(activities=[torch.profiler.ProfilerActivity.CPU], **options)
 
 
 # ---- torch.cuda -----------------------------------------------------------------------------------------------------

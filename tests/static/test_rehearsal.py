@@ -176,7 +176,9 @@ def test_tensors_follow_torch_s_rules():
         with pytest.raises(RuntimeError, match="device"):
             x + torch.ones(4, 8)
         assert x.data_ptr() % 512 == 0 and x[1:].data_ptr() == x.data_ptr() + 32 and w.data_ptr() != x.data_ptr()
-        assert torch.tensor([1.5], device=x.device).item() == 0 and x.cpu().device.type == "cpu" and not x.cpu().any()
+        sent = torch.tensor([1.5], device=x.device)
+        assert sent.item() == 1.5 and (sent + 1).item() == 0 and sent.isfinite().all()
+        assert x.cpu().device.type == "cpu" and not x.cpu().any()
         rows, counts = torch.zeros(6, dtype=torch.int64, device="cuda").unique(return_counts=True)
         assert rows.device == GPU and counts.tolist() == [6]  # as of zeros: it decides shapes
 
