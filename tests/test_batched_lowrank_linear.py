@@ -71,6 +71,7 @@ def test_ugly_sizes(backend, sizes, device):
     rank=st.integers(1, 20),
     backend=st.sampled_from(["torch", "triton"]),
 )
+@pytest.mark.kernels
 def test_any_pattern(index, adapters, inputs, outputs, rank, backend):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert_as_accurate_as_torch(Problem(tuple(index), adapters, inputs, outputs, rank), device, backend)
@@ -246,12 +247,14 @@ def test_compiled_float64_keeps_its_scale(device):
     assert error(y, expected(problem, device)["y"]) < 1e-14
 
 
+@pytest.mark.kernels(run=False)
 def test_no_rows(backend, device):
     problem = Problem(index=())
     results = run(problem, device, backend)
     assert results["y"].shape == (0, problem.outputs) and not results["down"].any() and not results["up"].any()
 
 
+@pytest.mark.kernels(run=False)
 def test_an_index_out_of_range_touches_nothing_where_it_is_not_checked(backend, device, monkeypatch):
     """On a GPU, and in compiled graphs, it counts as none; here the check is passed over."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -316,6 +319,7 @@ def test_compiles_as_one_graph_for_any_number_of_rows_and_any_index(backend, dev
 
 
 @pytest.mark.parametrize("kind", ["torch", "triton"])
+@pytest.mark.kernels
 def test_operators(kind, device):
     problem = Problem()
     t = [tensor.detach() for tensor in problem.tensors(device).values()]

@@ -1,16 +1,22 @@
 """What the steps of `python -m peft_kernels.benchmarks.gpu` make of what their processes find."""
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_kernels.benchmarks import runner
 from peft_kernels.benchmarks.__main__ import BENCHES
-from peft_kernels.benchmarks.gpu import speed, truth, tuning
+from peft_kernels.benchmarks.gpu import speed, truth, tuning, variants
 from peft_kernels.benchmarks.gpu import work as gpu_work
 from peft_kernels.benchmarks.gpu.launches import counted
 from peft_kernels.benchmarks.gpu.process import OPS, NotHere, Run
+from peft_kernels.cuda_kernels import common as cuda_common
+from peft_kernels.cuda_kernels import gated_query as cuda_gated_query
+from peft_kernels.triton_kernels import config
+from peft_kernels.triton_kernels.common import record_launches
 
 CPU = torch.device("cpu")
 
@@ -281,3 +287,67 @@ def test_launches_are_counted_by_backend_and_device():
         for name, number in (("ours, torch", {}), ("ours, triton", {"triton on cpu": 1})):
             runner.results(bench.providers[name].build(problem.case, problem.tensors), problem.tensors.input, False)
             assert dict(counts) == number
+        with record_launches(run=False) as launches:
+            runner.results(bench.providers[name].build(problem.case, problem.tensors), problem.tensors.input, False)
+    assert len(launches) == 1 and dict(counts) == number  # what is only recorded does not run
+
+
+# ---- what the sanitizer watches --------------------------------------------------------------------------------------
+
+
+def test_all_rows_are_one_strip_while_a_sanitizer_watches():
+    """So that the loop over rows goes round more than once, on every processor that the tiles know."""
+    sizes = [(130, 64, 3), (520, 32, 6), (120, 8, 5)]  # rows, of a tile, column tiles
+    usual = [config.strip_tiles(*each, 90) for each in sizes]
+    with gpu_work.one_strip():
+        for (rows, tile, columns), before in zip(sizes, usual):
+            for arch in config.PROCESSORS:
+                assert config.strip_tiles(rows, tile, columns, arch) * tile >= rows
+            assert config.adapter_strips(rows, 2, tile, columns, 90) == 1 and before * tile < rows
+        assert cuda_common.BLOCKS // (3 * 2) == 0 and cuda_gated_query.BLOCKS == 1  # one strip, whatever the shape
+    assert [config.strip_tiles(*each, 90) for each in sizes] == usual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_watched_shapes_are_wider_than_any_tile(dtype):
+    """Rows, both widths and the rank: a loop over one of them goes round more than once, the last time in part."""
+    rows, inner, outer, rank = gpu_work.LOOPS["lowrank_linear"]
+    tiles = config.lowrank_linear_config(config.LowRankShape(rows, inner, outer, rank), dtype, 90)
+    for tile in (tiles.shrink, tiles.expand, tiles.up_bwd, tiles.down_bwd):
+        assert rows > tile.rows and rows % tile.rows and inner > tile.columns and inner % tile.columns
+    assert rank > tiles.chunk_r and rank % tiles.block_r
+    queries = config.gated_query_config(gpu_work.LOOPS["gated_query"][2])
+    assert gpu_work.LOOPS["gated_query"][1] > queries.gated_fwd.rows
+    assert gpu_work.LOOPS["gated_query"][2] > queries.gated_fwd.columns > queries.additive.columns
+
+
+def test_a_kernel_runs_under_the_watch_and_its_launches_are_told():
+    records = work_of("check", ("providers", ["triton"]), ("most", 1))
+    assert [(record["launches"], record["finite"]) for record in records] == [({"triton on cpu": 1}, True)]
+
+
+# ---- prepared variants -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [v for v in variants.VARIANTS if "cuda" not in v.name], ids=lambda v: v.name)
+def test_a_variant_changes_what_is_launched(variant):
+    """On some shape that it is tried on. What patches nothing would tell that there is nothing to gain."""
+    (bench,) = (each for each in BENCHES if each.op == "lowrank_linear")
+
+    def launched(case, provider, patch):
+        with FakeTensorMode(), patch(), record_launches(run=False) as launches:
+            tensors = bench.tensors(case, CPU)
+            runner.results(bench.providers[provider].build(case, tensors), tensors.input)
+        return launches
+
+    cases = [case for shape in variants.LAYERS for case in bench.shaped(shape, "bfloat16") if variant.applies(case)]
+    assert not all(
+        variants.alike(launched(case, variant.base, nullcontext), launched(case, variant.provider, variant.patch))
+        for case in cases
+    )
+
+
+def test_a_variant_that_changes_nothing_is_told_so(monkeypatch):
+    monkeypatch.setattr(variants, "VARIANTS", (variants.Variant("nothing"),))
+    records = work_of("variants", ("ops", ["lowrank_linear"]), ("most", 1))
+    assert [record["absent"] for record in records] == ["changes nothing here"]

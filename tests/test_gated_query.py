@@ -57,6 +57,7 @@ def test_shapes(backend, mode, batch, positions, width, device):
     assert_as_accurate_as_torch(Problem(mode, batch, positions, width, padding), device, backend)
 
 
+@pytest.mark.kernels
 def test_strips_of_several_tiles(device, monkeypatch):
     kernels = pytest.importorskip("peft_kernels.triton_kernels.gated_query")
     monkeypatch.setattr(kernels, "strip_tiles", lambda *sizes: 2)
@@ -73,6 +74,7 @@ def test_strips_of_several_tiles(device, monkeypatch):
     dtype=st.sampled_from([torch.float32, torch.float16]),
     backend=st.sampled_from(["torch", "triton"]),
 )
+@pytest.mark.kernels
 def test_any_shape(mode, batch, positions, width, padding, dtype, backend):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert_as_accurate_as_torch(Problem(mode, batch, positions, width, padding, dtype), device, backend)
@@ -228,6 +230,7 @@ def test_leading_dimensions(backend, mode, device):
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("use", ["additive", "gated", "gated-padded"])
+@pytest.mark.kernels(run=False)
 def test_empty_batches(backend, use, shape, device):
     problem = replace(USES[use], batch=shape[0], positions=shape[1])
     got = run(problem, device, backend)

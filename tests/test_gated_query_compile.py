@@ -60,6 +60,7 @@ def operators(device):
 
 
 @pytest.mark.parametrize("index", range(7))
+@pytest.mark.kernels
 def test_operators_pass_opcheck(index, device):
     operator, args = list(operators(device))[index]
     # Autograd is the Function's: the operators themselves only run inside it.

@@ -83,6 +83,7 @@ def test_vilts_width_at_one_layer(backend, device):
     check([Layer((768,), 768, 96, 96).group(device)], backend)
 
 
+@pytest.mark.kernels
 def test_a_whole_vilt(device):
     """36 projections of 768², ranks 96 and 96, on the torch backend (on a GPU: Triton)."""
     backend = "triton" if torch.cuda.is_available() else "torch"

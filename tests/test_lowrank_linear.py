@@ -83,6 +83,7 @@ def test_float64_is_exact_and_matches_finite_differences(device):
     place=st.sampled_from([None, "input", "rank", "core"]),
     backend=st.sampled_from(["torch", "triton"]),
 )
+@pytest.mark.kernels
 def test_any_shape(rows, columns_in, columns_out, rank, blocks, core, place, backend):
     out_blocks, in_blocks = blocks if core else (1, 1)
     dropout = {} if place is None else {"dropout_p": 0.25, "dropout_on": place}
@@ -132,6 +133,7 @@ def test_leading_dimensions_and_strides(backend_design, shape, device):
     torch.testing.assert_close(transposed.grad, reference.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.kernels(run=False)
 def test_empty_batch(backend_design, device):
     tensors = Problem().tensors(device)
     x = torch.empty(2, 0, 24, device=device, requires_grad=True)
@@ -292,6 +294,7 @@ def test_saved_for_backward(backend_design, device):
 
 @pytest.mark.parametrize("layout", ["lora", "aurora-fused-qkv", "aurora-fc2-released"])
 @pytest.mark.parametrize("tiles", [2, 3])
+@pytest.mark.kernels
 def test_strips_of_several_tiles(layout, tiles, monkeypatch, device):
     """At full size every program walks through many tiles of rows; 300 rows would give it one."""
     from peft_kernels.triton_kernels import lowrank_linear_bwd
@@ -301,6 +304,7 @@ def test_strips_of_several_tiles(layout, tiles, monkeypatch, device):
     assert_as_accurate_as_torch(problem, device, "triton")
 
 
+@pytest.mark.kernels
 def test_hidden_alone(device):
     for backend in ("torch", "triton"):
         x = torch.randn(3, 5, 24, device=device, requires_grad=True)
@@ -315,6 +319,7 @@ def test_hidden_alone(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.kernels
 def test_one_hidden_serves_q_k_and_v(device):
     """method section 1: one x Aᵀ for three projections that share A, or one stacked A with a slice each."""
     problem = Problem()

@@ -51,6 +51,7 @@ def test_recompiles_once_for_rows_and_never_for_scale_or_weights(backend, device
     assert counter.frame_count == 2  # the second number of rows made it dynamic
 
 
+@pytest.mark.kernels
 def test_use_backend_inside_and_around_a_compiled_function(device):
     tensors = Problem().tensors(device)
     kernels_called = []
@@ -128,6 +129,7 @@ def operators(device: str):
 
 
 @pytest.mark.parametrize("index", range(7))
+@pytest.mark.kernels
 def test_operators_pass_opcheck(index, device):
     operator, args = list(operators(device))[index]
     # Autograd is the Function's: the operators themselves only run inside it.

@@ -98,6 +98,7 @@ def test_bits_repeat(dtype, device):
     assert all(first[n] is None or first[n].equal(again[n]) for n in first)
 
 
+@pytest.mark.kernels(run=False)
 def test_no_rows(device):
     p = problem(Case(rows=0, core="dense", blocks=(2, 2), drop="rank"), device)
     results = through_kernels(p)

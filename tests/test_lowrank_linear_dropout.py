@@ -56,6 +56,7 @@ def test_consecutive_calls_draw_new_masks(backend_design, device):
     assert torch.equal(still, lowrank_linear(**tensors, **options | {"dropout_p": 0.0}))
 
 
+@pytest.mark.kernels
 def test_masks_do_not_depend_on_tiles(monkeypatch, device):
     """A mask is a function of seed, row and column alone: other tiles, the same mask."""
     from peft_kernels.triton_kernels import lowrank_linear as launchers

@@ -101,6 +101,7 @@ def test_vilts_width(backend, width, device):
     reduction=st.sampled_from(REDUCTIONS),
     backend=st.sampled_from(["torch", "triton"]),
 )
+@pytest.mark.kernels
 def test_any_shapes(shapes, reduction, backend):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, base, left, right = problem(shapes, device)
@@ -188,6 +189,7 @@ def test_bits_repeat(backend, device):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.kernels
 def test_three_launches_for_any_number_of_matrices(device):
     common = pytest.importorskip("peft_kernels.triton_kernels.common")
     with common.record_launches() as launches:
@@ -203,6 +205,7 @@ def test_relative_to_a_target_that_never_left_zeros(backend, device):
     assert loss == 0 and not left.grad.any()
 
 
+@pytest.mark.kernels
 def test_no_gradient_product_without_a_gradient(device):
     common = pytest.importorskip("peft_kernels.triton_kernels.common")
     with torch.no_grad(), common.record_launches() as launches:

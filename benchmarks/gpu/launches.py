@@ -12,6 +12,7 @@ from unittest import mock
 from torch import Tensor
 
 from peft_kernels import cuda_kernels, triton_kernels
+from peft_kernels.triton_kernels import common
 
 PACKAGES = {"triton": triton_kernels, "cuda": cuda_kernels}
 
@@ -38,9 +39,14 @@ def _modules() -> list[tuple[str, ModuleType]]:
 
 
 def _counting(launch: Callable, backend: str, counts: Counter) -> Callable:
-    """Both packages' functions get a tensor that says where: Triton's among the kernel's arguments, CUDA's the last."""
+    """Both packages' functions get a tensor that says where: Triton's among the kernel's arguments, CUDA's the last.
+
+    What `record_launches` only records is not launched.
+    """
 
     def counting(*args):
+        if backend == "triton" and not common._running:
+            return launch(*args)
         tensors = args[2] if backend == "triton" else args[2:]
         where = next(each.device.type for each in tensors if isinstance(each, Tensor))
         counts[f"{backend} on {where}"] += 1

@@ -5,7 +5,7 @@ only our own launches are timed: beside torch's products, which take most of an 
 Nothing is written back; what wins is a row for triton_kernels/config.py, to be looked at by a person.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 
 from peft_kernels.cuda_kernels import common as cuda_common
 from peft_kernels.triton_kernels import common, config, lowrank_linear
-from peft_kernels.triton_kernels.common import record_launches
+from peft_kernels.triton_kernels.common import Launch, record_launches
 
 from .. import cases, runner, timing
 
@@ -108,22 +108,15 @@ def compare(bench: runner.Bench, case: cases.Case, device: torch.device, most: i
             with variant.patch():
                 built = runner.build(bench, variant.provider, problem)
             if why := next((each for each in (bases[variant.base], built) if isinstance(each, str)), None):
-                yield record | {"absent": why}
-                continue
-            base, other = bases[variant.base], built
-            steps = {"base": _step(base, case, inputs, nullcontext, variant.whole)}
-            steps["variant"] = _step(other, case, inputs, variant.patch, variant.whole)
-            times = timing.time_on_cpu(steps, rounds=1) if device.type == "cpu" else timing.time_in_graphs(steps)
+                record["absent"] = why
+            else:
+                base = partial(_run, bases[variant.base], case, inputs, nullcontext)
+                record |= _compared(base, partial(_run, built, case, inputs, variant.patch), variant.whole, device)
         except Exception as error:  # of Triton, which has many kinds for a tile that cannot be
             if isinstance(error, torch.AcceleratorError):
                 raise  # nothing runs on this GPU any more in this process
-            yield record | {"absent": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
-            continue
-        for name, each in times.items():
-            record[f"{name}_us"], record[f"{name}_spread_us"] = (
-                seconds * 1e6 / len(inputs) for seconds in (each.median, each.spread)
-            )
-        yield record | {"ratio": timing.speed_against(times["variant"], times["base"])}
+            record["absent"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        yield record
 
 
 def _inputs(problem: runner.Problem, device: torch.device) -> list[runner.Input]:
@@ -135,27 +128,35 @@ def _inputs(problem: runner.Problem, device: torch.device) -> list[runner.Input]
     return [given, *(tuple(torch.randn_like(t).requires_grad_(t.requires_grad) for t in given) for _ in range(more))]
 
 
-def _step(
+def _run(
     built: runner.Built,
     case: cases.Case,
     inputs: list[runner.Input],
     patch: Callable[[], AbstractContextManager],
-    whole: bool,
-) -> Callable[[], object]:
-    """All inputs in turn: the whole operation, or the launches that were recorded of it."""
+) -> list[dict]:
+    with patch():
+        return [runner.results(built, given, case.backward) for given in inputs]
 
-    def run() -> list:
-        with patch():
-            return [runner.results(built, given, case.backward) for given in inputs]
 
-    if whole:
-        return run
-    with record_launches() as launches:
-        kept = run()  # what the launches write to stays theirs
+def _compared(base: partial, variant: partial, whole: bool, device: torch.device) -> dict:
+    """Microseconds for one set of inputs: of the operation, or of the launches that are recorded of it."""
+    steps, inputs, kept = {"base": base, "variant": variant}, len(base.args[2]), []
+    if not whole:
+        launches = {}
+        for name, run in steps.items():
+            with record_launches() as launches[name]:
+                kept.append(run())  # what the launches write to stays theirs
+        if alike(*launches.values()):
+            return {"absent": "changes nothing here"}
+        steps = {name: lambda each=each: [launch.run() for launch in each] for name, each in launches.items()}
+    times = timing.time_on_cpu(steps, rounds=1) if device.type == "cpu" else timing.time_in_graphs(steps)
+    found = {f"{name}_us": each.median * 1e6 / inputs for name, each in times.items()}
+    found |= {f"{name}_spread_us": each.spread * 1e6 / inputs for name, each in times.items()}
+    return found | {"ratio": timing.speed_against(times["variant"], times["base"])}
 
-    def replay() -> list:
-        for each in launches:
-            each.run()
-        return kept
 
-    return replay
+def alike(some: Sequence[Launch], others: Sequence[Launch]) -> bool:
+    """Whether they are the same kernels in the same grids with the same tiles."""
+    return [(e.kernel, e.grid, e.constants, e.tile) for e in some] == [
+        (e.kernel, e.grid, e.constants, e.tile) for e in others
+    ]
