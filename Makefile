@@ -8,6 +8,7 @@
 #   make races     races in the kernels, looked for in all of the tests' problems and with every barrier left out
 #   make bench     the benchmarks' cases under pytest-benchmark; python -m peft_kernels bench is the one with peers
 #   make gpu       on a GPU machine, three runs of nine minutes: PARTS="truth speed tuning" OUT=gpu_out (docs/gpu.md)
+#   make gpu-rehearsal  all of make gpu but the numbers, without a GPU: kernels compiled, launches checked; long
 #   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; half an hour on two cores
 #   make tables    README's tables from the result files
 #   make wheel     dist/*.whl
@@ -42,7 +43,8 @@ HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 CAPABILITY = import torch; c = torch.cuda.get_device_capability(); print(f"{c[0]}{c[1]}" + "a" * (c[0] == 9))
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint tests static-ci static races peft-suite demo bench gpu tables wheel clean distclean FORCE
+.PHONY: help env test lint tests static-ci static races peft-suite demo bench gpu gpu-rehearsal tables wheel clean distclean
+.PHONY: FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -130,6 +132,10 @@ gpu:
 	PEFT_KERNELS_CUDA=require PEFT_KERNELS_CUDA_ARCHS=$$($(PYTHON) -c '$(CAPABILITY)') $$install \
 	    || { echo "== CUDA's kernels do not build here"; PEFT_KERNELS_CUDA=off $$install; } && \
 	$(PYTHON) -m peft_kernels.benchmarks.gpu --out $(OUT) --began $$began $(PARTS)
+
+gpu-rehearsal: $(VENV)/installed
+	@echo "== a rehearsal of make gpu"
+	$(PY) -m peft_kernels.benchmarks.gpu.rehearsal peft_kernels.benchmarks.gpu --out $(OUT) --seconds 3600 $(PARTS)
 
 tables: $(VENV)/installed
 	$(PY) -m peft_kernels.benchmarks.tables

@@ -16,6 +16,7 @@ from peft_kernels.adapters.checkpoint import write_atomically
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SECTIONS = ("cases", "numerics", "steps", "absent_steps")  # what tables are made of
+NO_RESULTS = ("dry", "rehearsal")  # kinds of runs
 MEASURED = ("title", "rates", "results", "absent", "fault")  # what a case's record has beyond the case itself
 FOLDERS = {  # of sources, by the name that they have in the hash: an installed package has them elsewhere
     "peft_kernels": Path(peft_kernels.__file__).parent,
@@ -95,8 +96,8 @@ def load(folder: Path = RESULTS) -> list[dict]:
     runs, kept = [], []
     for path in sorted(folder.glob("*.json")):
         runs.append(json.loads(path.read_text(encoding="utf-8")))
-        if runs[-1]["kind"] == "dry":
-            raise ValueError(f"{path.name} is of a dry run, which measures nothing")
+        if runs[-1]["kind"] in NO_RESULTS:
+            raise ValueError(f"{path.name} is of a {runs[-1]['kind']} run, which measures nothing")
     for run in sorted(runs, key=lambda run: run["date"])[::-1]:
         newer = [each for each in kept if (each["kind"], each["device"]) == (run["kind"], run["device"])]
         for other in newer:

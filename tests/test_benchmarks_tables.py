@@ -113,9 +113,10 @@ def test_steps_are_shown(saved_run):
     assert "<summary>a training step</summary>" in text and "| ViLT-B" in text and "12.3" in text and "1.50×" in text
 
 
-def test_a_dry_run_is_no_result(saved_run, tmp_path):
-    results.save({**saved_run, "kind": "dry"}, tmp_path / "dry.json")
-    with pytest.raises(ValueError, match=r"dry.json is of a dry run"):
+@pytest.mark.parametrize("kind", ["dry", "rehearsal"])
+def test_what_computes_nothing_of_a_gpu_s_is_no_result(kind, saved_run, tmp_path):
+    results.save({**saved_run, "kind": kind}, tmp_path / "x.json")
+    with pytest.raises(ValueError, match=f"x.json is of a {kind} run"):
         results.load(tmp_path)
 
 
