@@ -34,6 +34,12 @@ def small_probes(request, monkeypatch):
         monkeypatch.setattr(floor, "PROBE_MATMUL", 32)
 
 
+if os.environ.get("ATEN_CPU_CAPABILITY") == "default":  # which has no vectors, and inductor writes code for them
+    import torch._inductor.config
+
+    torch._inductor.config.cpp.simdlen = 1
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -61,12 +61,12 @@ def _batched_lowrank_linear(case):
 
 @contextlib.contextmanager
 def _strips(case):
-    before = common.BLOCKS
-    common.BLOCKS = before if case.strips else 1
+    before = common.PROCESSORS
+    common.PROCESSORS = before if case.strips else 0
     try:
         yield
     finally:
-        common.BLOCKS = before
+        common.PROCESSORS = before
 
 
 def _weight_distance(case):

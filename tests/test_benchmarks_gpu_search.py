@@ -12,7 +12,7 @@ from peft_kernels.benchmarks.gpu import search as gpu_search
 from peft_kernels.benchmarks.gpu import work as gpu_work
 from peft_kernels.triton_kernels import reconstruct
 from peft_kernels.triton_kernels.common import record_launches
-from peft_kernels.triton_kernels.config import Tile
+from peft_kernels.triton_kernels.config import Tile, reconstruct_tile
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_search_climbs_to_the_fastest_tile(monkeypatch):
 
 def test_a_gain_within_the_spread_is_none(monkeypatch):
     bench, case = small("reconstruct")
-    began = Tile(32, 128, stages=2, depth=16)
+    began = reconstruct_tile(case.R, case.core, torch.float32, False, 90)
 
     def times(recorder, *sets, spread=0.2):
         own = [any(launch.tile == began for launch in runs[0]) for runs in sets]

@@ -17,6 +17,7 @@ from peft_kernels.cuda_kernels import common as cuda_common
 from peft_kernels.cuda_kernels import gated_query as cuda_gated_query
 from peft_kernels.triton_kernels import config
 from peft_kernels.triton_kernels.common import record_launches
+from peft_kernels.triton_kernels.config import Tile
 
 CPU = torch.device("cpu")
 
@@ -297,14 +298,14 @@ def test_launches_are_counted_by_backend_and_device():
 
 def test_all_rows_are_one_strip_while_a_sanitizer_watches():
     """So that the loop over rows goes round more than once, on every processor that the tiles know."""
-    sizes = [(130, 64, 3), (520, 32, 6), (120, 8, 5)]  # rows, of a tile, column tiles
+    sizes = [(130, Tile(64, 64), 3), (520, Tile(32, 64), 6), (120, Tile(8, 64), 5)]  # rows, tile, column tiles
     usual = [config.strip_tiles(*each, 90) for each in sizes]
     with gpu_work.one_strip():
         for (rows, tile, columns), before in zip(sizes, usual):
             for arch in config.PROCESSORS:
-                assert config.strip_tiles(rows, tile, columns, arch) * tile >= rows
-            assert config.adapter_strips(rows, 2, tile, columns, 90) == 1 and before * tile < rows
-        assert cuda_common.BLOCKS // (3 * 2) == 0 and cuda_gated_query.BLOCKS == 1  # one strip, whatever the shape
+                assert config.strip_tiles(rows, tile, columns, arch) * tile.rows >= rows
+            assert config.adapter_strips(rows, 2, tile, columns, 90) == 1 and before * tile.rows < rows
+        assert cuda_common.PROCESSORS == cuda_gated_query.PROCESSORS == 0  # one strip, whatever the shape
     assert [config.strip_tiles(*each, 90) for each in sizes] == usual
 
 

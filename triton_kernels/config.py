@@ -8,6 +8,7 @@ MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
 LONGEST_CHAIN = 64  # float32 products that are added one after another; the same number as kLongestChain in csrc
+LONGEST_RUN = 128  # tiles that one program adds up: 512 of 16 rows err more than torch, whose sums are sliced
 SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; the same number as kSegmentRows in csrc
 
 
@@ -126,9 +127,12 @@ def d3_problem(shape: LowRankShape) -> str | None:
 
 
 def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:
-    """Row tiles that one program walks through, so that all programs run at a time: in one wave."""
+    """Row tiles that one program walks through, so that all programs run at a time: in one wave.
+
+    But no more than LONGEST_RUN.
+    """
     row_tiles = -(-rows // tile.rows)
-    return max(1, -(-row_tiles // max(1, _programs(tile, arch) // column_tiles)))
+    return min(LONGEST_RUN, max(1, -(-row_tiles // max(1, _programs(tile, arch) // column_tiles))))
 
 
 @dataclass(frozen=True)

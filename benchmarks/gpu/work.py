@@ -168,11 +168,11 @@ def check(work: Work) -> None:
 
 @contextmanager
 def one_strip() -> Iterator[None]:
-    """Every pass over rows is one strip, as if there were one processor: its loop goes over all rows."""
+    """Every pass over rows is one strip, as if there were no processors: its loop goes over all rows."""
     with (
         mock.patch.dict(config.PROCESSORS, dict.fromkeys(config.PROCESSORS, 0)),
-        mock.patch.object(common, "BLOCKS", 1),
-        mock.patch.object(gated_query, "BLOCKS", 1),
+        mock.patch.object(common, "PROCESSORS", 0),
+        mock.patch.object(gated_query, "PROCESSORS", 0),
     ):
         yield
 
