@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from imitation_cases import Layer, adapters, expected, followed, loss, relative, student
+from lowrank_cases import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_kernels.imitation import hybrid_factors, imitation_step
@@ -80,7 +81,8 @@ def test_float64_is_exact(layer, device):
 
 
 def test_vilts_width_at_one_layer(backend, device):
-    check([Layer((768,), 768, 96, 96).group(device)], backend)
+    width = 384 if INTERPRETED and backend == "triton" else 768
+    check([Layer((width,), width, 96, 96).group(device)], backend)
 
 
 @pytest.mark.kernels

@@ -47,7 +47,8 @@ def test_any_number_of_slots_and_ranks(backend, slots, rank, device):
     """Rectangular blocks of a width that no vector width divides; a diagonal and a dense core in turns."""
     slow = INTERPRETED and backend == "triton" and slots > 3
     core = "diagonal" if slow or rank in (1, 64, 128) else "dense"
-    assert_as_accurate_as_torch(Problem(63, 40, rank, slots, core=core, stack=True), device, backend)
+    rows = 23 if slow else 63  # one tile
+    assert_as_accurate_as_torch(Problem(rows, 40, rank, slots, core=core, stack=True), device, backend)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +71,9 @@ def test_widths(backend, problem, device):
 
 @pytest.mark.parametrize("core", ["diagonal", "dense"])
 def test_all_projections_of_a_model(core, device):
-    """36 matrices of 768², ViLT-B's, at Aurora's rank, on the torch backend (the interpreter would take minutes)."""
-    backend = "torch" if INTERPRETED else "triton"
-    assert_as_accurate_as_torch(Problem(768, 768, 64, 36, core=core, stack=True, base="shared"), device, backend)
+    """36 matrices of 768², ViLT-B's, at Aurora's rank; interpreted on the torch backend, and half as wide."""
+    backend, width = ("torch", 384) if INTERPRETED else ("triton", 768)
+    assert_as_accurate_as_torch(Problem(width, width, 64, 36, core=core, stack=True, base="shared"), device, backend)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from imitation_cases import relative
+from lowrank_cases import INTERPRETED
 
 from peft_kernels import momentum_weight_distance, weight_distance
 from peft_kernels.ops import weight_distance as op
@@ -86,8 +87,8 @@ def test_teacher_follows_in_the_same_pass(backend, live_dtype, reduction, device
     assert all(relative(ours, grad) <= 1e-5 for ours, grad in zip(gradients(loss, left, right), grads))
 
 
-@pytest.mark.parametrize("width", [768])
-def test_vilts_width(backend, width, device):
+def test_vilts_width(backend, device):
+    width = 384 if INTERPRETED and backend == "triton" else 768  # six tiles either way
     target, base, left, right = problem([(width, width, 192)], device)
     loss = weight_distance(target, base, left, right, backend=backend)
     exact, grads = oracle(target, base, left, right, "mean")
