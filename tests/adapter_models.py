@@ -61,7 +61,7 @@ def blip_captioning(**options) -> tuple[nn.Module, dict]:
 def _vilt_config(dropout: float = 0.0, **more) -> hf.ViltConfig:
     drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     sizes = {"hidden_size": 16, "intermediate_size": 64, "image_size": SIZE, "patch_size": PATCH, "vocab_size": 40}
-    return hf.ViltConfig(**sizes, **_TEXT, **drop, max_image_length=-1, **more)
+    return hf.ViltConfig(**{**sizes, **_TEXT, **drop, "max_image_length": -1, **more})
 
 
 def vilt_vqa(**options) -> tuple[nn.Module, dict]:

@@ -30,7 +30,7 @@ def fresh_dynamo():
 
 def wrapped(kind, method):
     """(model in training mode with drawn adapters, adapter)"""
-    options = {"layers": 1} if kind.startswith("blip") else {}
+    options = {"layers": 1} if kind.startswith("blip") else {"num_hidden_layers": 1}
     model, _ = adapter_models.build(kind, **options)
     adapter = METHODS[method](model, PRESETS.get((kind, method), adapter_models.PRESET[kind]))
     with torch.no_grad():

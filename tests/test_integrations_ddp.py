@@ -1,5 +1,6 @@
 """Two gloo processes of torchrun end where one process on the joint batch does."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -15,11 +16,17 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no di
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes left behind, started once."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ddp_training.__file__, str(folder)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """What two processes left behind, started once; pytest's workers share it, and the first of them starts them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            command += [ddp_training.__file__, str(folder)]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            (folder / "done").touch()
     return folder
 
 
