@@ -63,7 +63,7 @@ for method, (cls, _, _) in METHODS.items():
     assert torch.equal(output(model, batch), torch.load(f"{sys.argv[1]}/{method}.pt")), method
 print("same")
 """
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert ran.stdout.endswith("same\n"), ran.stderr
 
