@@ -11,7 +11,7 @@ import pytest
 from peft_kernels.benchmarks.gpu import process
 from peft_kernels.benchmarks.gpu.process import Run
 
-CHILD = "import time; time.sleep(60)"
+CHILD = "import time; time.sleep(600)"
 
 
 def run_of(tmp_path, seconds=60.0, **given):
@@ -25,9 +25,9 @@ def python(code, *arguments):
 
 def test_a_process_ends_at_its_deadline_with_all_it_started(tmp_path):
     code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {CHILD!r}])"
-    run, begin = run_of(tmp_path, 2), time.monotonic()
+    run, begin = run_of(tmp_path, 4), time.monotonic()
     status, text = run.call(python(code))
-    assert status is None and text == "begun" and time.monotonic() - begin < 15
+    assert status is None and text == "begun" and time.monotonic() - begin < 300  # on a busy machine, too
     assert "exit status None" in (tmp_path / "truth.log").read_text() and len(run.cut_short) == 1
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert not any(line.endswith(CHILD) for line in left.splitlines())
@@ -45,7 +45,7 @@ os._exit({status})
     begin = time.monotonic()
     found, text = run_of(tmp_path).call(python(code))
     subprocess.run(["kill", text])
-    assert found == status and time.monotonic() - begin < 30
+    assert found == status and time.monotonic() - begin < 300
 
 
 def test_records_are_kept_as_they_come(tmp_path):
@@ -90,11 +90,17 @@ def test_a_worker_that_does_not_begin_is_not_tried_again(tmp_path, monkeypatch):
 
 
 def test_together_is_at_once_and_in_turn_shares_what_is_left(tmp_path):
-    run, begin = run_of(tmp_path, 30), time.monotonic()
-    wait = "import time; time.sleep(2)"
-    assert run.together([partial(run.call, python(wait))] * 4) == [(0, "")] * 4
-    assert time.monotonic() - begin < 7
-    shares = []
+    meet = """
+import os, sys, time
+open(os.path.join(sys.argv[1], sys.argv[2]), "w").close()
+while len(os.listdir(sys.argv[1])) < 4:
+    time.sleep(0.05)
+"""
+    (tmp_path / "place").mkdir()
+    run = run_of(tmp_path)
+    calls = [partial(run.call, python(meet, str(tmp_path / "place"), str(n))) for n in range(4)]
+    assert run.together(calls) == [(0, "")] * 4  # one after the other they would never meet
+    run, shares = run_of(tmp_path, 3600), []
     for turn, (name,) in run.in_turn([("a",), ("b",), ("c",)]):
         shares.append((name, turn.left / run.left))
     assert [name for name, _ in shares] == ["a", "b", "c"]

@@ -114,16 +114,21 @@ def dropout_first(found: list[cases.Case]) -> list[cases.Case]:
 
 # ---- right or wrong -------------------------------------------------------------------------------------------------
 
+Look = Callable[[runner.Bench, str, runner.Problem], dict[str, Any]]
 
-def numerics(work: Work) -> None:
-    """Every result's error against float64, beside plain torch's in the same dtype."""
+
+def every_provider(work: Work, look: Look, proof: bool = False) -> None:
+    """A record for each provider in each case: what `look` finds, or why it finds nothing.
+
+    proof: in the smaller cases that are verified where all of a case takes too long
+    """
     for bench, case in work.each():
-        problem = runner.pose(bench, bench.proof(case), work.device)
+        problem = runner.pose(bench, bench.proof(case) if proof else case, work.device)
         for name in work.wanted(bench):
-            record = _named(bench, case, name)
+            record = {"op": bench.op, "case": case.title, "dtype": case.dtype, "provider": name}
+            record["backend"] = bench.providers[name].backend
             try:
-                built = bench.providers[name].build(problem.case, problem.tensors)
-                record |= _worst(runner.verify(bench, name, problem, built), case)
+                record |= look(bench, name, problem)
             except cases.WrongResult as error:
                 record["wrong"] = str(error)
             except Exception as error:
@@ -133,9 +138,17 @@ def numerics(work: Work) -> None:
             work.add(record)
 
 
-def _named(bench: runner.Bench, case: cases.Case, name: str) -> dict[str, Any]:
-    record = {"op": bench.op, "case": case.title, "dtype": case.dtype, "provider": name}
-    return record | {"backend": bench.providers[name].backend}
+def built(bench: runner.Bench, name: str, problem: runner.Problem) -> runner.Built:
+    return bench.providers[name].build(problem.case, problem.tensors)
+
+
+def numerics(work: Work) -> None:
+    """Every result's error against float64, beside plain torch's in the same dtype."""
+
+    def look(bench: runner.Bench, name: str, problem: runner.Problem) -> dict[str, Any]:
+        return _worst(runner.verify(bench, name, problem, built(bench, name, problem)), problem.case)
+
+    every_provider(work, look, proof=True)
 
 
 def _worst(found: dict[str, tuple[float, float]], case: cases.Case) -> dict[str, Any]:
@@ -149,21 +162,15 @@ def _worst(found: dict[str, tuple[float, float]], case: cases.Case) -> dict[str,
 
 def check(work: Work) -> None:
     """Each kernel once, for a sanitizer that watches: nothing is compared, whose kernels it would watch as well."""
-    for bench, case in work.each():
-        problem = runner.pose(bench, case, work.device)
-        for name in work.wanted(bench):
-            record = _named(bench, case, name)
-            try:
-                with one_strip(), counted() as counts:
-                    built = bench.providers[name].build(case, problem.tensors)
-                    y = runner.results(built, problem.tensors.input, case.backward)["y"]
-                    record["finite"] = bool(y.isfinite().all())  # waits for the device
-                record["launches"] = dict(counts)
-            except Exception as error:
-                if (why := runner.absence(error)) is None:
-                    raise
-                record["absent"] = why
-            work.add(record)
+
+    def look(bench: runner.Bench, name: str, problem: runner.Problem) -> dict[str, Any]:
+        with one_strip(), counted() as counts:
+            given, backward = problem.tensors.input, problem.case.backward
+            y = runner.results(built(bench, name, problem), given, backward)["y"]
+            finite = bool(y.isfinite().all())  # waits for the device
+        return {"finite": finite, "launches": dict(counts)}
+
+    every_provider(work, look)
 
 
 @contextmanager
@@ -182,25 +189,17 @@ def one_strip() -> Iterator[None]:
 
 def kernels(work: Work) -> None:
     """Microseconds of each kernel, by torch's profiler. Not verified: `measure` does that, and takes its time."""
-    for bench, case in work.each():
-        problem = runner.pose(bench, case, work.device)
-        for name in work.wanted(bench):
-            record = _named(bench, case, name)
-            try:
-                built = bench.providers[name].build(case, problem.tensors)
-                record["kernels"] = profiled(_step(built, problem), work.device)
-                record["us"] = sum(row["us"] for row in record["kernels"])
-                record["kernels"] = record["kernels"][:MOST_KERNELS]
-            except Exception as error:
-                if (why := runner.absence(error)) is None:
-                    raise
-                record["absent"] = why
-            work.add(record)
+
+    def look(bench: runner.Bench, name: str, problem: runner.Problem) -> dict[str, Any]:
+        rows = profiled(_step(built(bench, name, problem), problem), work.device)
+        return {"kernels": rows[:MOST_KERNELS], "us": sum(row["us"] for row in rows)}
+
+    every_provider(work, look)
 
 
-def _step(built: runner.Built, problem: runner.Problem) -> Callable[[], None]:
+def _step(ready: runner.Built, problem: runner.Problem) -> Callable[[], None]:
     def step() -> None:
-        runner.results(built, problem.tensors.input, problem.case.backward)
+        runner.results(ready, problem.tensors.input, problem.case.backward)
 
     return step
 
@@ -231,7 +230,7 @@ def once(work: Work) -> None:
     """One call of the first case between marks, for a profiler around this process."""
     for bench, case in work.each(lambda found: found[:1]):
         problem = runner.pose(bench, case, work.device)
-        step = _step(bench.providers[work.wanted(bench)[0]].build(case, problem.tensors), problem)
+        step = _step(built(bench, work.wanted(bench)[0], problem), problem)
         step()
         torch.cuda.profiler.start()
         step()
