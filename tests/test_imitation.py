@@ -128,7 +128,7 @@ def test_accuracy_near_the_target(backend, device):
     direct, direct_grads = by_torch(True)
     error = max(relative(ours, grad) for ours, grad in zip(direct_grads, grads))
     assert worst <= 1.25 * error + 1e-7
-    # Of n elements, each 1e3 times smaller than the product of this rank that it is left of, rounding moves the mean by
+    # What rounding does to the mean: each element is what is left of products of rank 8 that are 1e3 times as large.
     elements = sum(weight0.numel() for weight0 in group.weight0)
     rounding = 2 * 1e3 * torch.finfo(torch.float32).eps * 8**0.5 / elements**0.5
     assert abs(got.item() / value.item() - 1) <= 1.25 * abs(direct.item() / value.item() - 1) + rounding
