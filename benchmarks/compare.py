@@ -38,7 +38,7 @@ def load(path: Path | None, wanted: Sequence[dict]) -> dict | None:
 
 
 def changes(old: dict, new: dict) -> list[Change]:
-    """Of every provider that both runs measured in a case; in a CUDA graph, too, where both have that."""
+    """The change for each provider that both runs measured; in a CUDA graph, too, where both have one."""
     before = {(identity(case), row["provider"]): row for case in old["cases"] for row in case["results"]}
     found = []
     for case in new["cases"]:

@@ -18,7 +18,7 @@ RESULTS = HERE / "results"
 SECTIONS = ("cases", "numerics", "steps", "absent_steps")  # what tables are made of
 NO_RESULTS = ("dry", "rehearsal")  # kinds of runs
 MEASURED = ("title", "rates", "results", "absent", "fault")  # what a case's record has beyond the case itself
-FOLDERS = {  # of sources, by the name that they have in the hash: an installed package has them elsewhere
+FOLDERS = {  # where sources lie, by their name in the hash: an installed package has them elsewhere
     "peft_kernels": Path(peft_kernels.__file__).parent,
     "triton_kernels": Path(triton_kernels.__file__).parent,
     "benchmarks": HERE,

@@ -154,7 +154,7 @@ def _saved(case: Case, built: Built, problem: Problem, x: Tensor | None) -> int 
 
 
 def compulsory_bytes(bench: Bench, problem: Problem) -> int:
-    """Of the inputs that are other ones in every call; of all that is read and written where there are none."""
+    """Bytes of the inputs that change from call to call; without any, bytes of all that is read and written."""
     case = problem.case
     given = problem.tensors.input[: 2 if case.backward else 1]
     return sum(t.nbytes for t in given if t is not None) or floor.total(_chosen(case, bench.least(case, None))).bytes

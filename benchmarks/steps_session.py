@@ -26,7 +26,7 @@ ROUNDING, OF_THE_WAY = {"float32": 1e-3, "bfloat16": 0.03}, 0.25
 
 @dataclass(frozen=True)
 class Options:
-    """batch: None for BATCH or CPU_BATCH;  rounds: on a CPU;  seconds: of timing, then nothing is begun, or None"""
+    """batch: None for BATCH or CPU_BATCH;  rounds: on a CPU;  seconds: no timing begins after so many, or None"""
 
     device: torch.device
     size: str = "base"
@@ -108,7 +108,7 @@ class Session:
     def __init__(self, options: Options, methods: Sequence[str]):
         self.options, self.methods = options, methods
         self.models: dict[str, Model] = {}
-        self.losses: dict[tuple[str, str], list[float]] = {}  # of eager training
+        self.losses: dict[tuple[str, str], list[float]] = {}  # what eager training lost, step by step
         self.spent = 0.0  # seconds, on timing alone
 
     def model(self, name: str) -> Model:

@@ -4,7 +4,8 @@
 //
 // Where ThreadSanitizer's library is loaded, every thread is one of its fibers, and taking turns tells them nothing of
 // each other's accesses: barriers do. So it reports what two threads of a block access without a barrier between, and
-// two blocks of a launch at all, if they have different crews: of two, in turn. This file is compiled without it.
+// two blocks of a launch at all, if they have different crews; there are two, which take turns. This file is compiled
+// without it.
 #include "host_emulation.h"
 
 #include <sys/mman.h>

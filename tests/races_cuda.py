@@ -48,8 +48,8 @@ def apart(work, quiet=True):
 
 
 def examine(library, runs, barriers=None):
-    """Of {name: function}: the name that was reported, and {barrier: was its absence reported?} of the barriers
-    reached, or of those."""
+    """Runs each {name: function}. Returns the name that was reported, and {barrier: was its absence reported?} for the
+    barriers that were reached, or for those asked for."""
 
     def unchanged():
         for name, run in runs.items():

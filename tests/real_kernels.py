@@ -82,7 +82,7 @@ class Kernels:
             self.tell(report, "error" if report.failed and report.when in ("setup", "teardown") else report.outcome)
 
     def pytest_collectreport(self, report):
-        """Of a file that cannot be collected; every worker says it."""
+        """Called for a file that cannot be collected; every worker says it."""
         if not report.passed and report.nodeid not in self.told:
             self.told.add(report.nodeid)
             self.tell(report, "error" if report.failed else report.outcome)

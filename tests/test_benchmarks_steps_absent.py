@@ -104,7 +104,7 @@ def test_what_fails_on_a_gpu_is_named_with_its_reason(session, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
 def test_a_fault_is_told_and_ends_the_run(mode, session, monkeypatch):
-    """Of what was asked for, nothing else runs; what was measured before is there, and was saved."""
+    """Nothing else that was asked for runs; what was measured before is there, and was saved."""
     times, faults, told = timing.time_on_gpu, [], []
 
     def time_on_gpu(step, copies):

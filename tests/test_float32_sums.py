@@ -27,8 +27,8 @@ from peft_kernels.triton_kernels.config import (
     weight_distance_config,
 )
 
-SLICES = (8, 16, 32)  # of a sum, from a block's warps to all that a sum of thousands is split into
-MARGIN = 0.9  # of the limit: real inputs differ
+SLICES = (8, 16, 32)  # how many a sum has, from a block's warps to all that a sum of thousands is split into
+MARGIN = 0.9  # a share of the limit: real inputs differ
 H100 = 90
 
 

@@ -101,7 +101,7 @@ class Checker:
         self.constants = {name: kwargs[name] for name in executor.constexprs if name in kwargs}
         self.places: list[_Place | None] = [None]
         self.pointed: dict[int, int] = {0: 0}  # address in a table: number
-        self.stamps: dict[int, np.ndarray] = {}  # of each storage that is written: the epoch of every element
+        self.stamps: dict[int, np.ndarray] = {}  # the epoch of every element, for each storage that is written
         self.reads: list[tuple[int, _Place, np.ndarray]] = []
         self.epochs: list[tuple | None] = [None]  # whose each is
         args, kwargs = original(args, kwargs)

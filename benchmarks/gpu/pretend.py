@@ -45,7 +45,7 @@ _known = WeakTensorKeyDictionary()  # what is in few tensors: numbers that were 
 _capturing = False
 BLOCK = 2**20
 _free, _places = itertools.count(2**40, BLOCK), {}  # addresses; by storage its size and where it begins
-_SO = {getattr(torch.ops.aten, name) for name in ("all", "eq", "ge", "le")}  # of numbers that are 0
+_SO = {getattr(torch.ops.aten, name) for name in ("all", "eq", "ge", "le")}  # true: everything reads as 0
 
 
 def is_there(tensor: Tensor) -> bool:

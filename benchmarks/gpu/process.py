@@ -50,8 +50,8 @@ class Run:
     out: Path
     part: str
     dry: bool
-    content: dict[str, Any] = field(default_factory=dict)  # of the result file
-    deadline: float = 0.0  # of the step, by time.monotonic()
+    content: dict[str, Any] = field(default_factory=dict)  # what the result file holds
+    deadline: float = 0.0  # when the step ends, by time.monotonic()
     worker: str = "peft_kernels.benchmarks.gpu.work"  # the module whose kinds of work the steps run
     lock: Any = field(default_factory=threading.RLock)
     running: set = field(default_factory=set)

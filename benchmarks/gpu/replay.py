@@ -128,7 +128,7 @@ class Recorder:
             self.problems += [runner.pose(bench, case, device) for _ in range(copies - 1)]
 
     def tiles(self) -> dict[str, Tile]:
-        """Of every kernel that is launched. Raises RuntimeError where the provider does not run."""
+        """Records every kernel that is launched. Raises RuntimeError where the provider does not run."""
         found = []
         tiles = used(self.bench.op, lambda: found.append(self.build()))
         if isinstance(found[0], str):
@@ -140,7 +140,7 @@ class Recorder:
         try:
             with Holding():
                 return runner.build(self.bench, self.name, self.problems[0])
-        except Exception as error:  # of Triton, which has many kinds for a tile that cannot be
+        except Exception as error:  # Triton has many kinds for a tile that cannot be
             if self.fault():
                 raise
             return f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -159,7 +159,7 @@ class Recorder:
         return recorded
 
     def times(self, *sets: Sequence[Sequence[Launch]]) -> list[timing.Times]:
-        """Of each: seconds for the launches of one run, replayed on one set after the other."""
+        """Seconds that the launches of one run take, for each set of runs, replayed on one set after the other."""
         flat = [[launch for run in runs for launch in run] for runs in sets]
         steps = {str(i): lambda each=each: [launch.run() for launch in each] for i, each in enumerate(flat)}
         on_gpu = self.device.type == "cuda"

@@ -9,8 +9,8 @@ from typing import Any
 from .process import PYTHON, NotHere, Run, cut
 from .truth import Told, tool
 
-WATCHED = "_(shrink|up_bwd|down_bwd|sum)_kernel"  # of lowrank_linear
-COUNTERS = {  # of Nsight Compute
+WATCHED = "_(shrink|up_bwd|down_bwd|sum)_kernel"  # the kernels of lowrank_linear
+COUNTERS = {  # their names in Nsight Compute, and ours
     "gpu__time_duration.sum": "ns",
     "dram__bytes.sum": "bytes",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of memory",

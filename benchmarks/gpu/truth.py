@@ -89,7 +89,7 @@ def numerics(run: Run) -> Told:
 
 
 def told_by_numerics(records: Sequence[dict], backends: Iterable[str], ends: str) -> Told:
-    """Of every operation and backend something must have been compared."""
+    """Something must have been compared for every operation and backend."""
     wrong = [f"  {record['op']}, {record['case']}: {record['wrong']}" for record in records if "wrong" in record]
     worst: dict[str, float] = {}
     for record in records:
@@ -155,7 +155,7 @@ def add_test(found: dict, record: dict, device: str) -> None:
 
 
 def told_by_tests(found: dict, status: int | None, backends: Sequence[str]) -> Told:
-    """backends: of which kernels must have run in some test"""
+    """backends: those whose kernels must have run in some test"""
     lines = [f"  failed: {name}" for name in found["failed"][:20]]
     lines += [f"  {number} skipped: {reason}" for reason, number in sorted(found["skipped"].items())]
     lines += [f"  {number} left out: {reason}" for reason, number in sorted(found["left_out"].items())]

@@ -112,7 +112,7 @@ def compare(bench: runner.Bench, case: cases.Case, device: torch.device, most: i
             else:
                 base = partial(_run, bases[variant.base], case, inputs, nullcontext)
                 record |= _compared(base, partial(_run, built, case, inputs, variant.patch), variant.whole, device)
-        except Exception as error:  # of Triton, which has many kinds for a tile that cannot be
+        except Exception as error:  # Triton has many kinds for a tile that cannot be
             if isinstance(error, torch.AcceleratorError):
                 raise  # nothing runs on this GPU any more in this process
             record["absent"] = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -139,7 +139,7 @@ def _run(
 
 
 def _compared(base: partial, variant: partial, whole: bool, device: torch.device) -> dict:
-    """Microseconds for one set of inputs: of the operation, or of the launches that are recorded of it."""
+    """Microseconds for one set of inputs: the whole operation takes them, or the launches recorded from it."""
     steps, inputs, kept = {"base": base, "variant": variant}, len(base.args[2]), []
     if not whole:
         launches = {}

@@ -7,7 +7,7 @@ from . import extension
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
 _CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
-PROCESSORS = 132  # of an H200; strips are planned for it everywhere, so that sums repeat
+PROCESSORS = 132  # as an H200 has; strips are planned for it everywhere, so that sums repeat
 
 
 def unsupported_dtype(dtype: torch.dtype) -> str | None:

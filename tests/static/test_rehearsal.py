@@ -24,7 +24,7 @@ from peft_kernels.benchmarks.gpu.rehearsal import stage
 from peft_kernels.benchmarks.gpu.work import SMALL
 
 BF16, GPU = torch.bfloat16, torch.device("cuda", 0)
-KERNELS = {  # of each operation's first small case
+KERNELS = {  # what each operation's first small case launches
     "lowrank_linear": {"_shrink_kernel", "_expand_kernel", "_up_bwd_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel"},
     "weight_distance": {"_distance_kernel", "_finish_kernel"},
     "batched_lowrank_linear": {"_batched_shrink_kernel", "_batched_expand_kernel"},

@@ -13,7 +13,7 @@ from peft_kernels.ops.batched_lowrank_linear import AdapterSegments, adapter_seg
 
 
 def sorted_rows(index: tuple[int, ...], adapters: int, rows: int, device: torch.device) -> AdapterSegments:
-    """index: an adapter for each entry of the batch, or -1;  rows: of each entry"""
+    """index: an adapter for each entry of the batch, or -1;  rows: how many each entry has"""
     entries = torch.tensor(index, dtype=torch.int64, device=device)
     return adapter_segments(entries[:, None].expand(-1, rows).reshape(-1), adapters)
 
