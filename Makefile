@@ -95,10 +95,11 @@ tests: $(VENV)/installed
 	        -n $(PYTEST_WORKERS) --dist worksteal --durations=10 --durations-min=5 $(PYTEST_ARGS)); \
 	fi
 
-# A process of its own: kernels decorated under the interpreter cannot be compiled.
+# Processes of its own: kernels decorated under the interpreter cannot be compiled. A file's tests share what is compiled.
 static-ci: $(VENV)/installed
 	@echo "== static checks of the compiled kernels"
-	@$(call timed,env -u TRITON_INTERPRET $(PY) -m pytest tests/static $(PYTEST_ARGS))
+	@$(call timed,env -u TRITON_INTERPRET OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest tests/static \
+	    -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS))
 
 static: $(VENV)/installed
 	@echo "== static checks, the full sweep"

@@ -1,11 +1,16 @@
-"""Triton's interpreter in about half of its time: what it does anew in every call is done once.
+"""Triton's interpreter in a quarter of its time: what it does anew in every call is done once.
 
-Every call of a device function patches all of triton.language, which the launch around it has patched already; every
-operation builds a table of numpy's types to look one up. Seen in triton 3.6.0 and 3.7.1.
+Every launch, and every call of a device function, patches all of triton.language; every operation builds a table of
+numpy's types to look one up, new types for the blocks it takes and gives, and copies of a small operand as large as the
+large one, which numpy would have broadcast. Seen in triton 3.6.0 and 3.7.1.
 """
 
 import os
 from functools import wraps
+
+import numpy as np
+
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def quicken() -> None:
@@ -16,25 +21,36 @@ def quicken() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
-    interpreter._patch_lang = _once_per_launch(interpreter, interpreter._patch_lang)
+    interpreter._patch_lang = _once(interpreter, interpreter._patch_lang)
+    interpreter._patch_attr = _directly(interpreter)
     interpreter._get_np_dtype = _remembering(interpreter, interpreter._get_np_dtype)
+    core, semantic = interpreter.tl.core, interpreter.TritonSemantic
+    core.block_type.__init__ = _known_blocks(core, core.block_type.__init__)
+    core.tensor.__init__ = _known_shapes(core.tensor.__init__)
+    semantic.binary_op_type_checking_impl = _known_operands(core, semantic.binary_op_type_checking_impl)
+    semantic.binary_op_sanitize_overflow_impl = wraps(semantic.binary_op_sanitize_overflow_impl)(_no_overflow)
 
 
-def _once_per_launch(interpreter, patch_lang):
-    """A launch restores what it patched; what a device function has patched is left as it is, and stays."""
-    tl, patched = interpreter.tl, set()
+def _once(interpreter, patch_lang):
+    """What a launch patches stays: it would be the same for the next one, and for each function that it calls."""
+    patched = set()
 
     @wraps(patch_lang)
     def patch(fn):
-        languages = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
-        if languages and languages <= patched:
-            return interpreter._LangPatchScope()
-        scope = patch_lang(fn)
-        if not patched:  # the launch's own
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        patched.update(languages)
-        return scope
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
+            patch_lang(fn)
+        return interpreter._LangPatchScope()
+
+    return patch
+
+
+def _directly(interpreter):
+    """A builtin of the language is called without the two functions that look for its semantic among the arguments."""
+
+    def patch(obj, name, member, builder, scope):
+        function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+        scope.set_attr(obj, name, lambda *args, **named: function(*args, **{**named, "_semantic": semantic}))
 
     return patch
 
@@ -54,3 +70,76 @@ def _remembering(interpreter, get_np_dtype):
         return known[kind.name]
 
     return get
+
+
+def _known_blocks(core, initialise):
+    """All blocks of one shape and element share what their types know of themselves."""
+    known = {}
+
+    @wraps(initialise)
+    def __init__(self, element_ty, shape):
+        key = element_ty.name, *[size.value if isinstance(size, core.constexpr) else size for size in shape]
+        if key not in known:
+            initialise(self, element_ty, shape)
+            known[key] = self.__dict__
+        self.__dict__.update(known[key], element_ty=element_ty)
+
+    return __init__
+
+
+def _known_shapes(initialise):
+    """All tensors of one type share their shape."""
+    known = {}
+
+    @wraps(initialise)
+    def __init__(self, handle, type):
+        if type.name not in known:
+            initialise(self, handle, type)
+            known[type.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = known[type.name]
+
+    return __init__
+
+
+def _known_operands(core, check):
+    """Two operands become what two such operands became before, but numpy may broadcast them."""
+    known, numbers = {}, {}
+
+    def become(semantic, operand, type):
+        if isinstance(operand, core.tensor):
+            if operand.type.name == type.name:
+                return operand
+            return core.tensor(semantic.cast(operand, type.scalar).handle, type)
+        if (operand, type.name) not in numbers:
+            numbers[operand, type.name] = core.tensor(semantic.scalar_constant(operand, type.scalar).handle, type)
+        return numbers[operand, type.name]
+
+    @wraps(check)
+    def operands(self, left, right, *rules, **named):
+        left_is, right_is = (isinstance(operand, core.tensor) for operand in (left, right))
+        key = (
+            *((left.type.name, left.dtype.is_const()) if left_is else (type(left), None)),
+            *((right.type.name, right.dtype.is_const()) if right_is else (type(right), None)),
+            *rules,
+            *named.items(),
+        )
+        if key in known:
+            return become(self, left, known[key][0]), become(self, right, known[key][1])
+        checked = check(self, left, right, *rules, **named)
+        # A number's own type follows from its value: only where it takes a tensor's is that known for the next one.
+        if any(is_ and it.dtype.name == checked[0].dtype.name for is_, it in ((left_is, left), (right_is, right))):
+            known[key] = checked[0].type, checked[1].type
+        return checked
+
+    return operands
+
+
+def _no_overflow(self, left, right, operation):
+    """Asserts it of two integers of at most 32 bits by their exact result in 64: one operation instead of seven."""
+    kind = left.dtype
+    if kind.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+        return
+    exact = EXACT[operation.__name__](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+    fits = kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()
+    assert fits, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"

@@ -5,41 +5,91 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 from peft_kernels.triton_kernels import common
-from peft_kernels.triton_kernels.gated_query import gated_query_fwd
 
 if not common.INTERPRETED:
     pytest.skip("kernels are not interpreted here", allow_module_level=True)
 
 
-def sums() -> None:
-    """A kernel that calls no device function."""
-    common.sum_partials(torch.ones(3, 4), torch.ones(4))
+QUICKENED = (
+    (tl.core.block_type, "__init__"),
+    (tl.core.tensor, "__init__"),
+    (interpreter.TritonSemantic, "binary_op_type_checking_impl"),
+    (interpreter.TritonSemantic, "binary_op_sanitize_overflow_impl"),
+)
 
 
-def gates() -> None:
-    """One that calls many."""
-    hidden, vector = torch.ones(6, 24), torch.ones(24)
-    gated_query_fwd(hidden, hidden, vector, vector, None, 3)
+@triton.jit
+def _mixed_kernel(x, counts, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Operands of every kind: blocks of two shapes, scalars, numbers, pointers; halves, floats, integers, truths."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    for step in range(2):  # the second time, all is known
+        block = tl.load(x + rows)[:, None] * 2 + tl.load(x + columns)[None, :] / 3 - step
+        count = tl.load(counts) + rows[:, None] * COLUMNS + columns[None, :]
+        half = (block.to(tl.float16) * -0.5 + 1).to(tl.float32)
+        result = tl.where((count % 3 == 1) & (block > 0.25), half, block * count) + (count // 4 > 2)
+        tl.store(out + step * ROWS * COLUMNS + rows[:, None] * COLUMNS + columns[None, :], -0.0 - result)
 
 
-def test_a_launch_patches_the_language_once_or_twice(monkeypatch):
-    """Again where triton's own functions, which know tl.core, are called from kernels that know tl alone."""
-    patched, patch = [], interpreter._patch_builtin
-    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *args: patched.append(args[0]) or patch(*args))
-    for run in (sums, gates, sums):
-        patched.clear()
-        run()
-        assert 1 <= patched.count(tl) <= 2
+@triton.jit
+def _misfit_kernel(x, counts, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tl.store(out + tl.arange(0, ROWS), tl.load(x + tl.arange(0, ROWS)) + tl.arange(0, COLUMNS))
 
 
-def test_the_language_is_itself_after_a_launch():
-    for run in (gates, sums):
-        run()
-        assert tl.core.is_builtin(tl.load)
+@triton.jit
+def _overflow_kernel(x, counts, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tl.store(out, (tl.load(counts) * 2**30).to(tl.float32))
+
+
+@triton.jit
+def _number_kernel(x, counts, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tl.store(out, (tl.load(counts) + 2**31).to(tl.float32))
+
+
+def launch(kernel):
+    out = torch.zeros(2, 4, 8)
+    kernel[(1,)](torch.linspace(-1, 2, 8), torch.tensor([2], dtype=torch.int32), out, ROWS=4, COLUMNS=8)
+    return out
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Triton's own functions again, when called."""
+    return lambda: [monkeypatch.setattr(kind, name, getattr(kind, name).__wrapped__) for kind, name in QUICKENED]
+
+
+def test_results_are_the_plain_interpreters(plain):
+    quick = launch(_mixed_kernel)
+    plain()
+    torch.testing.assert_close(quick, launch(_mixed_kernel), rtol=0, atol=0)
+    assert quick.unique().numel() > 40
+
+
+@pytest.mark.parametrize("kernel", [_misfit_kernel, _number_kernel], ids=lambda kernel: kernel.__name__)
+def test_what_the_plain_interpreter_refuses_is_refused_each_time(kernel, plain):
+    for _ in range(2):
+        with pytest.raises(InterpreterError):
+            launch(kernel)
+    plain()
+    with pytest.raises(InterpreterError):
+        launch(kernel)
+
+
+def test_an_overflow_is_refused():
+    """Which the plain interpreter works out, and then lets pass."""
+    with pytest.raises(InterpreterError, match="int32 overflow detected for operation mul"):
+        launch(_overflow_kernel)
+
+
+def test_the_language_is_patched_once(monkeypatch):
+    launch(_mixed_kernel)
+    monkeypatch.setattr(interpreter, "_patch_builtin", None)
+    launch(_mixed_kernel)
 
 
 def test_types_are_numpys_as_before():

@@ -8,7 +8,6 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,6 @@ class Compiled:
     arch: int
     tile: Tile
     ptx: str
-    sass: str
     registers: int
     spills: int
     shared: int
@@ -111,14 +109,13 @@ def compile_launch(launch, arch: int) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = _cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
+    usage = _resource_usage(compiled.asm["cubin"])
     number = lambda field: int(re.search(rf"{field}:(\d+)", usage).group(1))  # noqa: E731
     return Compiled(
         kernel.__name__,
         arch,
         launch.tile,
         compiled.asm["ptx"],
-        _cuobjdump("--dump-sass", compiled.asm["cubin"]),
         number("REG"),
         number("LOCAL") + number("STACK"),
         compiled.metadata.shared,
@@ -176,15 +173,12 @@ def _kind(value) -> str | None:
     return "i32" if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-@cache
-def _tool() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-
-
-def _cuobjdump(action: str, cubin: bytes) -> str:
+def _resource_usage(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
-        return subprocess.run([_tool(), action, file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     finally:
         os.unlink(file.name)
