@@ -49,23 +49,27 @@ def test_what_is_saved_comes_back(method, kind, tmp_path):
 
 
 def test_in_a_new_process(tmp_path):
-    for method in METHODS:
-        adapter, batch = adapted(method, "vilt_vqa")
-        adapter.save_pretrained(tmp_path / method)
-        torch.save(output(adapter.model, batch).detach(), tmp_path / f"{method}.pt")
+    gated = {"preset": "blip-retrieval", "core": "tucker", "layout": "released", "gates": "additive"}
+    cases = [*((method, "vilt_vqa", {}) for method in METHODS), ("aurora", "blip_retrieval", gated)]
+    for method, kind, options in cases:
+        adapter, batch = adapted(method, kind, **options)
+        adapter.save_pretrained(tmp_path / kind / method)
+        torch.save(output(adapter.model.eval(), batch).detach(), tmp_path / kind / method / "output.pt")
     code = """
 import sys, torch
+from pathlib import Path
 from adapter_cases import METHODS
 from adapter_models import build, output
-for method, (cls, _, _) in METHODS.items():
-    model, batch = build("vilt_vqa")
-    adapter = cls.from_pretrained(model, f"{sys.argv[1]}/{method}")
-    assert torch.equal(output(model, batch), torch.load(f"{sys.argv[1]}/{method}.pt")), method
-print("same")
+for saved in Path(sys.argv[1]).glob("*/*/output.pt"):
+    *_, kind, method, _ = saved.parts
+    model, batch = build(kind)
+    METHODS[method][0].from_pretrained(model, saved.parent)
+    assert torch.equal(output(model, batch), torch.load(saved)), (kind, method)
+    print("same")
 """
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
-    assert ran.stdout.endswith("same\n"), ran.stderr
+    assert ran.stdout == "same\n" * len(cases), ran.stderr
 
 
 def test_heads_buffers_and_their_integers_come_back(tmp_path):

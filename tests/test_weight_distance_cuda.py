@@ -177,7 +177,7 @@ def test_mutant_is_noticed(name):
             verify_products(seed, "dense", "cpu")
 
 
-def run_guarded():
+def test_accesses_stay_in_bounds():
     def check(at_end):
         fence = "end" if at_end else "begin"
         for case in CASES[::2]:
@@ -186,8 +186,4 @@ def run_guarded():
             records = products(Placer(layout, "cpu", fence), random.Random(seed).choice, 6)
             kernels.product_fwd(kernels.product_tables(records))
 
-    cuda_emulation.run_fenced(check)
-
-
-def test_accesses_stay_in_bounds():
-    cuda_emulation.assert_inside_bounds("test_weight_distance_cuda")
+    cuda_emulation.assert_inside_bounds(check)
