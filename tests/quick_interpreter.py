@@ -8,10 +8,6 @@ large one, which numpy would have broadcast. Seen in triton 3.6.0 and 3.7.1.
 import os
 from functools import wraps
 
-import numpy as np
-
-EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
 
 def quicken() -> None:
     """Does nothing where kernels are not interpreted, or triton is missing."""
@@ -28,7 +24,8 @@ def quicken() -> None:
     core.block_type.__init__ = _known_blocks(core, core.block_type.__init__)
     core.tensor.__init__ = _known_shapes(core.tensor.__init__)
     semantic.binary_op_type_checking_impl = _known_operands(core, semantic.binary_op_type_checking_impl)
-    semantic.binary_op_sanitize_overflow_impl = wraps(semantic.binary_op_sanitize_overflow_impl)(_no_overflow)
+    semantic.binary_op_sanitize_overflow_impl = lambda *operation: None  # it works out an overflow and lets it pass
+    interpreter.TensorHandle.__init__ = _known_handles(interpreter.TensorHandle)
 
 
 def _once(interpreter, patch_lang):
@@ -70,6 +67,20 @@ def _remembering(interpreter, get_np_dtype):
         return known[kind.name]
 
     return get
+
+
+def _known_handles(handle):
+    """That numbers of one size fit a type is checked once."""
+    known = set()
+
+    @wraps(handle.__init__)
+    def __init__(self, data, dtype, attr=None):
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        if (dtype.name, data.itemsize) not in known:
+            self.__post_init__()
+            known.add((dtype.name, data.itemsize))
+
+    return __init__
 
 
 def _known_blocks(core, initialise):
@@ -133,13 +144,3 @@ def _known_operands(core, check):
         return checked
 
     return operands
-
-
-def _no_overflow(self, left, right, operation):
-    """Asserts it of two integers of at most 32 bits by their exact result in 64: one operation instead of seven."""
-    kind = left.dtype
-    if kind.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
-        return
-    exact = EXACT[operation.__name__](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
-    fits = kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()
-    assert fits, f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
