@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = {} if options.search else {n: compare(settings, *s, n) for n, s in sections.items()}
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"stopped; go on with: python -m peft_kernels.demo --resume --out {options.out}")
+            command = f"python -m peft_kernels.demo --resume --out {shlex.quote(str(options.out))}"
+            console.print(f"stopped; go on with: {command}", markup=False, highlight=False, soft_wrap=True)
             return 130
         except (FloatingPointError, ValueError) as error:
             console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
