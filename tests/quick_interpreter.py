@@ -117,6 +117,9 @@ def _known_operands(core, check):
     """Two operands become what two such operands became before, but numpy may broadcast them."""
     known, numbers = {}, {}
 
+    def kind(operand):
+        return (operand.type.name, operand.dtype.is_const()) if isinstance(operand, core.tensor) else type(operand)
+
     def become(semantic, operand, type):
         if isinstance(operand, core.tensor):
             if operand.type.name == type.name:
@@ -128,18 +131,13 @@ def _known_operands(core, check):
 
     @wraps(check)
     def operands(self, left, right, *rules, **named):
-        left_is, right_is = (isinstance(operand, core.tensor) for operand in (left, right))
-        key = (
-            *((left.type.name, left.dtype.is_const()) if left_is else (type(left), None)),
-            *((right.type.name, right.dtype.is_const()) if right_is else (type(right), None)),
-            *rules,
-            *named.items(),
-        )
+        key = kind(left), kind(right), *rules, *named.items()
         if key in known:
             return become(self, left, known[key][0]), become(self, right, known[key][1])
         checked = check(self, left, right, *rules, **named)
         # A number's own type follows from its value: only where it takes a tensor's is that known for the next one.
-        if any(is_ and it.dtype.name == checked[0].dtype.name for is_, it in ((left_is, left), (right_is, right))):
+        tensors = [operand for operand in (left, right) if isinstance(operand, core.tensor)]
+        if checked[0].dtype.name in [tensor.dtype.name for tensor in tensors]:
             known[key] = checked[0].type, checked[1].type
         return checked
 

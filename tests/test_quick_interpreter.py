@@ -26,13 +26,14 @@ QUICKENED = (
 
 @triton.jit
 def _mixed_kernel(x, counts, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Operands of every kind: blocks of two shapes, scalars, numbers, pointers; halves, floats, integers, truths."""
+    """Operands of every kind: blocks of two shapes, scalars, numbers, pointers, in every kind of dtype."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     for step in range(2):  # the second time, all is known
         block = tl.load(x + rows)[:, None] * 2 + tl.load(x + columns)[None, :] / 3 - step
         count = tl.load(counts) + rows[:, None] * COLUMNS + columns[None, :]
-        half = (block.to(tl.float16) * -0.5 + 1).to(tl.float32)
-        result = tl.where((count % 3 == 1) & (block > 0.25), half, block * count) + (count // 4 > 2)
+        half = (block.to(tl.float16) * -0.5 + 1).to(tl.float32) + block.to(tl.bfloat16) * block
+        result = tl.where((count % 3 == 1) & (block > -1), half, block * count) + (count // 4 > 2)
+        result += (count * 0.5 + count * 1e300 * 1e-300).to(tl.float32)  # a number that only float64 holds
         tl.store(out + step * ROWS * COLUMNS + rows[:, None] * COLUMNS + columns[None, :], -0.0 - result)
 
 
@@ -73,6 +74,13 @@ def test_what_the_plain_interpreter_refuses_is_refused_each_time(kernel, plain):
     plain()
     with pytest.raises(InterpreterError):
         launch(kernel)
+
+
+def test_numbers_too_large_for_their_type_are_refused_each_time():
+    for _ in range(2):
+        interpreter.TensorHandle(np.zeros(1, np.float32), tl.float32)
+        with pytest.raises(ValueError, match="exceeds"):
+            interpreter.TensorHandle(np.zeros(1, np.float64), tl.float32)
 
 
 def test_the_language_is_patched_once(monkeypatch):
