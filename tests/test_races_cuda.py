@@ -48,6 +48,7 @@ def barriers_of(operation):
     """{barrier that its chosen problems reach: do results differ without it?}"""
     with cuda_emulation.kernels_on("cpu"):
         emulation = cuda_emulation.controls(cuda_emulation.emulated_module().__file__)
+        emulation.emulation_reached()  # forgets what other tests of this process have reached
 
         def run(case):
             return flat(races_cuda_cases.run(operation, case)), emulation.emulation_reached().decode().split()
