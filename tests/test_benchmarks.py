@@ -38,8 +38,9 @@ def test_what_has_no_record_is_measured(monkeypatch):
     """Another H100 has another memory; and no record has float32."""
     monkeypatch.setattr(floor, "_probes", lambda *_: {"copy": 0.5, "matmul": 2.0})
     monkeypatch.setitem(sys.modules, "triton.testing", SimpleNamespace(do_bench=lambda probe, return_mode: 1e3 * probe))
+    monkeypatch.setattr(floor, "_measured", floor._measured.__wrapped__)
     for name, dtype in (("NVIDIA H100 PCIe", "bfloat16"), ("NVIDIA H200", "float32")):
-        record = floor.gpu_record.__wrapped__(name, dtype)
+        record = floor.gpu_record(name, dtype)
         assert record.name == name and record.flops_per_s == {dtype: floor.GPU_PROBE_MATMUL**3}
         assert record.bytes_per_s == 16 * floor.GPU_PROBE_COPY
 

@@ -81,12 +81,16 @@ def cpu_record(copy_seconds: float, matmul_seconds: float, dtype: str) -> Device
     return _record("CPU", copy_seconds, matmul_seconds, dtype, PROBE_COPY, PROBE_MATMUL)
 
 
-@functools.cache
 def gpu_record(name: str, dtype: str) -> Device:
     """The record of a GPU by the name that torch gives; what has no record here is measured once in each run."""
     for record in RECORDS:
         if name.startswith(record.name) and dtype in record.flops_per_s:
             return record
+    return _measured(name, dtype)
+
+
+@functools.cache
+def _measured(name: str, dtype: str) -> Device:
     from triton.testing import do_bench
 
     probes = _probes(dtype, "cuda", GPU_PROBE_COPY, GPU_PROBE_MATMUL)
