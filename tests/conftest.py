@@ -1,5 +1,6 @@
 """Shared set-up: where kernels run here, and uninitialised memory full of NaN."""
 
+import gc
 import os
 
 import pytest
@@ -7,9 +8,17 @@ import torch
 from quick_interpreter import quicken
 
 quicken()
+if not torch.cuda.is_available():  # torch notes the caller's stack at every seed, for when there will be a GPU
+    torch.cuda.manual_seed_all = lambda seed: None
 
 # Deterministic mode fills every torch.empty with NaN: whatever a kernel forgets to write shows.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_collection_finish():
+    """What has been imported and collected stays: no later collection of garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -51,14 +51,17 @@ def test_any_number_of_slots_and_ranks(backend, slots, rank, device):
     assert_as_accurate_as_torch(Problem(rows, 40, rank, slots, core=core, stack=True), device, backend)
 
 
+BASE, LARGE = (384, 512) if INTERPRETED else (768, 1024)  # more than one tile of every kind
+
+
 @pytest.mark.parametrize(
     "problem",
     [
-        Problem(768, 768, 64, 1, core="diagonal", stack=True),
-        Problem(768, 768, 32, 1, core="dense", stack=True),
-        Problem(1024, 1024, 16),
-        Problem(1024, 63, 96, 1, core="dense", stack=True),  # a tall one
-        Problem(63, 1024, 8, core="diagonal", in_blocks=2),  # a wide one
+        Problem(BASE, BASE, 64, 1, core="diagonal", stack=True),
+        Problem(BASE, BASE, 32, 1, core="dense", stack=True),
+        Problem(LARGE, LARGE, 16),
+        Problem(LARGE, 63, 96, 1, core="dense", stack=True),  # a tall one
+        Problem(63, LARGE, 8, core="diagonal", in_blocks=2),  # a wide one
         Problem(16, 16, 16, 16, core="diagonal", stack=True),  # N = R: a transposed core would go unnoticed in shapes
         Problem(16, 16, 16, 16, core="dense", stack=True),
         Problem(1, 1, 1),
