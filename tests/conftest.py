@@ -19,6 +19,7 @@ def pytest_collection_finish():
     """What has been imported and collected stays: no later collection of garbage goes through it again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
