@@ -69,7 +69,7 @@ def lowrank_linear_config(
     problem = d3_problem(shape)
     if design == "D3" and problem:
         raise ValueError(f"design: 'D3' {problem}")
-    tiles = _float32_tiles(block_r) if dtype == torch.float32 else _half_tiles(block_r, arch)
+    tiles = _float32_tiles(block_r, arch) if dtype == torch.float32 else _half_tiles(block_r, arch)
     chunk_r = min(block_r, 16 if dtype == torch.float32 else 32)
     return LowRankLinearConfig(design or "D1", block_r, chunk_r, **_fitted(tiles, arch))
 
@@ -102,18 +102,23 @@ def _half_tiles(block_r: int, arch: int) -> dict[str, Tile]:
     }
 
 
-def _float32_tiles(block_r: int) -> dict[str, Tile]:
-    """True float32 has no tensor cores: its operands live in registers, which allows smaller tiles only."""
+def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
+    """True float32 has no tensor cores: its operands live in registers, which allows smaller tiles only.
+
+    For sm_100 Triton (3.6 and 3.7) compiles a product whose result has 64 rows to tf32, whatever precision it is asked
+    for: there they have 32, and down_bwd's lie on their side.
+    """
     wide, small = Tile(32, 64), Tile(64, block_r, warps=4, stages=2)
+    rows = 32 if arch >= 100 else 64
     return {
         "shrink": wide,
-        "mix": small,
+        "mix": replace(small, rows=rows),
         "expand": wide,
         "up_bwd": wide if block_r == 64 else replace(wide, stages=2),
         "hidden_bwd": replace(small, rows={16: 64, 32: 32, 64: 16}[block_r]),
         "core_bwd": small,
         "down_bwd": replace({16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r], resident=1),
-        "fused": Tile(64, 32, depth=32),
+        "fused": Tile(rows, 32, depth=32),
     }
 
 

@@ -182,13 +182,15 @@ def _down_bwd_kernel(
     offs_k = first_column + tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < KB, offs_r < R
+    # No 64 rows, which sm_100 would multiply in tf32 (config.py, _float32_tiles), and no spill on sm_90
+    FLIPPED: tl.constexpr = BLOCK_R >= BLOCK_K and dz_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     if NEEDS_X:
         down = tl.load(
             down_ptr + offs_r[:, None].to(tl.int64) * KB + offs_k[None, :],
             mask=mask_r[:, None] & mask_k[None, :],
             other=0.0,
         ).to(DOT)
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    acc = tl.zeros((BLOCK_K, BLOCK_R) if FLIPPED else (BLOCK_R, BLOCK_K), tl.float32)
     for tile in range(tiles):
         rows = (strip * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & mask_k[None, :]
@@ -203,7 +205,7 @@ def _down_bwd_kernel(
             x = tl.load(x_ptr + rows[:, None] * stride_xm + i * KB + offs_k[None, :], mask=mask, other=0.0).to(DOT)
             if DROPOUT == "input":
                 x = tl.where(kept, x, 0.0)
-            acc = add_dot(acc, tl.trans(dz), x, PRECISION)
+            acc = add_dot(acc, tl.trans(x), dz, PRECISION) if FLIPPED else add_dot(acc, tl.trans(dz), x, PRECISION)
         if NEEDS_X:
             dx = tl.dot(dz, down, input_precision=PRECISION)
             if DROPOUT == "input":
@@ -213,7 +215,7 @@ def _down_bwd_kernel(
     if NEEDS_DOWN:
         part = i * tl.num_programs(1) + strip
         pointers = d_down_ptr + (part * R + offs_r[:, None]) * KB + offs_k[None, :]
-        tl.store(pointers, acc, mask=mask_r[:, None] & mask_k[None, :])
+        tl.store(pointers, tl.trans(acc) if FLIPPED else acc, mask=mask_r[:, None] & mask_k[None, :])
 
 
 def up_bwd(
