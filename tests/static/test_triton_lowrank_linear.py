@@ -72,6 +72,9 @@ CALLS = {
     "aurora-qkv": Call(rank=64, out_blocks=3, core="diagonal", dropout_on="core"),
     "aurora-released": Call(rank=64, core="dense", dropout_on="rank"),
     "lora-32-fp32": Call(FP32, rank=32, dropout_on="input"),
+    # Where sm_100 would take tf32
+    "lora-64-fp32": Call(FP32, rank=64, dropout_on="input"),
+    "aurora-released-fp32": Call(FP32, rank=64, core="dense", dropout_on="rank"),
 }
 PRODUCTS = ("_shrink_kernel", "_expand_kernel", "_fused_kernel", "_up_bwd_kernel", "_down_bwd_kernel")
 STRIPS = ("_up_bwd_kernel", "_core_bwd_kernel", "_down_bwd_kernel")
