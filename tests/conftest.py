@@ -16,7 +16,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_finish():
-    """What has been imported and collected stays: no later collection of garbage goes through it again."""
+    """What has been imported and collected stays: no later collection of garbage goes through it again,
+    and there are fewer of them."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

@@ -106,7 +106,7 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
     """True float32 has no tensor cores: its operands live in registers, which allows smaller tiles only.
 
     For sm_100 Triton (3.6 and 3.7) compiles a product whose result has 64 rows to tf32, whatever precision it is asked
-    for: there they have 32, and down_bwd's lie on their side.
+    for. There those of mix and fused have 32 rows; that of down_bwd lies on its side everywhere.
     """
     wide, small = Tile(32, 64), Tile(64, block_r, warps=4, stages=2)
     rows = 32 if arch >= 100 else 64

@@ -182,7 +182,8 @@ def _down_bwd_kernel(
     offs_k = first_column + tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < KB, offs_r < R
-    # No 64 rows, which sm_100 would multiply in tf32 (config.py, _float32_tiles), and no spill on sm_90
+    # On its side the result has fewer than 64 rows, which sm_100 would multiply in tf32 (config.py, _float32_tiles);
+    # sm_90 spills nothing so, either.
     FLIPPED: tl.constexpr = BLOCK_R >= BLOCK_K and dz_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
     if NEEDS_X:
         down = tl.load(
