@@ -7,6 +7,13 @@ import subprocess
 from importlib import metadata
 
 PACKAGES = ("peft_kernels", "torch", "triton", "numpy", "peft", "transformers")
+ASKED = {
+    "driver": "driver_version",
+    "clock": "clocks.sm",
+    "highest clock": "clocks.max.sm",
+    "memory clock": "clocks.mem",
+    "power limit": "power.limit",
+}
 SETTINGS = ("PEFT_KERNELS_", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 
 
@@ -84,16 +91,18 @@ def _gpu() -> dict | str:
         found = torch.cuda.get_device_properties(index)
         memory = f"{found.total_memory / 2**30:.0f} GiB"
         devices[f"{index}"] = f"{found.name}, compute capability {found.major}.{found.minor}, {memory}"
-    return {**devices, "driver": _driver(), "torch built with": f"CUDA {torch.version.cuda}"}
+    return {**devices, **_asked(), "torch built with": f"CUDA {torch.version.cuda}"}
 
 
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _asked() -> dict[str, str | None]:
+    """What the driver's own tool says of the first GPU; None for what it does not."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(ASKED.values())}", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(answer), None)
+        return dict.fromkeys(ASKED)
+    found = [value.strip() for value in answer.partition("\n")[0].split(",")]
+    return dict(zip(ASKED, found)) if len(found) == len(ASKED) else dict.fromkeys(ASKED)
 
 
 def _backends() -> dict:

@@ -66,10 +66,13 @@ def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    monkeypatch.setattr(environment, "_driver", lambda: "580.1")
+    answer = SimpleNamespace(stdout="580.1, 345 MHz, 1980 MHz, 3201 MHz, 700.00 W\n")
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_, **__: answer)
     found = environment._gpu()
     assert found["0"] == "H200, compute capability 9.0, 140 GiB"
-    assert found["driver"] == "580.1"
+    assert (found["driver"], found["highest clock"], found["power limit"]) == ("580.1", "1980 MHz", "700.00 W")
+    answer.stdout = "no devices were found\n"
+    assert environment._gpu()["driver"] is None
 
 
 def test_lists_print_as_words():
