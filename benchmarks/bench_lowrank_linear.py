@@ -6,9 +6,9 @@
 Every provider computes y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ and the gradients of x, A and B; the frozen linear alone, y and
 dx. What differs from float64 by more than plain torch does is not timed.
 
-unsloth, axolotl and LoRAFusion run only when --against names them: importing unsloth changes other libraries, PEFT
-among them. unsloth's has no bias, and is asked for none. https://github.com/unslothai/unsloth,
-https://github.com/axolotl-ai-cloud/axolotl, https://github.com/CentML/lorafusion
+unsloth, axolotl, LoRAFusion and chalk run only when --against names them: importing unsloth changes other libraries,
+PEFT among them. unsloth's has no bias, and is asked for none. https://github.com/unslothai/unsloth,
+https://github.com/axolotl-ai-cloud/axolotl, https://github.com/CentML/lorafusion, https://github.com/freesolo-co/chalk
 """
 
 import importlib
@@ -152,14 +152,12 @@ def _peer(module: str) -> ModuleType:
         raise Absent(str(error)) from error
 
 
-def _fast_lora(module: str, dropout: bool) -> Callable[[Case, Tensors], Built]:
+def _fast_lora(module: str) -> Callable[[Case, Tensors], Built]:
     """unsloth and axolotl have the same function for a block's output projection: PEFT's layer, of which they take the
     weights, and x (batch, rows, K)."""
 
     def build(case: Case, t: Tensors) -> Built:
         apply = _peer(module).apply_lora_o
-        if case.dropout and not dropout:
-            raise Absent("no dropout")
         built = _peft(case, t)
         block = SimpleNamespace(o_proj=built.forward, training=True)
         return built._replace(forward=lambda x: apply(block, x[None])[0])
@@ -175,6 +173,27 @@ def _lorafusion(case: Case, t: Tensors) -> Built:
         return call(x[None], t.weight, t.down, t.up, SCALE, seed, case.dropout, t.bias)[0]
 
     return Built(forward, {"d_down": t.down, "d_up": t.up})
+
+
+def _chalk(fused: bool) -> Callable[[Case, Tensors], Built]:
+    """What it puts in PEFT's layer: on a linear's result the update that it picks for this GPU, which on an H100 is
+    torch's; fused: its Triton kernels, which add to that result, and are picked where it has nothing better."""
+
+    def build(case: Case, t: Tensors) -> Built:
+        lora = _peer("chalk.ops.lora")
+        if case.dropout:
+            raise Absent("no dropout")
+        update = None if fused else lora.load_lora()  # after a test on the GPU, which it prints
+        if not fused and update is None:
+            raise Absent("its own test fails")
+
+        def forward(x: Tensor) -> Tensor:
+            y = F.linear(x, t.weight, t.bias)
+            return lora.fused_lora(x, t.down, t.up, SCALE, y) if fused else y + update(x, t.down, t.up, SCALE)
+
+        return Built(forward, {"d_down": t.down, "d_up": t.up})
+
+    return build
 
 
 def _ours(backend: str, design: str | None) -> Callable[[Case, Tensors], Built]:
@@ -196,9 +215,11 @@ PROVIDERS = {
     "ours, cuda": Provider(_ours("cuda", None), "D1", "cuda", ("cuda",)),
     "torch compiled": Provider(_compiled(_eager), None, devices=("cuda",), compiled=True),  # on a CPU as PEFT's
     "PEFT compiled": Provider(_compiled(_peft), None, compiled=True),
-    "unsloth": Provider(_fast_lora("unsloth.kernels.fast_lora", False), "unsloth", devices=(), foreign=True),
-    "axolotl": Provider(_fast_lora("axolotl.kernels.lora", True), None, devices=(), foreign=True),
+    "unsloth": Provider(_fast_lora("unsloth.kernels.fast_lora"), "unsloth", devices=(), foreign=True),
+    "axolotl": Provider(_fast_lora("axolotl.kernels.lora"), None, devices=(), foreign=True),
     "LoRAFusion": Provider(_lorafusion, None, devices=(), foreign=True),
+    "chalk": Provider(_chalk(fused=False), None, devices=(), foreign=True),
+    "chalk fused": Provider(_chalk(fused=True), None, devices=(), foreign=True),
 }
 
 
@@ -244,6 +265,8 @@ def least(case: Case, design: str | None) -> tuple:
 
 
 def passes(case: Case, design: str, device: str) -> tuple:
+    if design == "unsloth" and case.dropout:
+        return None, None
     sizes = (case.M, case.K, case.N, case.R, case.torch_dtype.itemsize)
     return costs.passes(design, *sizes, case.dropout > 0)
 

@@ -53,7 +53,7 @@ def test_dry(tmp_path, capsys):
     compared = [record for record in tuning["variants"] if "ratio" in record]
     assert compared and all(record["ratio"] > 0 for record in compared)
     assert all("ratio" in record or record["absent"] == "changes nothing here" for record in tuning["variants"])
-    assert tuning["cases"] and "not installed: unsloth, axolotl, LoRAFusion" in tuning["ran"]["peers"]["told"]
+    assert tuning["cases"] and "not installed: unsloth, axolotl, LoRAFusion, chalk" in tuning["ran"]["peers"]["told"]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

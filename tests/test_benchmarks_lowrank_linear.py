@@ -233,10 +233,16 @@ def _fused_linear_lora(x, linear_w, lora_a, lora_b, alpha, seed=None, dropout_p=
     return F.linear(x, linear_w, linear_bias) + alpha * (x * kept / (1 - dropout_p)) @ lora_a.t() @ lora_b.t()
 
 
+def _update(x, lora_a, lora_b, scale):
+    return scale * x @ lora_a.t() @ lora_b.t()
+
+
 FOREIGN = {
-    "unsloth": ("unsloth.kernels.fast_lora", {"apply_lora_o": _output_projection(bias=False, dropout=False)}),
+    "unsloth": ("unsloth.kernels.fast_lora", {"apply_lora_o": _output_projection(bias=False, dropout=True)}),
     "axolotl": ("axolotl.kernels.lora", {"apply_lora_o": _output_projection(bias=True, dropout=True)}),
     "LoRAFusion": ("lorafusion.ops.lora_v1", {"fused_linear_lora": _fused_linear_lora}),
+    "chalk": ("chalk.ops.lora", {"load_lora": lambda: _update}),
+    "chalk fused": ("chalk.ops.lora", {"fused_lora": lambda *args: args[-1] + _update(*args[:-1])}),
 }
 
 
@@ -253,10 +259,15 @@ def test_foreign_peer(name, monkeypatch):
     module, content = FOREIGN[name]
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**content))
     assert _told(name, TINY) is None
-    assert _told(name, DROPPED) == ("absent: no dropout" if name == "unsloth" else None)
+    assert _told(name, DROPPED) == ("absent: no dropout" if "chalk" in name else None)
     ((call, _),) = content.items()
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{call: lambda block: block}))
     assert _told(name, TINY).startswith("absent: TypeError: ")
+
+
+def test_foreign_peer_that_has_nothing_for_this_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "chalk.ops.lora", SimpleNamespace(load_lora=lambda: None))
+    assert _told("chalk", TINY) == "absent: its own test fails"
 
 
 @pytest.mark.parametrize("wrong", [_output_projection(True, False), _output_projection(False, False, scale=1.01)])

@@ -8,7 +8,7 @@ from .speed import by_operation, dtype, sizes, told_by_cases
 from .truth import Told
 
 # Never run by those who wrote their calls, and importing one may change other libraries: alone, beside one of ours.
-FOREIGN = {"unsloth": "unsloth", "axolotl": "axolotl", "LoRAFusion": "lorafusion"}
+FOREIGN = {"unsloth": "unsloth", "axolotl": "axolotl", "LoRAFusion": "lorafusion", "chalk": "chalk"}
 BESIDE = ("PEFT", "ours, triton D1")
 GAIN = 1.02  # times as fast: what is told as better
 

@@ -76,12 +76,36 @@ def cuda_strips(factor: float) -> AbstractContextManager:
     return mock.patch.object(cuda_common, "PROCESSORS", int(cuda_common.PROCESSORS * factor))
 
 
+def _small(case: cases.Case) -> bool:
+    return case.K <= 1024 and case.R <= 32
+
+
+FUSED = (  # tiles of the one-kernel design that a Hopper GPU's matrix units could be kept busy by
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (64, 256, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (256, 128, 64, 8, 3),
+)
 VARIANTS = (
     Variant("shrink: 32 rows", partial(tile, "shrink", rows=32), applies=lambda case: case.M < 4096),
     Variant("sums: 256 columns a program", partial(sums, 256)),
     Variant("half as many strips", partial(strips, 0.5)),
     Variant("twice as many strips", partial(strips, 2)),
-    Variant("D3 forward", provider=D3, whole=True, applies=lambda case: case.K <= 1024 and case.R <= 32),
+    Variant("D3 forward", provider=D3, whole=True, applies=_small),
+    *(
+        Variant(
+            f"D3 forward: {rows} × {columns} × {depth}, {warps} warps, {stages} stages",
+            partial(tile, "fused", rows=rows, columns=columns, depth=depth, warps=warps, stages=stages),
+            provider=D3,
+            whole=True,
+            applies=_small,
+        )
+        for rows, columns, depth, warps, stages in FUSED
+    ),
     Variant("up_bwd: 128 columns", partial(tile, "up_bwd", columns=128)),
     Variant("down_bwd: 32 rows", partial(tile, "down_bwd", rows=32)),
     Variant("down_bwd: 4 warps", partial(tile, "down_bwd", warps=4)),
