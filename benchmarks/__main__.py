@@ -7,7 +7,7 @@ Each case is a table: the median time and half the distance between its quartile
 and rates that count the compulsory work alone. Who does not run here is named with the reason, and so is who computes
 something wrong, which is not timed. On a GPU times are eager, calls issued back to back, and in a CUDA graph, too.
 Exit status: 1 if something was wrong, or faulted the GPU, which ends the run, or if --compare found one of ours slower
-by more than both spreads; 2 for arguments that make no sense. README's tables are of a whole run, on a CPU --threads 1.
+by more than both spreads; 2 for arguments that make no sense. docs/measured.md shows whole runs, a CPU's --threads 1.
 """
 
 import argparse

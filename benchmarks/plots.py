@@ -10,20 +10,21 @@ from matplotlib.figure import Figure
 from .results import describe
 
 
-def plot(run: dict, folder: Path) -> list[Path]:
+def plot(run: dict, folder: Path, prefix: str = "") -> list[Path]:
     """Returns the paths of what it has drawn into `folder`, which is made if it is not there."""
     cases = [case for case in run["cases"] if case["results"]]
-    paths = {op: folder / f"{op}.png" for op in dict.fromkeys(case["op"] for case in cases)}
+    paths = {op: folder / f"{prefix}{op}.png" for op in dict.fromkeys(case["op"] for case in cases)}
     folder.mkdir(parents=True, exist_ok=True)
     for op, path in paths.items():
-        _bars(path, [case for case in cases if case["op"] == op], f"{op}\n{describe(run)}")
+        bars(path, [case for case in cases if case["op"] == op], f"{op}\n{describe(run)}")
     if not cases:
         return []
-    _roofline(folder / "roofline.png", cases, describe(run))
-    return [*paths.values(), folder / "roofline.png"]
+    roofline = folder / f"{prefix}roofline.png"
+    _roofline(roofline, cases, describe(run))
+    return [*paths.values(), roofline]
 
 
-def _bars(path: Path, cases: Sequence[dict], title: str) -> None:
+def bars(path: Path, cases: Sequence[dict], title: str) -> None:
     """A panel for each case: milliseconds of every provider, and the floor as a line; ours are dark.
 
     On a GPU a bar is the time in a CUDA graph, and a mark beyond it the eager one.

@@ -15,7 +15,8 @@ from peft_kernels.adapters.checkpoint import write_atomically
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-SECTIONS = ("cases", "numerics", "steps", "absent_steps")  # what tables are made of
+SECTIONS = ("cases", "numerics", "steps", "absent_steps", "profile", "counters", "search", "variants", "foreign")
+SECTIONS += ("machine", "tests", "sanitizer")  # what docs/measured.md is made of
 NO_RESULTS = ("dry", "rehearsal")  # kinds of runs
 MEASURED = ("title", "rates", "results", "absent", "fault")  # what a case's record has beyond the case itself
 FOLDERS = {  # where sources lie, by their name in the hash: an installed package has them elsewhere
@@ -107,6 +108,17 @@ def load(folder: Path = RESULTS) -> list[dict]:
         if not newer or any(run.get(key) for key in SECTIONS):
             kept.append(run)
     return sorted(kept, key=lambda run: (run["kind"] != "gpu", run["device"]))
+
+
+def by_device(runs: Iterable[dict]) -> list[dict]:
+    """What `load` has found as one record for each device, in which `runs` says where its sections come from."""
+    found: dict[tuple[str, str], dict] = {}
+    for run in runs:
+        record = found.setdefault((run["kind"], run["device"]), {**run, "runs": []})
+        record["runs"].append(run)
+        record["ran"] = run.get("ran", {}) | record.get("ran", {})
+        record |= {key: record.get(key) or run.get(key) or [] for key in SECTIONS}
+    return list(found.values())
 
 
 def identity(case: dict) -> frozenset:

@@ -1,6 +1,6 @@
-"""The table of whole training steps, in README and where steps.py prints."""
+"""The table of whole training steps, in docs/measured.md and where steps.py prints."""
 
-from . import tables
+from .markdown import filled
 from .steps_methods import METHODS, MODES, RIVALS
 from .steps_models import MODELS
 
@@ -18,8 +18,7 @@ def steps_table(run: dict) -> str:
         cells.append("–" if r["launches"] is None else str(r["launches"]))
         speeds = [r["speed_vs"].get(rival) for rival in RIVALS.values()]
         rows.append(cells + ["–" if speed is None else f"{speed:.2f}×" for speed in speeds])
-    kept = [index for index, column in enumerate(zip(*rows)) if set(column) != {"–"}]
-    table = tables.markdown([heads[i] for i in kept], [[row[i] for i in kept] for row in rows]) if rows else ""
+    table = filled(heads, rows)
     reasons: dict[str, list[str]] = {}
     for each in run.get("absent_steps", ()):
         title = MODELS[each["model"]].title if each["model"] else None

@@ -3,9 +3,30 @@
 import sys
 from typing import NamedTuple
 
-from .tables import LAYOUTS, figures, markdown, number, speed
+from .markdown import figures, markdown, number, speed
 
-SHOWN = ("floor ms", "GB/s", "TFLOP/s", "% of floor", "launches", "MB saved", "MB peak")  # of tables.FIGURES
+SHOWN = ("floor ms", "GB/s", "TFLOP/s", "% of floor", "launches", "MB saved", "MB peak")  # of markdown.FIGURES
+VERSUS = {  # each operation's peers by short names: the first that was measured is the one in a ratio
+    "lowrank_linear": {"PEFT": "PEFT", "PEFT compiled": "PEFT compiled"},
+    "reconstruct": {
+        "einsum": "torch einsum",
+        "bmm": "torch bmm",
+        "loop": "matmul loop",
+        "PEFT": "PEFT's merge formula",
+    },
+    "batched_lowrank_linear": {
+        "loop": "loop of lowrank_linear",
+        "PEFT": "PEFT, adapter_names",
+        "merged weights": "merged weights",
+    },
+    "weight_distance": {
+        "authors": "authors' formula",
+        "W0 + B A shared": "W0 + B A shared",
+        "autograd": "low-rank form, autograd",
+        "lerp": "foreach lerp",
+    },
+    "gated_query": {"eager": "formula, eager", "compiled": "formula, compiled"},
+}
 
 
 class Table(NamedTuple):
@@ -25,7 +46,7 @@ def case_table(case: dict) -> Table:
     """
     in_graph = any(row["graph_ms"] for row in case["results"])
     measured = [row["provider"] for row in case["results"] if not row["backend"]]
-    known = {provider: peer for peer, provider in LAYOUTS[case["op"]].versus.items() if provider in measured}
+    known = {provider: peer for peer, provider in VERSUS[case["op"]].items() if provider in measured}
     provider = next(iter([*known, *measured]), None)
     ratio = [f"vs {known.get(provider, provider)}"] if provider else []
     rows = []

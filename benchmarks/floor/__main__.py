@@ -5,7 +5,7 @@ measured before it is believed.
     python -m peft_kernels.benchmarks.floor
 """
 
-from ..tables import markdown
+from ..markdown import markdown
 from . import H200, Device, lowrank_linear, modelled_seconds, total
 
 RANK, DTYPE, SIZE = 16, "bfloat16", 2

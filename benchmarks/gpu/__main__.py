@@ -8,8 +8,8 @@
 
 Each is whole alone and takes at most nine minutes; its steps come in order of their worth, and one that ends early
 leaves its time to those after it. What is found goes into FOLDER's result file of the run at once; a step that a file
-of the same sources has whole is not run again. Copy the files to benchmarks/results/ and `make tables` makes README's
-tables of them. --dry runs every step on tiny shapes on a CPU, with Triton's interpreter.
+of the same sources has whole is not run again. Copy the files to benchmarks/results/ and `make tables` makes
+docs/measured.md of them. --dry runs every step on tiny shapes on a CPU, with Triton's interpreter.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from .. import results, tables
+from .. import results
+from ..markdown import markdown
 from . import speed, truth, tuning
 from .process import NotHere, Run
 
@@ -97,7 +98,7 @@ def perform(run: Run, end_of_all: float) -> bool:
         print(f"{name}, {ran[name]['seconds']:.0f} s{'' if ok else ', LOOK'}: {told}", flush=True)
     rows = [(name, "ok" if each["ok"] else "LOOK", f"{each['seconds']:.0f}", each["told"].partition("\n")[0][:100])
             for name, each in ran.items()]  # fmt: skip
-    print(f"{tables.markdown(('step', '', 's', 'found'), rows)}\n{run.file}\n", flush=True)
+    print(f"{markdown(('step', '', 's', 'found'), rows)}\n{run.file}\n", flush=True)
     return all(each["ok"] for each in ran.values())
 
 
