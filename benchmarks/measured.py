@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from . import floor
 from .__main__ import BENCHES
+from .gpu.speed import COUNTERS
 from .markdown import NOTHING, figures, filled, markdown, number, speed
 from .predictions import KERNELS, MISS, PREDICTIONS, fastest
 from .steps_methods import AUTHORS, LORA, MOIL, PEFT
@@ -85,9 +86,11 @@ def provenance(device: dict) -> str:
 
 def ran(device: dict) -> str:
     """A line for each step of `make gpu`."""
-    rows = [(name, "ok" if each["ok"] else "LOOK", f"{each['seconds']:.0f}", each["told"].partition("\n")[0])
-            for name, each in device["ran"].items()]  # fmt: skip
-    return markdown(("step", "", "s", "found"), rows)
+    rows = []
+    for name, each in device["ran"].items():
+        told = each["told"].partition("\n")[0].replace("|", "\\|")
+        rows.append((name, "ok" if each["ok"] else "LOOK", number(each["seconds"], 0), told))
+    return markdown(("step", "outcome", "s", "found"), rows)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------
@@ -205,9 +208,9 @@ def kernels(device: dict) -> str:
         heads = ("case", "provider", "µs", "kernels of ours, µs (% of the kernel's floor)")
         parts.append(folded(f"<code>{op}</code>", markdown(heads, rows), reasons(absent)))
     for op, rows in (device["counters"] or {}).items():
-        heads = [name for name in (rows[0] if rows else ()) if name != "unit"]
-        cells = [[f"{row[name]:g}" if name != "kernel" else short(row[name]) for name in heads] for row in rows]
-        parts.append(folded(f"counters of <code>{op}</code>, by Nsight Compute", filled(heads, cells)))
+        cells = [[short(row["kernel"]), *(number(row.get(name), 1) for name in COUNTERS.values())] for row in rows]
+        table = filled(("kernel", *COUNTERS.values()), cells)
+        parts.append(folded(f"counters of <code>{op}</code>, by Nsight Compute", table))
     told = "Microseconds of all kernels of one call, by torch's profiler; the floor of a kernel where it is modelled."
     return "\n\n".join([told, *parts]) if parts else ""
 

@@ -90,12 +90,12 @@ def updated(text: str, devices: Sequence[dict]) -> str:
 
 def draw(devices: Sequence[dict], folder: Path) -> None:
     """Every picture anew; those that nobody names any more go."""
+    for old in [*folder.glob("measured-*.png"), folder / FIGURE]:
+        old.unlink(missing_ok=True)
     if not (gpus := on_gpu(devices)):
         return
     from . import plots
 
-    for old in folder.glob("measured-*.png"):
-        old.unlink()
     for device in gpus:
         plots.plot(device, folder, measured.pictures(gpus, device))
     if device := shown(devices):
