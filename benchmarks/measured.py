@@ -28,16 +28,15 @@ distance between the quartiles. Only figures of one device and one run compare."
 
 
 def page(devices: Sequence[dict]) -> str:
-    on_gpu = [device for device in devices if device["kind"] == "gpu"]
-    parts = [HEAD]
-    if not on_gpu:
+    gpus, parts = on_gpu(devices), [HEAD]
+    if not gpus:
         parts += [NEVER, "## Predictions", predicted(None)]
     for device in devices:
         parts += [f"## {device['device']}", provenance(device)]
         sections = {"Where we lose": losing(device)}
-        if device in on_gpu:
+        if device in gpus:
             sections["Against predictions"] = predicted(device)
-        sections["Operations"] = operations(device, pictures(on_gpu, device))
+        sections["Operations"] = operations(device, pictures(gpus, device))
         sections["Kernels"] = kernels(device)
         sections["Training steps"] = steps_table(device)
         sections["Numerics"] = numerics(device)
@@ -47,11 +46,15 @@ def page(devices: Sequence[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def pictures(on_gpu: Sequence[dict], device: dict) -> str | None:
+def on_gpu(devices: Sequence[dict]) -> list[dict]:
+    return [device for device in devices if device["kind"] == "gpu"]
+
+
+def pictures(gpus: Sequence[dict], device: dict) -> str | None:
     """How the names of a GPU's pictures begin: only the first one's have no number."""
-    if device not in on_gpu:
+    if device not in gpus:
         return None
-    return f"measured-{index}-" if (index := on_gpu.index(device)) else "measured-"
+    return f"measured-{index}-" if (index := gpus.index(device)) else "measured-"
 
 
 def folded(title: str, *content: str) -> str:
@@ -85,12 +88,14 @@ def provenance(device: dict) -> str:
 
 
 def ran(device: dict) -> str:
-    """A line for each step of `make gpu`."""
+    """A line for each step of `make gpu`, and what the sanitizer has to say."""
     rows = []
     for name, each in device["ran"].items():
         told = each["told"].partition("\n")[0].replace("|", "\\|")
         rows.append((name, "ok" if each["ok"] else "LOOK", number(each["seconds"], 0), told))
-    return markdown(("step", "outcome", "s", "found"), rows)
+    watched = [(f"{turn}, {op}", why) for turn, each in (device["sanitizer"] or {}).items() for op, why in each.items()]
+    told = reasons((who, why) for who, why in watched if not why.startswith("0 "))
+    return "\n\n".join(filter(None, (markdown(("step", "outcome", "s", "found"), rows), told)))
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import measured
+from .measured import on_gpu
 from .predictions import KERNELS
 from .results import HERE, RESULTS, by_device, load
 
@@ -29,24 +30,22 @@ def status(devices: Sequence[dict]) -> str:
     return " ".join([*(told or [measured.NEVER]), "All that was measured: [docs/measured.md](docs/measured.md)."])
 
 
-def on_gpu(devices: Sequence[dict]) -> list[dict]:
-    return [device for device in devices if device["kind"] == "gpu"]
-
-
 def _outcomes(device: dict) -> list[str]:
     told, counts = [], (device["tests"] or {}).get("counts")
     if device["numerics"]:
         ratios: dict[str, float] = {}
         for record in (record for record in device["numerics"] if "ratio" in record):
             ratios[record["backend"]] = max(record["ratio"], ratios.get(record["backend"], 0))
-        errors = ", ".join(f"{backend} {ratio:.2f}" for backend, ratio in ratios.items())
+        errors = ", ".join(f"{backend} {ratio:.2f} ×" for backend, ratio in ratios.items())
         wrong = sum("wrong" in record for record in device["numerics"])
-        told.append(f"{len(device['numerics'])} results against float64, {wrong} wrong, errors × torch's {errors}")
+        compared = wrong + sum("ratio" in record for record in device["numerics"])
+        told.append(f"{compared} results against float64, {wrong} wrong, the largest error beside torch's: {errors}")
     if counts:
-        told.append("tests: " + ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())))
-    if device["sanitizer"]:
-        clean = device["ran"].get("sanitizer", {}).get("ok")
-        told.append(f"sanitizer {'clean' if clean else 'not clean'}")
+        whole = "tests" if device["tests"].get("complete") else "tests, as far as they came"
+        told.append(f"{whole}: {', '.join(f'{number} {outcome}' for outcome, number in sorted(counts.items()))}")
+    for turn, each in (device["sanitizer"] or {}).items():
+        clean = all(why.startswith("0 ") for why in each.values())
+        told.append(f"{turn} {'clean' if clean else 'not clean, or not whole'}")
     if cases := {(case["op"], case["title"]) for case in device["cases"]}:
         lost = {cells[:2] for _, cells in measured.losses(device)} & cases
         told.append(f"{len(cases)} cases timed, in {len(lost)} of which somebody is faster")

@@ -147,18 +147,20 @@ def test_truth_alone_is_enough(saved_run):
             {**record, "wrong": "y is off"},
         ],
         tests={"counts": {"passed": 8, "failed": 1}},
-        sanitizer={"memcheck cuda": {"reconstruct": "0 errors"}},
+        sanitizer={"memcheck cuda": {"reconstruct": "0 errors"}, "racecheck triton": {"all": "left out: no time"}},
         machine={"gpu": {"0": "a card", "clocks": "1980 MHz"}, "tools": {"ncu": None}},
         ran=ran,
     )
     line = tables.status([device])
     assert "3 results against float64, 1 wrong" in line and "cuda 2.00" in line and "1 failed, 8 passed" in line
-    assert "sanitizer clean" in line and "to be looked at: tests." in line and "timed" not in line
+    assert "memcheck cuda clean; racecheck triton not clean, or not whole" in line
+    assert "as far as they came" in line and "to be looked at: tests." in line and "timed" not in line
     page = measured.page([device])
     assert "- gpu 0: a card\n- gpu clocks: 1980 MHz\n" in page and "ncu" not in page
     assert re.search(r"reconstruct +\| cuda +\| float16 +\| +2 \| +2.00 \| 2.0e-03 \| 1.0e-03 \| dx of c ", page)
     assert "- reconstruct, ours, cuda, 1 ×: wrong: y is off" in page
     assert re.search(r"tests +\| LOOK +\| 3 \| 8 passed; 1 failed +\|", page)
+    assert "- racecheck triton, all, 1 ×: left out: no time" in page and "- memcheck" not in page
     assert "Where we lose" not in page and "### Operations" not in page and ".png" not in page
     assert tables.updated(MARKED, [device])
 
