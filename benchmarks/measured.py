@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from . import floor
 from .__main__ import BENCHES
 from .gpu.speed import COUNTERS
+from .gpu.tuning import FOREIGN
 from .markdown import NOTHING, figures, filled, markdown, number, speed
 from .predictions import KERNELS, MISS, PREDICTIONS, fastest
 from .steps_methods import AUTHORS, LORA, MOIL, PEFT
@@ -176,7 +177,7 @@ def operations(device: dict, prefix: str | None) -> str:
         picture = f"![{op}]({prefix}{op}.png)" if prefix else ""
         parts.append(folded(f"<code>{op}</code>", picture, _op([c for c in device["cases"] if c["op"] == op], device)))
     if device["foreign"]:
-        parts.append(folded("beside unsloth, axolotl, LoRAFusion", _op(device["foreign"], device)))
+        parts.append(folded(f"beside {', '.join(FOREIGN)}", _op(device["foreign"], device)))
     return "\n\n".join(parts)
 
 

@@ -89,14 +89,12 @@ def _kernel(kernel: str, shape: tuple[int, int, int], dropout: float, device: di
 
 
 def _whole(provider: str | None, shape: tuple[int, int, int], device: dict) -> float | None:
-    """Microseconds in a graph of a provider, or of the fastest of ours, without dropout; ViLT's from the variants."""
+    """Microseconds in a graph of a provider, or of the fastest of ours, without dropout."""
     for case in _cases(device, OP, title(shape, 0.0)):
         row = row_of(case, provider) if provider else fastest(case, "graph_ms")
         if row and row["graph_ms"]:
             return 1e3 * row["graph_ms"]
-    same = [each for each in device["variants"] if each["case"] == title(shape, 0.0) and each["whole"]]
-    times = [each[key] for each in same for key in ("base_us", "variant_us") if key in each]
-    return None if provider else min(times, default=None)
+    return None
 
 
 def _speed(op: str, name: str, provider: str, device: dict) -> float | None:

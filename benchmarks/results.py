@@ -117,7 +117,7 @@ def by_device(runs: Iterable[dict]) -> list[dict]:
         record = found.setdefault((run["kind"], run["device"]), {**run, "runs": []})
         record["runs"].append(run)
         record["ran"] = run.get("ran", {}) | record.get("ran", {})
-        record |= {key: record.get(key) or run.get(key) or [] for key in SECTIONS}
+        record |= {key: record.get(key) or run.get(key) or [] for key in SECTIONS}  # `load` leaves each to one
     return list(found.values())
 
 

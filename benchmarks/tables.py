@@ -14,13 +14,13 @@ from pathlib import Path
 
 from . import measured
 from .measured import on_gpu
-from .predictions import KERNELS
+from .predictions import GRAPHED, KERNELS, WIDE, title
 from .results import HERE, RESULTS, by_device, load
 
 README, PAGE = HERE.parent / "README.md", HERE.parent / "docs" / "measured.md"
 FIGURE = "speed.png"  # README's, beside the page
 PICTURE = re.compile(r"\]\((?:docs/)?((?:measured-[\w-]+|speed)\.png)\)")
-SHOWN_SHAPES = ((9232, 768, 768), (8192, 4096, 4096))
+SHOWN_CASES = [title(shape, dropout) for shape in (GRAPHED, WIDE) for dropout in (0.0, 0.1)]
 SHOWN_PEERS = ("PEFT", "torch eager", "PEFT compiled", "torch compiled", "frozen linear")
 
 
@@ -68,7 +68,7 @@ def shown(devices: Sequence[dict]) -> dict | None:
     for device in on_gpu(devices):
         cases = []
         for case in device["cases"]:
-            if case["op"] == "lowrank_linear" and (case["M"], case["K"], case["N"]) in SHOWN_SHAPES:
+            if case["op"] == "lowrank_linear" and case["title"] in SHOWN_CASES:
                 rows = [r for r in case["results"] if r["backend"] in KERNELS or r["provider"] in SHOWN_PEERS]
                 cases += [{**case, "results": rows}] if rows else []
         if cases:

@@ -12,7 +12,7 @@ from benchmark_cases import TINY, tiny
 from peft_kernels import ops
 from peft_kernels.benchmarks import __main__ as every
 from peft_kernels.benchmarks import markdown, measured, predictions, results, tables, terminal
-from peft_kernels.benchmarks.gpu import tuning, variants
+from peft_kernels.benchmarks.gpu import tuning
 from peft_kernels.triton_kernels import common, lowrank_linear_bwd, lowrank_linear_fwd
 
 # ---- a run of everything --------------------------------------------------------------------------------------------
@@ -77,15 +77,14 @@ def _on_gpu(run):
     return run
 
 
-def _case(times, name=WIDE, op="lowrank_linear", shape=predictions.WIDE, **more):
+def _case(times, name=WIDE, op="lowrank_linear", **more):
     """A case of a GPU. times: eager and graphed milliseconds by provider"""
     rows = []
     for provider, (ms, graph_ms) in times.items():
         row = {"provider": provider, "backend": BACKENDS.get(provider), "ms": ms, "graph_ms": graph_ms}
         row |= {"spread_ms": 0.0, "graph_spread_ms": 0.0, "floor_ms": 0.5, "percent_of_floor": 60.0, "gb_per_s": 1.0}
         rows.append(row | {"percent_of_copy": 95.0, "tflop_per_s": 1.0, "bytes": 1, "flops": 1, "launches": 7} | more)
-    sizes = dict(zip("MKN", shape))
-    return {"op": op, "title": name, "dtype": "bfloat16", "rates": RATES, "absent": {}, "results": rows, **sizes}
+    return {"op": op, "title": name, "dtype": "bfloat16", "rates": RATES, "absent": {}, "results": rows}
 
 
 def _device(kind="gpu", **sections):
@@ -128,7 +127,7 @@ def test_gpu_s_result_shows(saved_run):
 
 def test_figure_has_the_cases_that_it_is_made_of():
     peers = {"PEFT": (2.0, 2.0), "ours, torch": (1.0, 1.0), "ours, cuda": (1.0, 1.0), "unsloth": (1.0, 1.0)}
-    device = _device(cases=[_case(peers), _case(peers, shape=(1, 2, 3))])
+    device = _device(cases=[_case(peers), _case(peers, WIDE.replace("rank 16", "rank 64"))])
     assert "docs/speed.png" in tables.speed([device]) and "NVIDIA Test" in tables.speed([device])
     (case,) = tables.shown([device])["cases"]
     assert [row["provider"] for row in case["results"]] == ["PEFT", "ours, cuda"]
@@ -261,14 +260,9 @@ def test_every_prediction_finds_what_a_run_measures():
         for title in (case.title for case in benches[op].cases(False, ["bfloat16"])):
             device["cases"].append(_case(times, title, op))
             device["profile"].append({"op": op, "case": title, "provider": predictions.D1, "kernels": kernels})
-    compared = [case.title for shape in variants.LAYERS for case in benches["lowrank_linear"].shaped(shape, "bfloat16")]
-    device["variants"] = [{"case": title, "whole": True, "base_us": 7.0, "variant_us": 5.0} for title in compared]
     found = {each.name: each.find(device) for each in predictions.PREDICTIONS}
     assert len(found) == len(predictions.PREDICTIONS) and predictions.EXPLAINED.keys() <= found.keys()
-    unmeasured = {name for name, value in found.items() if value is None}
-    small = {f"{kernel}, 2308 × 768²" for kernel in ("shrink", "expand", "up_bwd", "sum", "hidden_bwd", "down_bwd")}
-    assert unmeasured == small | {"whole operation, PEFT, 2308 × 768²"}  # no run has that shape but for the variants
-    assert found["sum, 8192 × 4096²"] == 3.0 and found["whole operation, ours, 2308 × 768²"] == 5.0
+    assert None not in found.values() and found["sum, 8192 × 4096²"] == 3.0
 
 
 # ---- kernels, tiles, variants ---------------------------------------------------------------------------------------
@@ -373,7 +367,12 @@ def test_parts_of_a_run_are_one_device_and_the_latest_of_each_counts(saved_run, 
     run = _on_gpu(saved_run)
     told = {"ok": True, "seconds": 1.0}
     parts = {
-        "speed": {"date": "2026-02-01", "profile": [{"old": 1}], "ran": {"kernels": {**told, "told": "old"}}},
+        "speed": {
+            "date": "2026-02-01",
+            "profile": [{"old": 1}],
+            "search": [1],
+            "ran": {"kernels": {**told, "told": "old"}},
+        },
         "again": {"date": "2026-02-03", "profile": [{"new": 1}], "ran": {"kernels": {**told, "told": "new"}}},
         "truth": {"date": "2026-02-02", "cases": [], "tests": {"counts": {"passed": 1}}, "ran": {"tests": told}},
     }
@@ -382,7 +381,7 @@ def test_parts_of_a_run_are_one_device_and_the_latest_of_each_counts(saved_run, 
     (device,) = results.by_device(results.load(tmp_path))
     assert device["profile"] == [{"new": 1}] and device["tests"] == {"counts": {"passed": 1}}
     assert device["ran"]["kernels"]["told"] == "new" and "tests" in device["ran"]
-    assert [each["part"] for each in device["runs"]] == ["again", "truth"] and device["cases"] == run["cases"]
+    assert [each["part"] for each in device["runs"]] == ["again", "truth", "speed"] and device["cases"] == run["cases"]
 
 
 def test_committed_texts_are_in_sync():
