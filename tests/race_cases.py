@@ -21,6 +21,7 @@ from peft_kernels.imitation import imitation_step
 from peft_kernels.triton_kernels import (
     batched_lowrank_linear,
     common,
+    config,
     gated_query,
     gated_query_kernels,
     lowrank_linear,
@@ -51,6 +52,7 @@ def small_tiles(patch: pytest.MonkeyPatch) -> None:
     for module in (lowrank_linear_bwd, gated_query):
         patch.setattr(module, "strip_tiles", lambda *sizes: 2)
     patch.setattr(batched_lowrank_linear, "adapter_strips", lambda *sizes: 2)
+    patch.setattr(config, "SUM", Tile(1, 64, stages=1))
     one = Tile(8, 64, stages=1)
     gated = GatedQueryConfig(one, one, one, replace(one, rows=2))
     patch.setattr(gated_query, "gated_query_config", lambda columns: gated)

@@ -147,23 +147,28 @@ def load_scale(scale_ptr, scale):
 
 
 @triton.jit(do_not_specialize=["count"])
-def _sum_kernel(partial_ptr, out_ptr, count, size, BLOCK: tl.constexpr):
+def _sum_kernel(partial_ptr, out_ptr, count, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = Σ of `count` partial sums, PARTS of them side by side in a fixed order; grid (blocks of elements,).
+
+    One after another, 12 programs of BLIP's factors would wait 80 times for memory.
+    """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < size
-    pointers = partial_ptr + offsets
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(count):
-        total += tl.load(pointers, mask=mask, other=0.0)
-        pointers += size
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = tl.zeros((PARTS, BLOCK), tl.float32)
+    for first in range(0, count, PARTS):
+        parts = first + tl.arange(0, PARTS)
+        pointers = partial_ptr + parts[:, None].to(tl.int64) * size + offsets[None, :]
+        total += tl.load(pointers, mask=(parts < count)[:, None] & (offsets < size)[None, :], other=0.0)
+    out = tl.sum(total, axis=0)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=offsets < size)
 
 
 def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
-    """partials (P, ...) float32, added in the order of P -> a tensor shaped and typed as `like`."""
+    """partials (P, ...) float32, added in an order that P alone decides -> a tensor shaped and typed as `like`."""
     out = torch.empty_like(like)
-    tile = Tile(rows=1, columns=1024, warps=4, stages=1)
+    tile = config.SUM
     grid = (triton.cdiv(out.numel(), tile.columns),)
-    launch(_sum_kernel, grid, (partials, out, partials.shape[0], out.numel()), {"BLOCK": tile.columns}, tile)
+    constants = {"PARTS": tile.rows, "BLOCK": tile.columns}
+    launch(_sum_kernel, grid, (partials, out, partials.shape[0], out.numel()), constants, tile)
     return out
 
 

@@ -28,6 +28,9 @@ class Tile:
     resident: int = 2
 
 
+SUM = Tile(rows=16, columns=128, warps=4, stages=1)  # partial sums side by side × elements of each
+
+
 @dataclass(frozen=True)
 class LowRankShape:
     """The sizes of one `lowrank_linear`: x (rows, in_features), y (rows, out_features)."""

@@ -59,13 +59,13 @@ def strips(factor: float) -> AbstractContextManager:
 
 
 @contextmanager
-def sums(columns: int) -> Iterator[None]:
-    """Each program of a sum over strips adds fewer columns: there are more programs."""
+def sums(parts: int, columns: int) -> Iterator[None]:
+    """Each program of a sum over strips adds so many of them side by side, for so many elements."""
     run = common.launch
 
     def launch(kernel, grid, args, constants, tile):
         if kernel is common._sum_kernel:
-            grid, constants = (-(-args[3] // columns),), {"BLOCK": columns}
+            grid, constants = (-(-args[3] // columns),), {"PARTS": parts, "BLOCK": columns}
         run(kernel, grid, args, constants, tile)
 
     with mock.patch.object(common, "launch", launch):
@@ -92,7 +92,8 @@ FUSED = (  # tiles of the one-kernel design that a Hopper GPU's matrix units cou
 )
 VARIANTS = (
     Variant("shrink: 32 rows", partial(tile, "shrink", rows=32), applies=lambda case: case.M < 4096),
-    Variant("sums: 256 columns a program", partial(sums, 256)),
+    Variant("sums: 8 side by side, 256 elements", partial(sums, 8, 256)),
+    Variant("sums: 32 side by side, 64 elements", partial(sums, 32, 64)),
     Variant("half as many strips", partial(strips, 0.5)),
     Variant("twice as many strips", partial(strips, 2)),
     Variant("D3 forward", provider=D3, whole=True, applies=_small),

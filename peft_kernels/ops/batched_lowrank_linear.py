@@ -72,8 +72,9 @@ def adapter_segments(adapter_index: Tensor, adapters: int, *, validate: bool = F
     if (validate or device.type == "cpu") and not torch.compiler.is_compiling() and wrong.any():
         bad = int(index[wrong][0])
         raise ValueError(f"adapter_index: expected -1 … {adapters - 1}, for {adapters} adapters, got {bad}")
-    sorted_index, order = index.masked_fill(wrong, -1).sort(stable=True)
-    offsets = torch.searchsorted(sorted_index, torch.arange(adapters + 1, device=device))
+    key = torch.int16 if adapters < torch.iinfo(torch.int16).max else torch.int64  # a GPU sorts byte by byte
+    sorted_index, order = index.masked_fill(wrong, -1).to(key).sort(stable=True)
+    offsets = torch.searchsorted(sorted_index, torch.arange(adapters + 1, dtype=key, device=device))
     first = F.pad(offsets, (1, 0))  # of each group: no adapter, then every adapter; and the end
     tiles = (first.diff() + SEGMENT_ROWS - 1) // SEGMENT_ROWS
     last = tiles.cumsum(0)
