@@ -128,10 +128,24 @@ def keep_mask(rng_ptr, rows, first_column, threshold, ROWS: tl.constexpr, COLUMN
     counter_group = zero + groups[None, :].to(tl.uint32)
     low = zero + (offset & 0xFFFFFFFF).to(tl.uint32)
     high = zero + (offset >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, counter_row, counter_group, low, high)
+    w0, w1, w2, w3 = _philox(counter_row, counter_group, low, high, seed)
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-    bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLUMNS))
-    return bits >= threshold
+    threshold = threshold.to(tl.uint32)
+    return tl.reshape(tl.join((words & 0xFFFF) >= threshold, words >= (threshold << 16)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, seed):
+    """Philox-4x32-10 as `tl.philox` has it, but that one multiplication gives both halves of each product."""
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        first, second = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (second >> 32).to(tl.uint32) ^ c1 ^ k0, (first >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = second.to(tl.uint32), first.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 def scale_arguments(scale: float | Tensor) -> tuple[Tensor | None, float]:
