@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import measured
+from . import choices, measured
 from .measured import on_gpu
 from .predictions import GRAPHED, KERNELS, WIDE, title
 from .results import HERE, RESULTS, by_device, load
@@ -107,10 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if anything differs")
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--page", type=Path, default=PAGE, help="its folder has the pictures")
+    parser.add_argument("--choices", type=Path, default=choices.FILE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     devices = by_device(load(given.results))
     texts = {given.readme: updated(given.readme.read_text(), devices), given.page: measured.page(devices)}
+    texts[given.choices] = choices.text(devices)
     differ = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     names = {name for text in texts.values() for name in PICTURE.findall(text)}
     missing = [given.page.parent / name for name in sorted(names) if not (given.page.parent / name).is_file()]

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .fastest import FASTEST, SOURCE
+
 BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,12 +59,14 @@ class use_backend:
         _requested.names = _requested.names[:-1]
 
 
-def resolve(op: str, tensors: Sequence[Tensor | None], requested: str = "auto", *, rank: int = 1) -> Choice:
+def resolve(
+    op: str, tensors: Sequence[Tensor | None], requested: str = "auto", *, rank: int = 1, kind: str = ""
+) -> Choice:
     """The backend for one call of `op` on `tensors` (None entries are ignored; the first tensor decides the device).
 
-    requested: "auto" | "cuda" | "triton" | "torch"; "auto" defers to `use_backend`, then to PEFT_KERNELS_BACKEND,
-    and then chooses: Triton on a GPU, torch elsewhere. "auto" takes CUDA only where a committed measurement shows it
-    ahead of Triton, and none does yet.
+    requested: "auto" | "cuda" | "triton" | "torch"; "auto" defers to `use_backend`, then to PEFT_KERNELS_BACKEND, and
+    then chooses: torch on a CPU; on a GPU what fastest.py has for this operation, kind of call (kinds.py) and dtype,
+    and Triton where it has nothing. What cannot run there leaves its place to Triton, and that to torch.
     Raises BackendUnavailableError (a ValueError), with the reason, if a named backend cannot run the call.
     """
     name, origin = _checked_name(requested, "backend"), "backend="
@@ -79,10 +83,13 @@ def resolve(op: str, tensors: Sequence[Tensor | None], requested: str = "auto", 
         return Choice(name, f"asked for by {origin}")
     if device.type != "cuda":
         return Choice("torch", f"the tensors are on {device.type}, where only torch is fast")
-    problem = _cannot_run("triton", device.type, dtype, rank)
-    if problem:
-        return Choice("torch", f"triton cannot run: {problem}")
-    return Choice("triton", "the tensors are on a GPU; no committed measurement shows cuda ahead of triton")
+    fastest = FASTEST.get((op, kind, "float32" if dtype == torch.float32 else "half"))
+    reason = "the tensors are on a GPU" if fastest is None else f"the fastest on {SOURCE}"
+    for name in dict.fromkeys((fastest or "triton", "triton")):
+        if not (problem := _cannot_run(name, device.type, dtype, rank)):
+            return Choice(name, reason)
+        reason = f"{name} cannot run: {problem}"
+    return Choice("torch", reason)
 
 
 def status() -> dict[str, str | None]:

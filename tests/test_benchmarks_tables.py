@@ -318,7 +318,8 @@ def test_tables_command(saved_run, tmp_path):
     folder.mkdir()
     results.save(saved_run, folder / "cpu-old.json")
     readme.write_text(MARKED)
-    arguments = ["--readme", str(readme), "--page", str(page), "--results", str(folder)]
+    arguments = ["--readme", readme, "--page", page, "--results", folder, "--choices", tmp_path / "fastest.py"]
+    arguments = [str(each) for each in arguments]
     assert tables.main([*arguments, "--check"]) == 1 and readme.read_text() == MARKED and not page.exists()
     assert tables.main(arguments) == 0 and tables.main([*arguments, "--check"]) == 0
     page.write_text(page.read_text() + "by hand")
@@ -333,7 +334,8 @@ def test_pictures_are_drawn_when_the_page_changes(saved_run, tmp_path):
     readme, page, folder = tmp_path / "README.md", tmp_path / "page.md", tmp_path / "results"
     folder.mkdir()
     readme.write_text(MARKED)
-    arguments = ["--readme", str(readme), "--page", str(page), "--results", str(folder)]
+    arguments = ["--readme", readme, "--page", page, "--results", folder, "--choices", tmp_path / "fastest.py"]
+    arguments = [str(each) for each in arguments]
     run = _on_gpu(saved_run)
     run["cases"] = [case for case in run["cases"] if case["op"] == "gated_query"]
     run["cases"].append(_case({"ours, cuda": (1.0, 1.0), "PEFT": (2.0, 2.0)}))

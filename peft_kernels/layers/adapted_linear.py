@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
+from peft_kernels import kinds
 from peft_kernels.backend import BACKENDS, Choice, resolve
 from peft_kernels.checks import DTYPES, check_choice, check_probability, check_scale
 from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
@@ -167,7 +168,9 @@ class AdaptedLinear(nn.Linear):
         if self.merged:
             return Choice("torch", "merged: a plain linear")
         factors = self.factors()
-        return resolve("lowrank_linear", (self.weight, self.bias, *factors), self.backend, rank=factors[0].shape[0])
+        kind = kinds.linear(self.in_features, self.out_features, self.training and self.dropout_p > 0)
+        tensors = (self.weight, self.bias, *factors)
+        return resolve("lowrank_linear", tensors, self.backend, rank=factors[0].shape[0], kind=kind)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), *self._describe()]

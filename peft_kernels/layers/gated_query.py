@@ -45,7 +45,7 @@ class GatedQuery(nn.Module):
         return gated_query(self.mode, hidden, text, *factors, backend=self.backend)
 
     def backend_choice(self) -> Choice:
-        return resolve("gated_query", (self.gamma,), self.backend)
+        return resolve("gated_query", (self.gamma,), self.backend, kind=self.mode)
 
     def extra_repr(self) -> str:
         return f"{len(self.gamma)}, mode={self.mode}, backend={self.backend}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_kernels import kinds
 from peft_kernels.backend import Choice, resolve
 from peft_kernels.checks import autocast_off, check_choice, linear_dtype
 from peft_kernels.imitation import Transform, hybrid_factors
@@ -235,7 +236,8 @@ class ImitationLinear(AdaptedLinear):
         if self.merged or self.rank is None:
             return Choice("torch", f"{'merged' if self.merged else 'no adapter of its own'}: a plain linear")
         tensors = (self.weight, self.bias, self.down[0], self.up[0])
-        return resolve("lowrank_linear", tensors, self.backend, rank=self.rank)
+        kind = kinds.linear(self.in_features, self.out_features, dropout=False)
+        return resolve("lowrank_linear", tensors, self.backend, rank=self.rank, kind=kind)
 
     def _describe(self) -> list[str]:
         parts = [f"rank={self.rank}"]

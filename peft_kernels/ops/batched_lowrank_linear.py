@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_kernels import kinds
 from peft_kernels.backend import resolve
 from peft_kernels.checks import autocast_off, check_factor, check_linear, check_scale, check_shape, check_tensor
 from peft_kernels.dispatch import batched_lowrank_linear as dispatch
@@ -230,7 +231,8 @@ def batched_lowrank_linear(
     x, weight, bias, _ = check_linear(x, weight, bias, None)
     _check_adapters(x, weight, down, up, scale)
     adapters, rank = down.shape[:2]
-    choice = resolve("batched_lowrank_linear", (x, bias, down, up), backend, rank=rank)
+    kind = kinds.linear(weight.shape[1], weight.shape[0], dropout=False)
+    choice = resolve("batched_lowrank_linear", (x, bias, down, up), backend, rank=rank, kind=kind)
     segments = _segments(adapter_index, x, adapters, validate)
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
     if isinstance(scale, Tensor):

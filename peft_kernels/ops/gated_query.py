@@ -170,7 +170,7 @@ def gated_query(
     dtype = _check_wide(wide, *((2, "(..., S, d)") if mode == "gated" else (1, "(..., d)")))
     hidden, text, *crosses = (t.to(dtype) for t in wide.values())
     gamma, beta = _check_vector("gamma", gamma, hidden), _check_vector("beta", beta, hidden)
-    choice = resolve("gated_query", (hidden,), backend)
+    choice = resolve("gated_query", (hidden,), backend, kind=mode)
     run = choice.name if hidden.numel() else "torch"  # nothing to launch
     if mode == "gated":
         if padding_mask is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_kernels import kinds
 from peft_kernels.backend import resolve
 from peft_kernels.checks import (
     autocast_off,
@@ -184,7 +185,9 @@ def lowrank_linear(
         if dropout_p > 0 and dropout_on == "input":
             raise ValueError('hidden: cannot be combined with dropout_on="input", which drops x before down')
         check_shape("hidden", hidden, (*x.shape[:-1], in_blocks * rank), "(..., input blocks · R)")
-    choice = resolve("lowrank_linear", (x, bias, down, up, core, hidden), backend, rank=rank)
+    drops = training and dropout_p > 0
+    kind = kinds.linear(weight.shape[1], weight.shape[0], drops)
+    choice = resolve("lowrank_linear", (x, bias, down, up, core, hidden), backend, rank=rank, kind=kind)
     if design == "D3" and hidden is not None:
         raise ValueError("design: 'D3' computes x Aᵀ itself and takes no hidden")
     if design is not None and (choice.name == "torch" or (choice.name == "cuda" and design != "D1")):
@@ -193,7 +196,7 @@ def lowrank_linear(
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     rng = None
-    if training and dropout_p > 0:
+    if drops:
         columns = {"input": x.shape[-1], "rank": in_blocks * rank, "core": out_blocks * rank}[dropout_on]
         rng = _draw(x, run, dropout_p, columns)
     return _LowRankLinear.apply(

@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from peft_kernels import kinds
 from peft_kernels.backend import resolve
 from peft_kernels.checks import autocast_off, check_core, check_factor, check_scale, check_shape, check_tensor
 from peft_kernels.dispatch import lowrank_linear as hidden_dispatch
@@ -132,7 +133,8 @@ def _reconstruct(op: str, down, up, core, scale, base, shape: tuple[int, ...], b
     if base is None and any(t.dtype != dtype for t in factors):
         dtype = torch.float32
         down, up, core = (None if t is None else t.to(dtype) for t in (down, up, core))
-    choice = resolve(op, (down if base is None else base, down, up, core), backend)
+    kind = kinds.core(None if core is None else core.dim() - 2)
+    choice = resolve(op, (down if base is None else base, down, up, core), backend, kind=kind)
     run = choice.name if 0 not in shape else "torch"  # an empty stack: nothing to launch
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)

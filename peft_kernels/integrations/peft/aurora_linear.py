@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from peft_kernels import kinds
 from peft_kernels.adapters.aurora import blocks_of, reading_of
 from peft_kernels.adapters.matching import Match, guess_target
 from peft_kernels.backend import Choice, resolve
@@ -219,9 +220,10 @@ class AuroraLinear(nn.Module, BaseTunerLayer):
         """The backend that the next forward on the weight's device takes, and the reason."""
         if reason := self.why_plain():
             return Choice("torch", f"plain torch: {reason}")
-        factors = self.factors(self._present()[0])
-        tensors = (self.base_layer.weight, self.base_layer.bias, *factors)
-        return resolve("lowrank_linear", tensors, rank=factors[0].shape[0])
+        adapter = self._present()[0]
+        factors, weight = self.factors(adapter), self.base_layer.weight
+        kind = kinds.linear(*weight.shape[::-1], self.training and self.aurora_dropout[adapter] > 0)
+        return resolve("lowrank_linear", (weight, self.base_layer.bias, *factors), rank=factors[0].shape[0], kind=kind)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
+from peft_kernels import kinds
 from peft_kernels.backend import Choice, resolve
 from peft_kernels.checks import DTYPES, autocasts, linear_dtype
 from peft_kernels.integrations.peft.mixed_batches import shared_rows, sorted_rows
@@ -180,7 +181,9 @@ class FusedLinear(StockLinear):
             return Choice("torch", f"PEFT's own forward: {reason}")
         base, adapter = self.base_layer, self._present()[0]
         tensors = (base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
-        return resolve("lowrank_linear", tensors, rank=tensors[2].shape[0])
+        dropout = self.lora_dropout[adapter]
+        kind = kinds.linear(*base.weight.shape[::-1], dropout.training and getattr(dropout, "p", 0.0) > 0)
+        return resolve("lowrank_linear", tensors, rank=tensors[2].shape[0], kind=kind)
 
     def _present(self) -> list[str]:
         return [adapter for adapter in self.active_adapters if adapter in self.lora_A]

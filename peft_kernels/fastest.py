@@ -1,0 +1,12 @@
+"""What "auto" takes on a GPU, by operation, kind of call and dtype: made by `make tables` from benchmarks/results/."""
+
+SOURCE = "NVIDIA H200, 2026-11-27"
+FASTEST: dict[tuple[str, str, str], str] = {
+    ("batched_lowrank_linear", "narrow", "half"): "triton",
+    ("imitation_step", "", "float32"): "triton",
+    ("lowrank_linear", "narrow", "half"): "torch",
+    ("lowrank_linear", "narrow, dropout", "half"): "triton",
+    ("lowrank_linear", "wide", "half"): "triton",
+    ("lowrank_linear", "wide, dropout", "half"): "triton",
+    ("reconstruct", "diagonal core", "half"): "cuda",
+}
