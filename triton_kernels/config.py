@@ -99,7 +99,7 @@ def _half_tiles(block_r: int, arch: int) -> dict[str, Tile]:
         "expand": wide,
         "up_bwd": up_bwd,
         "hidden_bwd": hidden_bwd,
-        "core_bwd": Tile(32, 32, warps=4, stages=2) if block_r == 32 else small,
+        "core_bwd": small if block_r == 16 else replace(small, rows=32),
         "down_bwd": down_bwd,
         "fused": Tile(128, 128, depth=32),
     }
@@ -114,7 +114,7 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
     wide, small = Tile(32, 64), Tile(64, block_r, warps=4, stages=2)
     rows = 32 if arch >= 100 else 64
     return {
-        "shrink": wide,
+        "shrink": replace(wide, rows=16) if block_r == 64 and arch >= 100 else wide,
         "mix": replace(small, rows=rows),
         "expand": wide,
         "up_bwd": wide if block_r == 64 else replace(wide, stages=2),
