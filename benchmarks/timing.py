@@ -72,7 +72,7 @@ def speed_against(times: Times, other: Times) -> float:
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 CALLS, FEWEST_CALLS = 20, 3  # between two events: as many, or fewer of what takes long
-SAMPLES, FEWEST_SAMPLES, GPU_SECONDS = 20, 5, 0.5
+SAMPLES, FEWEST_SAMPLES, GPU_SECONDS = 20, 5, 0.2
 GRAPH_SECONDS = 1e-3  # replays between two events take that long, or one of them takes longer
 
 

@@ -182,19 +182,16 @@ def test_the_last_races_need_time(run, monkeypatch):
 # ---- speed and tuning ------------------------------------------------------------------------------------------------
 
 
-def test_cuda_s_timings_come_from_processes_of_their_own(run, monkeypatch):
-    """And a case of both is one."""
+def test_each_operation_is_timed_in_a_process_of_its_own(run, monkeypatch):
+    """A case's records are one."""
 
     def answer(kind, options, under):
-        name = "cuda" if "cuda" in options else "PEFT"
-        row = {"provider": name, "graph_ms": 0.002, "ms": 0.01}
-        return 0, [{"op": option(options, "--op"), "title": "t", "results": [row], "absent": {}}], ""
+        rows = [{"provider": name, "graph_ms": 0.002, "ms": 0.01} for name in ("PEFT", "cuda")]
+        return 0, [{"op": option(options, "--op"), "title": "t", "results": [row], "absent": {}} for row in rows], ""
 
     calls = finds(monkeypatch, answer)
     ok, told = speed.timings(run)
-    assert (
-        ok and "compiled" not in str(calls) and [("cuda" in options) for _, options, *_ in calls] == [False, True] * 5
-    )
+    assert ok and "compiled" not in str(calls) and [option(options, "--op") for _, options, *_ in calls] == list(OPS)
     assert [[row["provider"] for row in case["results"]] for case in run.content["cases"]] == [["PEFT", "cuda"]] * 5
     assert "PEFT 2/10, cuda 2/10" in told
 

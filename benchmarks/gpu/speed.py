@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .process import PYTHON, NotHere, Run, cut
+from .process import OPS, PYTHON, NotHere, Run, cut
 from .truth import Told, tool
 
 WATCHED = "_(shrink|up_bwd|down_bwd|sum)_kernel"  # the kernels of lowrank_linear
@@ -19,11 +19,11 @@ COUNTERS = {  # their names in Nsight Compute, and ours
     "launch__registers_per_thread": "registers",
     "launch__grid_size": "programs",
 }
-OURS = (("peers", "torch", "triton"), ("cuda",))  # a process each: what faults in CUDA's takes nothing of Triton's
+ALL = ("peers", "torch", "triton", "cuda")
 
 
-def dtype(run: Run) -> tuple[str, str]:
-    return "--dtype", "float32" if run.dry else "bfloat16"
+def dtype(run: Run, ops: Sequence[str] = ()) -> tuple[str, ...]:
+    return "--dtype", *(("float32",) if run.dry else ("bfloat16", "float32") if ops == OPS[:1] else ("bfloat16",))
 
 
 def sizes(run: Run) -> tuple[str, str]:
@@ -44,13 +44,12 @@ def kernels(run: Run) -> Told:
     return not ends, "\n".join([f"µs of {len(records)} calls by torch's profiler{ends}", *lines])
 
 
-def by_operation(run: Run, kind: str, key: str, providers: Sequence[tuple[str, ...]] = OURS) -> str:
-    """One kind of work, operation by operation and CUDA's kernels apart; how those ended that did not end well."""
+def by_operation(run: Run, kind: str, key: str, providers: Sequence[str] = ALL) -> str:
+    """One kind of work, a process for each operation; how those ended that did not end well."""
     ends, most = "", ("--most", 1) if run.dry else ()
-    turns = [(ops, each) for ops in run.groups() for each in ([sum(providers, ())] if run.dry else providers)]
-    for turn, (ops, each) in run.in_turn(turns):
-        status, _, _ = turn.work(kind, key, "--op", *ops, "--with", *each, *sizes(run), *dtype(run), *most)
-        ends += f"; {', '.join(ops)} ({', '.join(each)}){cut(status)}" if status != 0 else ""
+    for turn, ops in run.in_turn(run.groups()):
+        status, _, _ = turn.work(kind, key, "--op", *ops, "--with", *providers, *sizes(run), *dtype(run, ops), *most)
+        ends += f"; {', '.join(ops)}{cut(status)}" if status != 0 else ""
     return ends
 
 
@@ -137,8 +136,8 @@ def read_counters(text: str) -> list[dict[str, Any]]:
 # ---- all ------------------------------------------------------------------------------------------------------------
 
 STEPS = (
-    ("kernels", kernels, 110, ("profile",)),
-    ("timings", timings, 200, ("cases",)),
-    ("steps", steps, 110, ("steps", "absent_steps")),
+    ("kernels", kernels, 90, ("profile",)),
+    ("timings", timings, 260, ("cases",)),
+    ("steps", steps, 130, ("steps", "absent_steps")),
     ("counters", counters, 40, ("counters",)),
 )

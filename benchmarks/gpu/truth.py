@@ -225,7 +225,7 @@ def told_by_sanitizer(op: str, status: int | None, records: Sequence[dict], text
 
 STEPS = (
     ("machine", machine, 10, ("machine",)),
-    ("numerics", numerics, 100, ("numerics",)),
-    ("tests", tests, 240, ("tests",)),
-    ("sanitizer", sanitizer, 100, ("sanitizer",)),
+    ("numerics", numerics, 60, ("numerics",)),
+    ("tests", tests, 200, ("tests",)),
+    ("sanitizer", sanitizer, 180, ("sanitizer",)),
 )

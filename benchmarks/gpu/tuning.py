@@ -4,8 +4,9 @@ import importlib.util
 from collections.abc import Sequence
 
 from .process import Run, cut
-from .speed import by_operation, dtype, sizes, told_by_cases
+from .speed import by_operation, dtype, told_by_cases
 from .truth import Told
+from .work import SHAPES
 
 # Never run by those who wrote their calls, and importing one may change other libraries: alone, beside one of ours.
 FOREIGN = {"unsloth": "unsloth", "axolotl": "axolotl", "LoRAFusion": "lorafusion", "chalk": "chalk"}
@@ -15,7 +16,7 @@ GAIN = 1.02  # times as fast: what is told as better
 
 def tiles(run: Run) -> Told:
     """The tile of every kernel against its neighbours: those that beat config.py's, as rows for it."""
-    ends = by_operation(run, "search", "search", (("triton",),))
+    ends = by_operation(run, "search", "search", ("triton",))
     found = run.content["search"]
     better = [
         f"  {r['op']}, {r['case']}: {r['kernel']}={r['to']}, {r['us_from']:.2f} → {r['us_to']:.2f} µs"
@@ -44,13 +45,17 @@ def told_by_variants(records: Sequence[dict], ends: str) -> Told:
 
 
 def peers(run: Run) -> Told:
-    """All that `timings` has, beside what torch.compile makes of the peers; then libraries that are here by luck."""
-    with_all = ("torch", "triton", "peers") if run.dry else ("torch", "triton", "peers", "compiled")
+    """What torch.compile makes of the peers, beside all others, at few shapes; then libraries that are here by luck."""
+    kinds = ("torch", "triton", "peers", *([] if run.dry else ["compiled"]))
+    shapes = ("--sizes", "small" if run.dry else "peers", *dtype(run))
     here = [name for name, module in FOREIGN.items() if importlib.util.find_spec(module) is not None]
-    foreign = [] if run.dry else here
-    ends = by_operation(run.within(0.8 if foreign else 1.0), "measure", "cases", (with_all,))
+    foreign, ends = [] if run.dry else here, ""
+    compiled = run.groups() if run.dry else [(op,) for op in SHAPES["peers"]]
+    for turn, ops in run.within(0.7 if foreign else 1.0).in_turn(compiled):
+        status, _, _ = turn.work("measure", "cases", "--op", *ops, "--with", *kinds, *shapes)
+        ends += f"; {', '.join(ops)}{cut(status)}" if status != 0 else ""
     for turn, (name,) in run.in_turn([(name,) for name in foreign]):
-        options = ("--op", "lowrank_linear", "--with", name, *BESIDE, *sizes(run), *dtype(run), "--most", 2)
+        options = ("--op", "lowrank_linear", "--with", name, *BESIDE, *shapes)
         status, _, _ = turn.work("measure", "foreign", *options)
         ends += f"; {name}{cut(status)}" if status != 0 else ""
     ok, told = told_by_cases(run.content["cases"], ends)
@@ -59,7 +64,7 @@ def peers(run: Run) -> Told:
 
 
 STEPS = (
-    ("tiles", tiles, 200, ("search",)),
-    ("variants", variants, 110, ("variants",)),
-    ("peers", peers, 150, ("cases", "foreign")),
+    ("tiles", tiles, 180, ("search",)),
+    ("variants", variants, 60, ("variants",)),
+    ("peers", peers, 220, ("cases", "foreign")),
 )

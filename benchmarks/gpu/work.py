@@ -2,7 +2,7 @@
 
     python -m peft_kernels.benchmarks.gpu.work numerics|check|kernels|once|measure|search|variants
         [--op NAME …] [--with triton cuda torch peers compiled | PROVIDER …] [--dtype NAME …]
-        [--sizes small loops prepared usual] [--most N] [--from N] [--small] [--device cpu]
+        [--sizes small loops prepared peers usual] [--most N] [--from N] [--small] [--device cpu]
 
 Every record is printed as it is found. What is wrong is a record, not an error; an error ends the process, and the run
 that started it goes on behind the case that was last begun.
@@ -101,6 +101,7 @@ SHAPES = {
     "small": {op: (shape,) for op, shape in SMALL.items()},
     "loops": {op: (shape,) for op, shape in LOOPS.items()},
     "prepared": choices.SHAPES,
+    "peers": {"lowrank_linear": ((9232, 768, 768), (8192, 4096, 4096)), "gated_query": ((8, 40, 768),)},
 }
 
 
