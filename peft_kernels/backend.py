@@ -35,7 +35,8 @@ class BackendUnavailableError(ValueError):
 
 
 class _Requested(threading.local):
-    names = ("auto",)  # the innermost block's last
+    def __init__(self):  # no attribute of the class: torch 2.11's Dynamo would read that one, whatever is set
+        self.names = ("auto",)  # the innermost block's last
 
 
 _requested = _Requested()

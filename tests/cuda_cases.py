@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from peft_kernels.cuda_kernels import extension
+from peft_kernels.cuda_kernels import common, extension
 from peft_kernels.cuda_kernels import lowrank_linear as kernels
 from peft_kernels.ops.lowrank_linear import lowrank_linear_reference
 
@@ -107,10 +107,14 @@ def laid_out(t, layout):
     return view.copy_(t)
 
 
-def keep_mask(rng, p, rows, columns):
+def keep_mask(rng, p, rows, columns, launch=common.launch):
+    """The kernels' own mask, made by a launch that is none of an operation's."""
     keep = torch.empty(rows, columns, dtype=torch.uint8, device=rng.device)
-    stream = torch.cuda.current_stream().cuda_stream if rng.is_cuda else 0
-    extension().philox_mask(rng.data_ptr(), p, rows, columns, keep.data_ptr(), stream)
+
+    def mask(_, stream):
+        extension().philox_mask(rng.data_ptr(), p, rows, columns, keep.data_ptr(), stream)
+
+    launch(mask, None, keep)
     return keep.bool()
 
 

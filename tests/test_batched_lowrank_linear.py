@@ -318,9 +318,7 @@ def test_compiles_as_one_graph_for_any_number_of_rows_and_any_index(backend, dev
     assert counted.frame_count == 2  # the second number of rows made it dynamic
 
 
-@pytest.mark.parametrize("kind", ["torch", "triton"])
-@pytest.mark.kernels
-def test_operators(kind, device):
+def test_operators(backend, device):
     problem = Problem()
     t = [tensor.detach() for tensor in problem.tensors(device).values()]
     segments = list(adapter_segments(torch.tensor(problem.index, device=device), problem.adapters))
@@ -330,6 +328,6 @@ def test_operators(kind, device):
     checks = ("test_schema", "test_faketensor")
     # rows of z without an adapter stay as they were allocated, and opcheck compares them: give every row one
     whole = list(adapter_segments(torch.tensor(problem.index, device=device).clamp_min(0), problem.adapters))
-    torch.library.opcheck(ops.batched_lowrank_linear_fwd.default, (*t, scale, whole, kind), test_utils=checks)
-    arguments = (dy, t[0], t[1], t[3], t[4], scale, z, segments, [True, True, True], kind)
+    torch.library.opcheck(ops.batched_lowrank_linear_fwd.default, (*t, scale, whole, backend), test_utils=checks)
+    arguments = (dy, t[0], t[1], t[3], t[4], scale, z, segments, [True, True, True], backend)
     torch.library.opcheck(ops.batched_lowrank_linear_bwd.default, arguments, test_utils=checks)

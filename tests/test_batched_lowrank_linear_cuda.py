@@ -185,6 +185,7 @@ def test_a_row_does_not_depend_on_its_batch(device):
     assert through_kernels(replace(alone, segments=tuple(adapter_segments(alone.index, 5))))["y"].equal(y[some])
 
 
+@pytest.mark.kernels(run=False)
 def test_limits(device):
     x = torch.zeros(2, 8, device=device)
     assert kernels.unsupported(x, 128) is None

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gated_query_cases import MODES, Problem, assert_as_accurate_as_torch, expected, run
+from gated_query_cases import MODES, Problem, assert_as_accurate_as_torch, expected, run, terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank_cases import error
+from lowrank_cases import INTERPRETED, ULP, error
 
 from peft_kernels import gated_query
 
@@ -188,7 +188,11 @@ def test_the_gradient_of_hidden_is_the_incoming_one(backend, device):
 
 @pytest.mark.parametrize("use", ["additive", "gated-padded"])
 def test_strides_and_tensor_scales(backend, use, device):
-    """Sequences that lie transposed or in wider rows, a stride-2 vector and a scale in memory give the same bits."""
+    """Sequences that lie transposed or in wider rows, a stride-2 vector and a scale in memory give the same bits.
+
+    Sums on a GPU give the same up to float32's roundings: Triton compiles strides that 16 divides on their own, with
+    other layouts, whose threads add in another order.
+    """
     problem = USES[use]
     t = {name: value.detach() for name, value in problem.tensors(device).items()}
     options = problem.options(device)
@@ -201,7 +205,11 @@ def test_strides_and_tensor_scales(backend, use, device):
     else:
         t["cross"] = t["cross"].repeat(1, 1, 2)[..., problem.width :]
         options["scale"] = torch.tensor(problem.scale, device=device)
-    assert torch.equal(plain, gated_query(problem.mode, **t, **options, backend=backend))
+    y = gated_query(problem.mode, **t, **options, backend=backend)
+    if problem.mode == "additive" or INTERPRETED:
+        assert torch.equal(plain, y)
+    else:
+        assert ((plain - y).abs() <= 4 * ULP[torch.float32] * terms(problem, device)["y"]).all()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -123,7 +123,7 @@ def philox(row, group, seed, offset):
 
 def test_mask(device):
     assert philox(0, 0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's known answer
-    mask = keep_mask(torch.tensor([SEED, OFFSET], device=device), P, 5, 21)
+    mask = keep_mask(torch.tensor([SEED, OFFSET], device=device), P, 5, 21, kernels.launch)  # the one that is counted
     for row, column in itertools.product(range(5), range(21)):
         word = philox(row, column // 8, SEED, OFFSET)[column % 8 // 2]
         assert mask[row, column] == ((word >> column % 2 * 16 & 0xFFFF) >= round(P * 65536))
@@ -133,6 +133,7 @@ def test_mask(device):
     assert abs(kept - 0.75) < 0.006  # four standard deviations
 
 
+@pytest.mark.kernels(run=False)
 def test_limits(device):
     x = torch.zeros(2, 8, device=device)
     assert kernels.unsupported(x, 128) is None

