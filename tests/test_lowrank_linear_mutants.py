@@ -92,7 +92,7 @@ def test_mutant_is_noticed(mutant, problem, monkeypatch, device):
 
 # The same for the kernels themselves: one line of Triton replaced, the module loaded afresh.
 TRITON_MUTANTS = {
-    "another mask in backward": ("_bwd", "keep_input(rng_ptr, rows, i,", "keep_input(rng_ptr, rows + 1, i,", DROPPED),
+    "another mask in backward": ("_bwd", "keep_input(rng, rows, i,", "keep_input(rng, rows + 1, i,", DROPPED),
     "plain x in dA": ("_bwd", "x = tl.where(kept, x, 0.0)", "pass", DROPPED),
     "dx not masked": ("_bwd", "dx = tl.where(kept, dx, 0.0)", "pass", DROPPED),
     "first chunk only": ("_bwd", "for _ in range(chunks):", "for _ in range(1):", {"columns_out": 300}),
@@ -102,7 +102,7 @@ TRITON_MUTANTS = {
     "bias of the first block": ("_fwd", "bias_ptr + o * NB + offs_n", "bias_ptr + offs_n", BLOCKS),
     "tail of K lost": ("_fwd", "range(0, KB, BLOCK_K)", "range(0, KB - BLOCK_K + 1, BLOCK_K)", {"columns_in": 72}),
     "D3: no core mask": ("_fwd", 'if DROPOUT == "core":\n        kept', "if False:\n        kept", ON_CORE, "D3"),
-    "D3: plain x": ("_fwd", "x = tl.where(keep_input(rng_ptr, rows, 0,", "tl.where(keep_input(rng_ptr, rows, 0,", *D3),
+    "D3: plain x": ("_fwd", "x = tl.where(keep_input(rng, rows, 0,", "tl.where(keep_input(rng, rows, 0,", *D3),
     "z's mask missing in dz": ("_bwd", 'if DROPOUT == "rank":', "if False:", {"dropout_p": 0.3, "dropout_on": "rank"}),
     "S's mask missing in dS": ("_bwd", 'if DROPOUT == "core":', "if False:", ON_CORE),
     "strips overlap": ("_bwd", "(strip * tiles + tile) * BLOCK_M", "(strip + tile) * BLOCK_M", {"rows": 300}),

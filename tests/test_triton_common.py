@@ -29,7 +29,7 @@ def test_the_definition_gives_its_authors_known_answers():
 @triton.jit
 def _mask_kernel(rng_ptr, out_ptr, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = first_row + tl.arange(0, ROWS)
-    kept = common.keep_mask(rng_ptr, rows, first_column, threshold, ROWS, COLUMNS)
+    kept = common.keep_mask(common.load_rng(rng_ptr), rows, first_column, threshold, ROWS, COLUMNS)
     pointers = out_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(pointers, kept.to(tl.int32))
 

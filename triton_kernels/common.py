@@ -114,14 +114,19 @@ def dropout_arguments(rng: Tensor | None, dropout_p: float) -> tuple[Tensor | No
 
 
 @triton.jit
-def keep_mask(rng_ptr, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_rng(rng_ptr):
+    """(seed, offset): once and before a loop, where they would be read again for every tile."""
+    return tl.load(rng_ptr), tl.load(rng_ptr + 1)
+
+
+@triton.jit
+def keep_mask(rng, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, COLUMNS) of booleans, a pure function of (seed, offset, row, column): the same whatever the tiling.
 
     Philox-4x32-10, keyed by the seed; one call gives the 16 bits each of eight neighbouring columns. first_column and
     COLUMNS are multiples of 8.
     """
-    seed = tl.load(rng_ptr)
-    offset = tl.load(rng_ptr + 1)
+    seed, offset = rng
     zero = tl.zeros((ROWS, COLUMNS // 8), tl.uint32)
     groups = first_column // 8 + tl.arange(0, COLUMNS // 8)
     counter_row = zero + rows[:, None].to(tl.uint32)

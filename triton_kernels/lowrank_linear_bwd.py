@@ -5,7 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import add_dot, architecture, dot_constants, keep_mask, launch, load_scale, scale_arguments, sum_partials
+from .common import (
+    add_dot,
+    architecture,
+    dot_constants,
+    keep_mask,
+    launch,
+    load_rng,
+    load_scale,
+    scale_arguments,
+    sum_partials,
+)
 from .config import LowRankLinearConfig, Tile, strip_tiles
 from .lowrank_linear_fwd import (
     Scale,
@@ -76,7 +86,7 @@ def _load_d_mixed(
         pointers += tl.cast(M, tl.int64) * O * R
     total *= load_scale(scale_ptr, scale)
     if DROPOUT == "core":
-        kept = keep_mask(rng_ptr, rows, o * BLOCK_R + first, threshold, BLOCK_M, WIDTH)
+        kept = keep_mask(load_rng(rng_ptr), rows, o * BLOCK_R + first, threshold, BLOCK_M, WIDTH)
         total = tl.where(kept, total * keep_scale, 0.0)
     return total
 
@@ -113,7 +123,8 @@ def _hidden_bwd_kernel(
                 d_mixed *= load_diagonal(core_ptr, o * I + i, R, BLOCK_R)
             dz += d_mixed
     if DROPOUT == "rank":
-        dz = tl.where(keep_mask(rng_ptr, rows, i * BLOCK_R, threshold, BLOCK_M, BLOCK_R), dz * keep_scale, 0.0)
+        kept = keep_mask(load_rng(rng_ptr), rows, i * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
+        dz = tl.where(kept, dz * keep_scale, 0.0)
     if DROPOUT == "input":
         dz *= keep_scale
     pointers = dz_ptr + (rows[:, None] * I + i) * R + offs_r[None, :]
@@ -191,6 +202,8 @@ def _down_bwd_kernel(
             mask=mask_r[:, None] & mask_k[None, :],
             other=0.0,
         ).to(DOT)
+    if DROPOUT == "input":
+        rng = load_rng(rng_ptr)
     acc = tl.zeros((BLOCK_K, BLOCK_R) if FLIPPED else (BLOCK_R, BLOCK_K), tl.float32)
     for tile in range(tiles):
         rows = (strip * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -201,7 +214,7 @@ def _down_bwd_kernel(
             other=0.0,
         ).to(DOT)
         if DROPOUT == "input":
-            kept = keep_input(rng_ptr, rows, i, first_column, KB, threshold, BLOCK_M, BLOCK_K)
+            kept = keep_input(rng, rows, i, first_column, KB, threshold, BLOCK_M, BLOCK_K)
         if NEEDS_DOWN:
             x = tl.load(x_ptr + rows[:, None] * stride_xm + i * KB + offs_k[None, :], mask=mask, other=0.0).to(DOT)
             if DROPOUT == "input":

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import add_dot, dot_constants, keep_mask, launch, load_scale, scale_arguments
+from .common import add_dot, dot_constants, keep_mask, launch, load_rng, load_scale, scale_arguments
 from .config import LowRankLinearConfig
 
 Scale = float | Tensor
@@ -21,6 +21,8 @@ def _shrink_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_r = rows < M, offs_r < R
+    if DROPOUT == "input":
+        rng = load_rng(rng_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, KB, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -37,7 +39,7 @@ def _shrink_kernel(
         )
         x = x.to(DOT)
         if DROPOUT == "input":
-            x = tl.where(keep_input(rng_ptr, rows, i, k, KB, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+            x = tl.where(keep_input(rng, rows, i, k, KB, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         acc = add_dot(acc, x, tl.trans(down.to(DOT)), PRECISION)
     if DROPOUT == "input":
         acc *= keep_scale
@@ -46,9 +48,9 @@ def _shrink_kernel(
 
 
 @triton.jit
-def keep_input(rng_ptr, rows, i, k, KB, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_input(rng, rows, i, k, KB, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """The mask on a tile of x; each input block starts at a multiple of 8 columns of the random stream."""
-    return keep_mask(rng_ptr, rows, i * ((KB + 7) // 8 * 8) + k, threshold, BLOCK_M, BLOCK_K)
+    return keep_mask(rng, rows, i * ((KB + 7) // 8 * 8) + k, threshold, BLOCK_M, BLOCK_K)
 
 
 @triton.jit
@@ -76,7 +78,8 @@ def load_hidden(
     mask = (rows < M)[:, None] & (offs_r < R)[None, :]
     z = tl.load(z_ptr + rows[:, None] * stride_zm + i * R + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
     if DROPOUT == "rank":
-        z = tl.where(keep_mask(rng_ptr, rows, i * BLOCK_R + first, threshold, BLOCK_M, WIDTH), z * keep_scale, 0.0)
+        kept = keep_mask(load_rng(rng_ptr), rows, i * BLOCK_R + first, threshold, BLOCK_M, WIDTH)
+        z = tl.where(kept, z * keep_scale, 0.0)
     return z
 
 
@@ -131,7 +134,7 @@ def _mix_kernel(
                 z *= load_diagonal(core_ptr, o * I + i, R, BLOCK_R)
             mixed += z
     if DROPOUT == "core":
-        kept = keep_mask(rng_ptr, rows, o * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
+        kept = keep_mask(load_rng(rng_ptr), rows, o * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
         mixed = tl.where(kept, mixed * keep_scale, 0.0)
     pointers = s_ptr + (rows[:, None] * O + o) * R + offs_r[None, :]
     tl.store(pointers, mixed.to(s_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (offs_r < R)[None, :])
@@ -184,6 +187,8 @@ def _fused_kernel(
     offs_n = column_tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = rows < M, offs_n < NB, offs_r < R
+    if DROPOUT == "input":
+        rng = load_rng(rng_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     hidden = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -204,7 +209,7 @@ def _fused_kernel(
         )
         acc = add_dot(acc, x, weight.to(DOT), PRECISION)
         if DROPOUT == "input":
-            x = tl.where(keep_input(rng_ptr, rows, 0, k, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+            x = tl.where(keep_input(rng, rows, 0, k, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         hidden = add_dot(hidden, x, down.to(DOT), PRECISION)
     if DROPOUT == "input":
         hidden *= keep_scale
@@ -213,7 +218,7 @@ def _fused_kernel(
         tl.store(z_ptr + rows[:, None] * stride_zm + offs_r[None, :], z, mask=mask_m[:, None] & mask_r[None, :])
     mixed = tl.where(mask_r[None, :], z.to(tl.float32), 0.0)  # an Inf in x makes NaN of the rank's padding
     if DROPOUT == "rank":
-        kept = keep_mask(rng_ptr, rows, 0, threshold, BLOCK_M, BLOCK_R)
+        kept = keep_mask(load_rng(rng_ptr), rows, 0, threshold, BLOCK_M, BLOCK_R)
         mixed = tl.where(kept, mixed * keep_scale, 0.0)
     if CORE == "diagonal":
         mixed *= load_diagonal(core_ptr, o, R, BLOCK_R)
@@ -221,7 +226,7 @@ def _fused_kernel(
         core = load_dense(core_ptr, o, 0, 0, R, BLOCK_R, BLOCK_R)
         mixed = tl.dot(mixed.to(DOT), tl.trans(core.to(DOT)), input_precision=PRECISION)
     if DROPOUT == "core":
-        kept = keep_mask(rng_ptr, rows, o * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
+        kept = keep_mask(load_rng(rng_ptr), rows, o * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
         mixed = tl.where(kept, mixed * keep_scale, 0.0)
     up = load_up(up_ptr, offs_n, mask_n, R, DOT, BLOCK_R)
     acc += tl.dot(mixed.to(DOT), tl.trans(up), input_precision=PRECISION) * load_scale(scale_ptr, scale)
