@@ -114,7 +114,12 @@ MUTANTS = {
     },
     weight_distance_product: {
         "column tiles all the same": ("tile_n * BLOCK_N", "tile_n * 0", HYBRID, BOTH_WRITE),
-        "the last column by every tile": ("& (tile_n == column_tiles - 1)", "", HYBRID, BOTH_WRITE),
+        "rows of the last column all the same": (
+            "ptr, tile_m, ALIGNED, BLOCK_M, B",
+            "ptr, 0, ALIGNED, BLOCK_M, B",
+            HYBRID,
+            BOTH_WRITE,
+        ),
     },
 }
 

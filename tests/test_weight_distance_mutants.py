@@ -23,7 +23,7 @@ MUTANTS = {
     "bias and target swapped": ("difference = base - target", "difference = target - base", INPUT),
     "second pair missing": ("tl.load(record_ptr + PAIRS)):", "1):", INPUT),
     "first chunk of the rank only": ("range(0, R, BLOCK_R):", "range(0, BLOCK_R, BLOCK_R):", WIDE),
-    "a tile's sum lost": ("offsets < count,", "offsets < count - 1,", INPUT),
+    "a tile's sum lost": ("3, offsets < count", "3, offsets < count - 1", INPUT),
     "shift without its last part": ("mask & has_last", "mask & (M < 0)", INPUT),
     "shift without its matrix": ("range(0, K, BLOCK_K):", "range(0, 0, BLOCK_K):", INPUT),
     "loss scale missing for weights": ("index, 2 * coefficient * scale", "index, 2 * coefficient", INPUT),
@@ -31,11 +31,14 @@ MUTANTS = {
     "bias missing in the loss": ("loss += bias_loss", "pass", INPUT),
 }
 PRODUCT_MUTANTS = {
-    "factor missing": ("total += factor * acc", "total += acc", INPUT),
-    "terms after the first missing": ("range(first, first + terms)", "range(first, first + 1)", INPUT),
+    "factor missing": ("total += _load_factor(term_ptr) * acc", "total += acc", INPUT),
+    "terms after the first missing": ("range(first, first + terms,", "range(first, first + 1,", INPUT),
+    "last column's terms after the first missing": ("range(first, first + terms)", "range(first, first + 1)", INPUT),
+    "outer products missing": ("acc = left[:, None] *", "acc = 0 * left[:, None] *", INPUT),
+    "outer product's last missing": ("offs_m, mask_m) * last", "offs_m, mask_m) * 0", OUTPUT),
     "gradients overwritten": ("_ACCUMULATE) != 0", "_ACCUMULATE) > 1", INPUT),
-    "last column's gradient overwritten": ("mask=mask_m & with_last & accumulate", "mask=mask_m & (M < 0)", INPUT),
-    "last column missing": ("total_last += factor * last", "pass", INPUT),
+    "last column's gradient overwritten": ("mask=mask_m & accumulate", "mask=mask_m & (offs_m < 0)", INPUT),
+    "last column missing": ("total += _load_factor(term_ptr) * last", "pass", INPUT),
     "right_last ignored": (
         "last = term.right_last",
         "last = None if term.right_last is None else term.right[:, -1]",

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from triton.runtime import interpreter
 
 KERNELS = Path(__file__).parent.parent / "triton_kernels"
 
@@ -32,10 +33,11 @@ class Census:
         self.launches, self.longest = [], {}
         for module in modules:
             patch.setattr(module, "range", self._range, raising=False)
+        patch.setattr(interpreter, "range", lambda *bounds: self._range(*bounds, caller=3), raising=False)  # tl.range's
 
-    def _range(self, *bounds) -> range:
+    def _range(self, *bounds, caller: int = 1) -> range:
         """Kernels find this one in their module's names, before Python's own."""
-        found, frame = range(*map(operator.index, bounds)), sys._getframe(1)
+        found, frame = range(*map(operator.index, bounds)), sys._getframe(caller)
         place = Path(frame.f_code.co_filename).name, frame.f_lineno
         self.longest[place] = max(len(found), self.longest.get(place, 0))
         return found
@@ -58,7 +60,7 @@ class Census:
                     yield from self._node_problems(f"{path.name}: {function.name}", path, node, constants)
 
     def _node_problems(self, where: str, path: Path, node: ast.AST, constants: dict[str, set]) -> Iterator[str]:
-        if isinstance(node, ast.For) and ast.unparse(node.iter.func) == "range":
+        if isinstance(node, ast.For) and ast.unparse(node.iter.func) in ("range", "tl.range"):
             if self.longest.get((path.name, node.lineno), 0) < 2:
                 yield f"{where}, line {node.lineno}: no second iteration"
         elif isinstance(node, ast.For):  # tl.static_range(CONSTANT)

@@ -83,7 +83,7 @@ def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
     (triton 3.6 to 3.9), so there every operand becomes float32.
     """
     dot = tl.float32 if INTERPRETED else _DOT_TYPES[dtype]
-    return {"DOT": dot, "PRECISION": "tf32" if _allows_tf32() else "ieee"}
+    return {"DOT": dot, "PRECISION": "tf32" if allows_tf32() else "ieee"}
 
 
 @triton.jit
@@ -102,7 +102,19 @@ def add_dot(acc, a, b, PRECISION: tl.constexpr):
     return acc
 
 
-def _allows_tf32() -> bool:
+@triton.jit
+def add_afresh(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a · b of float32 operands, whose product starts from zero, in "tf32x3" or "tf32".
+
+    Three tf32 products take in 22 bits of each operand, as good as all 24. But tensor cores cut off what does not fit
+    their sum, at every 8 terms and always towards zero: handed on from product to product, that errs several times as
+    much as float32's rounding, and the longer the worse. So each product is short, and what adds them up rounds.
+    max_num_imprecise_acc as in `add_dot`.
+    """
+    return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=LONGEST_CHAIN)
+
+
+def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"  # inherits the global setting where it has none
 
 

@@ -224,17 +224,18 @@ class WeightDistanceConfig:
     product: Tile
 
 
-def weight_distance_config(arch: int, aligned: bool = True) -> WeightDistanceConfig:
+def weight_distance_config(arch: int) -> WeightDistanceConfig:
     """One launch takes matrices of every shape, so no shape chooses a tile; every architecture takes the same ones.
 
-    distance: four programs share a multiprocessor, some wait for memory while another multiplies; the tile decides the
-    order of sums, so it is the same where rows are not aligned, and only the stages that do not spill are others.
-    product: 4 × 4 elements a thread are the fewest whose operands shared memory delivers in time, and 32 columns divide
-    the common ranks 32, 64 and 96.
+    Products are long chains of short steps: what counts is how many programs share a multiprocessor, some waiting for
+    memory or at a barrier while another multiplies; with 16 terms a step it is four. Tiles have the 64 rows that
+    Hopper's tensor cores want, and 32 columns, which divide the common ranks 32, 64 and 96.
+    distance: the tile decides the order of sums, so it is the same where rows are not aligned.
+    finish: one program for each matrix, with as many rows as threads.
     """
     return WeightDistanceConfig(
-        distance=Tile(32, 64, warps=4, stages=2 if aligned else 3, depth=16),
-        finish=Tile(128, 32, stages=1),
+        distance=Tile(64, 32, warps=4, stages=2, depth=16),
+        finish=Tile(256, 32, stages=1),
         product=Tile(64, 32, warps=4, stages=4, depth=16),
     )
 

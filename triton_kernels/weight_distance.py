@@ -12,12 +12,11 @@ together, and so does what they share in the L2.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot_constants, launch, load_pointer, load_scale, load_size, scale_arguments
+from .common import add_afresh, launch, load_pointer, load_scale, load_size, scale_arguments
 from .weight_distance_product import ProductTables, make_product_tables, multiply
 from .weight_distance_records import (
     BASE,
@@ -55,7 +54,7 @@ from .weight_distance_records import (
 @triton.jit
 def _distance_kernel(
     records_ptr, tiles_ptr, partial_ptr, decay, rest,
-    FOLLOW: tl.constexpr, ALIGNED: tl.constexpr, THIN_ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    FOLLOW: tl.constexpr, ALIGNED: tl.constexpr, THIN_ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of one matrix; partial (tiles, 3): Σ E², Σ (target − W0)², Σ W0²; grid (tiles,).
@@ -98,7 +97,7 @@ def _distance_kernel(
             right_offsets = offs_r[:, None] * stride_right + columns
             left = tl.load(left_ptr + left_offsets, mask=(rows < M) & mask_r[None, :], other=0.0)
             right = tl.load(right_ptr + right_offsets, mask=mask_r[:, None] & (columns < N), other=0.0)
-            error = tl.dot(left, right, error, input_precision=PRECISION)  # ranks are short: add_dot would spill
+            error = add_afresh(error, left, right, "tf32x3")
     error = tl.where(mask, error, 0.0)  # an Inf makes NaN of what is outside
     tl.store(pointers_of(record_ptr + ERROR, rows, columns, ALIGNED), error, mask=mask)
     tl.store(partial_ptr + pid * 3, tl.sum(error * error))
@@ -106,12 +105,17 @@ def _distance_kernel(
 
 @triton.jit
 def _sum_partials(partial_ptr, count, BLOCK: tl.constexpr):
-    """The sum of every third number, `count` of them."""
-    total = tl.zeros((BLOCK,), tl.float32)
+    """Three sums of `count` triples of numbers."""
+    squared = tl.zeros((BLOCK,), tl.float32)
+    moved = tl.zeros((BLOCK,), tl.float32)
+    base = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, count, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + offsets * 3, mask=offsets < count, other=0.0)
-    return tl.sum(total)
+        pointers, mask = partial_ptr + offsets * 3, offsets < count
+        squared += tl.load(pointers, mask=mask, other=0.0)
+        moved += tl.load(pointers + 1, mask=mask, other=0.0)
+        base += tl.load(pointers + 2, mask=mask, other=0.0)
+    return tl.sum(squared), tl.sum(moved), tl.sum(base)
 
 
 @triton.jit
@@ -138,6 +142,10 @@ def _bias(
     """
     M, K = tl.load(record_ptr + ROWS).to(tl.int32), tl.load(record_ptr + DEPTH).to(tl.int32)
     has_last, has_gradient = tl.load(record_ptr + SHIFT_LAST) != 0, tl.load(record_ptr + BIAS_GRADIENT) != 0
+    # Read before the loops: after a store in them, it would be read again every time.
+    matrix_ptr = load_pointer(record_ptr + SHIFT, tl.float32)
+    vector_ptr = load_pointer(record_ptr + SHIFT_VECTOR, tl.float32)
+    stride, stride_vector = load_size(record_ptr + SHIFT + 1), load_size(record_ptr + SHIFT_VECTOR + 1)
     squared = tl.zeros((BLOCK_M,), tl.float32)
     moved = tl.zeros((BLOCK_M,), tl.float32)
     of_base = tl.zeros((BLOCK_M,), tl.float32)
@@ -157,9 +165,9 @@ def _bias(
         for k in range(0, K, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             mask_k = offs_k < K
-            vector = load_tile(record_ptr + SHIFT_VECTOR, offs_k, 0, mask_k, False)
+            vector = tl.load(vector_ptr + offs_k * stride_vector, mask=mask_k, other=0.0)
             mask_2d = mask[:, None] & mask_k[None, :]
-            matrix = load_tile(record_ptr + SHIFT, rows[:, None], offs_k[None, :], mask_2d, False)
+            matrix = tl.load(matrix_ptr + rows[:, None] * stride + offs_k[None, :], mask=mask_2d, other=0.0)
             shift += tl.sum(matrix * vector[None, :], axis=1)
         e = tl.where(mask, shift + difference, 0.0)
         squared += e * e
@@ -188,9 +196,7 @@ def _finish_kernel(
     record_ptr = records_ptr + index * RECORD
     first, tiles = tl.load(record_ptr + FIRST_TILE), tl.load(record_ptr + TILES).to(tl.int32)
     count = tl.load(record_ptr + ROWS) * tl.load(record_ptr + COLUMNS)
-    squared = _sum_partials(partial_ptr + first * 3, tiles, BLOCK)
-    moved = _sum_partials(partial_ptr + first * 3 + 1, tiles, BLOCK)
-    base = _sum_partials(partial_ptr + first * 3 + 2, tiles, BLOCK)
+    squared, moved, base = _sum_partials(partial_ptr + first * 3, tiles, BLOCK)
     scale = load_scale(scale_ptr, scale)
     coefficient = _coefficient(moved, base, count, REDUCTION)
     loss = coefficient * squared
@@ -220,14 +226,12 @@ def weight_distance_fwd(
     """Targets, errors, sums, losses, factors and bias gradients of all matrices."""
     results, config, tile = tables.results, tables.config, tables.config.distance
     follow, moving = decay is not None, (1.0, 0.0) if decay is None else (float(decay), 1.0 - decay)
-    tf32 = dot_constants(torch.float32)["PRECISION"] == "tf32"
     launch(
         _distance_kernel,
         (tables.tiles.shape[0],),
         (tables.records, tables.tiles, tables.partial, *moving),
         {
             "FOLLOW": follow, "ALIGNED": tables.aligned, "THIN_ALIGNED": tables.thin_aligned,
-            "PRECISION": "tf32x3" if tf32 else "ieee",
             "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_R": tile.depth,
         },
         tile,

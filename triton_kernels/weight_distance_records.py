@@ -67,7 +67,7 @@ class DistanceTables(NamedTuple):
 def make_distance_tables(distances: Sequence[Any], results: Any) -> DistanceTables:
     device = results.losses.device
     aligned, thin_aligned = all(map(_is_aligned, distances)), all(map(_is_thin_aligned, distances))
-    config = weight_distance_config(architecture(device), aligned)
+    config = weight_distance_config(architecture(device))
     records, counts = [], []
     for d in distances:
         (rows, columns), tile = d.base.shape, config.distance

@@ -230,7 +230,8 @@ class Plan:
             self._set(0, "nt", s.dG[:, :depth], Term(s.E, A_d, s.φ), *through_bias)
             if s.A is not None:
                 self._set(1, "tn", s.U, Term(s.B, s.dG))
-                self._add(2, "nt", s.B, Term(s.dG, s.P))
+                through_bias = (Term(s.g, s.P[:, depth:]),) if biased else ()
+                self._add(2, "nt", s.B, Term(s.dG[:, :depth], s.P[:, :depth]), *through_bias)
                 through_bias = (Term(s.U[:, depth:], c_d[:, None]),) if biased else ()
                 self._add(2, "nt", s.A, Term(s.U[:, :depth], B_d), *through_bias)
         self._add(1, "tn", A_d, *(Term(s.G[:, :depth], s.E, s.φ) for s in students))

@@ -134,7 +134,7 @@ def test_machine_code_of_every_configuration(name, arch, monkeypatch):
 
 def test_tf32_is_seen_when_torch_allows_it(monkeypatch):
     """The check above can fail: allow tf32 and it is there."""
-    monkeypatch.setattr(common, "_allows_tf32", lambda: True)
+    monkeypatch.setattr(common, "allows_tf32", lambda: True)
     shrink = next(launch for launch in CALLS["lora-32-fp32"].launches() if launch.kernel.__name__ == "_shrink_kernel")
     assert ".tf32" in compile_launch(shrink, 80).ptx
 
