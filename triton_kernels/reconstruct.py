@@ -40,7 +40,7 @@ def _add_product(
     for i in tl.static_range(A_PARTS):
         a_part, a = _part(a, KIND)
         rest = b
-        for j in tl.static_range(min(B_PARTS, 3 - i)):
+        for _ in tl.static_range(min(B_PARTS, 3 - i)):
             b_part, rest = _part(rest, KIND)
             acc = add_dot(acc, a_part.to(DOT), b_part.to(DOT), PRECISION)
     return acc
