@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank_cases import INTERPRETED, error
+from lowrank_cases import INTERPRETED, ULP, error
 from reconstruct_cases import Problem, assert_as_accurate_as_torch, expected, run
 
 from peft_kernels import reconstruct, reconstruct_stack
 from peft_kernels.ops import reconstruct as op
 from peft_kernels.ops.reconstruct import reconstruct_reference
+from peft_kernels.torch_kernels import reconstruct as torch_kernels
 
 HALVES = (torch.bfloat16, torch.float16)
 LAYOUTS = {  # the users in method sections 1 and 2
@@ -150,6 +151,24 @@ def test_merging_rounds_once_and_correctly(dtype, core, factor_dtype, device):
     problem = Problem(300, 200, 16, core=core, dtype=dtype, factor_dtype=factor_dtype, scale=0.3)
     apart = ulps_apart(run(problem, device, backend)["w"], expected(problem, device)["w"].to(dtype))
     assert (apart == 0).float().mean() >= 0.999 and apart.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("batch", [1, 2 * 40 * 24, 2**26])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torch_in_batches(layout, batch, dtype, monkeypatch):
+    """As a GPU does it: in one product, or few blocks at a time where memory is short."""
+    monkeypatch.setattr(torch_kernels, "_BATCH", batch)
+    problem = replace(LAYOUTS[layout], dtype=dtype)
+    t = {name: tensor.detach() for name, tensor in problem.tensors("cpu").items()}
+    core, base = t.get("core"), t.get("base")
+    if core is not None:
+        core = core[:, None] if problem.stack else core[None, None] if "flat" in problem.core else core
+    base = base if base is None else base.flatten(0, -2)
+    one = torch_kernels.reconstruct_fwd(t["down"], t["up"], core, problem.scale, base, dtype)
+    batched = torch.full_like(one, torch.nan)
+    torch_kernels._in_batches(batched, t["down"].float(), t["up"].float() * problem.scale, core, base)
+    assert error(batched, one.double()) <= ULP[dtype] / 2
 
 
 def test_merging_twice_rounded_would_be_noticed(device):

@@ -27,7 +27,7 @@ MUTANTS = {
     "columns of the first block": (" * I * KB + i * KB + offs_k", " * I * KB + offs_k", BLOCKS),
     "diagonal of the first block": ("core_ptr + block * R + offs_r", "core_ptr + offs_r", BLOCKS),
     "core of the first block": ("load_dense(core_ptr, block, a", "load_dense(core_ptr, block * 0, a", DENSE),
-    "core transposed": ("add_dot(mixed, up, core,", "add_dot(mixed, up, tl.trans(core),", DENSE),
+    "core transposed": ("_add_product(mixed, up, core,", "_add_product(mixed, up, tl.trans(core),", DENSE),
     "chunks of the core swapped": ("block, a, b, R", "block, b, a, R", DENSE),
     "first chunk of the rank only": (*FIRST_CHUNK, Problem(rank=40)),
     "one chunk of each row of the core": (
@@ -39,10 +39,12 @@ MUTANTS = {
     "row tiles all the same": ("(tile // column_tiles).to(tl.int64)", "(tile * 0).to(tl.int64)", Problem(100, 24)),
     "rounded before the base is added": ("acc += base", "acc = acc.to(tl.float16).to(tl.float32) + base", MERGE),
     "a core's product rounded": (
-        "acc = add_dot(acc, mixed,",
-        "acc = add_dot(acc, mixed.to(tl.float16).to(tl.float32),",
+        "acc = _add_product(acc, mixed,",
+        "acc = _add_product(acc, mixed.to(tl.float16).to(tl.float32),",
         MERGE_CORE,
     ),
+    "two parts of a float32": ("range(A_PARTS)", "range(min(A_PARTS, 2))", MERGE_CORE),
+    "first part of the other operand only": ("range(min(B_PARTS, 3 - i))", "range(1)", MERGE_CORE),
 }
 
 

@@ -63,8 +63,9 @@ class Census:
         if isinstance(node, ast.For) and ast.unparse(node.iter.func) in ("range", "tl.range"):
             if self.longest.get((path.name, node.lineno), 0) < 2:
                 yield f"{where}, line {node.lineno}: no second iteration"
-        elif isinstance(node, ast.For):  # tl.static_range(CONSTANT)
-            if max(constants.get(node.iter.args[0].id, {0})) < 2:
+        elif isinstance(node, ast.For):  # tl.static_range of a launch's constant, or of what a helper is told
+            names = [part.id for part in ast.walk(node.iter.args[0]) if isinstance(part, ast.Name)]
+            if any(max(constants[name]) < 2 for name in names if name in constants):
                 yield f"{where}, line {node.lineno}: no second iteration"
         elif isinstance(node, ast.Compare) and isinstance(node.comparators[0], ast.Constant):
             name, value = getattr(node.left, "id", None), node.comparators[0].value

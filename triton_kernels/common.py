@@ -16,7 +16,7 @@ from .config import Tile
 LONGEST_CHAIN = tl.constexpr(config.LONGEST_CHAIN)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Launch(NamedTuple):
@@ -82,7 +82,7 @@ def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
     float32 stays float32 unless torch's own matmuls are allowed tf32. The interpreter's bfloat16 arithmetic is wrong
     (triton 3.6 to 3.9), so there every operand becomes float32.
     """
-    dot = tl.float32 if INTERPRETED else _DOT_TYPES[dtype]
+    dot = tl.float32 if INTERPRETED else DOT_TYPES[dtype]
     return {"DOT": dot, "PRECISION": "tf32" if allows_tf32() else "ieee"}
 
 

@@ -180,20 +180,19 @@ def _programs(tile: Tile, arch: int) -> int:
     return tile.resident * PROCESSORS[_nearest(arch, PROCESSORS)]
 
 
-def reconstruct_tile(rank: int, core: str, dtype: torch.dtype, exact: bool, arch: int) -> Tile:
+def reconstruct_tile(rank: int, core: str, dtype: torch.dtype, split: bool, arch: int) -> Tile:
     """The tile of `reconstruct`: `rows` × `columns` of the result, `depth` of the rank at a time.
 
-    exact: half-precision factors are multiplied as they are, not as float32. Not the widest tiles without spills: with
-    at most 128 registers a thread, one program on a multiprocessor multiplies while another one writes. A dense core is
-    multiplied anew for every column tile, so its tiles stay wide.
+    split: some factor is multiplied in several parts, all of them in registers. Programs are small, so that two to four
+    share a multiprocessor: while one multiplies, others read and write. A loop in a loop spends registers on stages.
     """
-    if exact:
-        return Tile(64, 128, stages=2, depth=16 if rank <= 16 else 32)
     if dtype == torch.float32:
         return Tile(32, 128, stages=1, depth=16)
-    if arch >= 90 and core != "dense":
-        return Tile(64, 64, stages=2, depth=16)
-    return Tile(32, 128, stages=2, depth=16)
+    if arch < 90:
+        return Tile(32, 128, warps=4, stages=2, depth=16)
+    depth = 16 if split or rank <= 16 else 32
+    warps = 8 if arch >= 100 and not (split and core == "dense") else 4
+    return Tile(64, 128, warps=warps, stages=1 if core == "dense" else 2, depth=depth)
 
 
 def _block_rank(rank: int) -> int:
