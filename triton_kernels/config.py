@@ -187,7 +187,7 @@ def reconstruct_tile(rank: int, core: str, dtype: torch.dtype, split: bool, arch
     share a multiprocessor: while one multiplies, others read and write. A loop in a loop spends registers on stages.
     """
     if dtype == torch.float32:
-        return Tile(32, 128, stages=1, depth=16)
+        return Tile(32, 128, stages=2 if arch >= 100 and core == "none" else 1, depth=16)
     if arch < 90:
         return Tile(32, 128, warps=4, stages=2, depth=16)
     depth = 16 if split or rank <= 16 else 32
