@@ -71,6 +71,7 @@ class Call:
         return launches
 
 
+BEGINNING = r", 0, 1, 1(?:, [01](?:, [01])?)?;"
 VILT, UGLY = Step(), Step(Layer((63,), 63, 5, 3))
 CALLS = {  # (call, its kernels)
     "vilt": (VILT, (DISTANCE, FINISH, PRODUCT)),
@@ -102,9 +103,10 @@ def check(call: Step | Call, name: str, arch: int, monkeypatch) -> None:
     kernel = compile_launch(launch, arch)
     where = check_resources(kernel, arch)
     assert kernel.uses_tensor_cores() == (name != FINISH), where
-    if name != FINISH and arch == 90:  # three products of each step: the first begins with nothing
-        steps, starts = (len(re.findall(r"wgmma\.mma_async[^;]*" + end, kernel.ptx)) for end in (";", ", 0, 1, 1;"))
-        assert steps == starts * 3 * launch.tile.depth // 8 > 0, f"{where}: {starts} of {steps} begin afresh"
+    if name != FINISH and arch == 90:  # each step's products: the first begins with nothing
+        products, terms = (3, 8) if name == PRODUCT else (6, 16)
+        steps, starts = (len(re.findall(r"wgmma\.mma_async[^;]*" + end, kernel.ptx)) for end in (";", BEGINNING))
+        assert steps == starts * products * launch.tile.depth // terms > 0, f"{where}: {starts} of {steps} begin afresh"
     if name == DISTANCE:
         wide_loads, stores = large_accesses(kernel.ptx)
         aligned = launch.constants["ALIGNED"]
