@@ -28,7 +28,7 @@ class Tile:
     resident: int = 2
 
 
-SUM = Tile(rows=16, columns=128, warps=4, stages=1)  # partial sums side by side × elements of each
+SUM = Tile(rows=32, columns=64, warps=4, stages=1)  # partial sums side by side × elements of each
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class LowRankShape:
     rank: int
     in_blocks: int = 1
     out_blocks: int = 1
+    dropout: bool = False  # of x: its masks cost a thin pass more than its memory
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def lowrank_linear_config(
     problem = d3_problem(shape)
     if design == "D3" and problem:
         raise ValueError(f"design: 'D3' {problem}")
-    tiles = _float32_tiles(block_r, arch) if dtype == torch.float32 else _half_tiles(block_r, arch)
+    tiles = _float32_tiles(block_r, arch) if dtype == torch.float32 else _half_tiles(shape, block_r, arch)
     chunk_r = min(block_r, 16 if dtype == torch.float32 else 32)
     return LowRankLinearConfig(design or "D1", block_r, chunk_r, **_fitted(tiles, arch))
 
@@ -81,20 +82,28 @@ def lowrank_linear_config(
 # (tests/static holds the calls that users make to it; `make static` all of them).
 
 
-def _half_tiles(block_r: int, arch: int) -> dict[str, Tile]:
-    """bfloat16 and float16. up_bwd wants wide chunks: it writes block_r float32 sums per row for each of them."""
+def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]:
+    """bfloat16 and float16; sm_90's are the fastest of a search on an H200, by each launch alone at 9232 rows.
+
+    up_bwd wants wide chunks where there are many: it writes block_r float32 sums per row for each of them. A mask keeps
+    shrink's processors busy, which many small programs share evenly.
+    """
     wide, small = Tile(64, 128), Tile(64, block_r, warps=4, stages=2)
-    hidden_bwd, down_bwd = small, replace(wide, resident=1)
+    shrink, hidden_bwd, down_bwd = wide, small, replace(wide, resident=1)
     if arch >= 90:
         up_bwd = {16: Tile(64, 256), 32: Tile(64, 256, resident=1), 64: Tile(64, 128, resident=1)}[block_r]
     else:
         up_bwd = replace({16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r], resident=1)
+    if 90 <= arch < 100:
+        shrink = Tile(16, 128, warps=4) if shape.dropout else replace(wide, warps=4) if block_r == 16 else wide
+        up_bwd = wide if block_r == 16 and shape.out_features <= 1024 * shape.out_blocks else up_bwd
+        down_bwd = replace(down_bwd, stages=2) if shape.dropout else down_bwd
     if block_r == 64:
         hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2)
     if arch >= 100:
         down_bwd = {16: Tile(32, 128), 32: down_bwd, 64: wide}[block_r]
     return {
-        "shrink": wide,
+        "shrink": shrink,
         "mix": small,
         "expand": wide,
         "up_bwd": up_bwd,
@@ -190,6 +199,8 @@ def reconstruct_tile(rank: int, core: str, dtype: torch.dtype, split: bool, arch
         return Tile(32, 128, stages=2 if arch >= 100 and core == "none" else 1, depth=16)
     if arch < 90:
         return Tile(32, 128, warps=4, stages=2, depth=16)
+    if 90 <= arch < 100 and core == "dense" and 32 < rank <= 64 and not split:  # mixed once for twice as many columns
+        return Tile(64, 256, warps=4, stages=1, depth=64)
     depth = 16 if split or rank <= 16 else 32
     warps = 8 if arch >= 100 and not (split and core == "dense") else 4
     return Tile(64, 128, warps=warps, stages=1 if core == "dense" else 2, depth=depth)

@@ -37,13 +37,15 @@ def lowrank_linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """-> y (M, N), z (M, I·R); z is None when `hidden` was given."""
     (out_features, in_features), in_blocks = weight.shape, weight.shape[1] // down.shape[1]
-    shape = LowRankShape(x.shape[0], in_features, out_features, up.shape[1], in_blocks, out_features // up.shape[0])
+    drop, out_blocks = _dropout(rng, dropout_p, dropout_on), out_features // up.shape[0]
+    shape = LowRankShape(
+        x.shape[0], in_features, out_features, up.shape[1], in_blocks, out_blocks, drop[-1] == "input"
+    )  # fmt: skip
     config = lowrank_linear_config(shape, x.dtype, architecture(x.device), design)
-    drop = _dropout(rng, dropout_p, dropout_on)
     if config.design == "D3" and hidden is None:
         return fused(x, weight, bias, down, up, core, scale, drop, config)
     z = shrink(x, down, in_blocks, drop, config) if hidden is None else hidden
-    s = mix(z, core, out_features // up.shape[0], up.shape[1], drop, config)
+    s = mix(z, core, out_blocks, up.shape[1], drop, config)
     y = expand(s, up, bias, scale, out_features, config).addmm_(x, weight.t())
     return y, z if hidden is None else None
 
@@ -71,9 +73,9 @@ def lowrank_linear_bwd(
     through_down = needs_x and down is not None
     rank, out_blocks, in_blocks = up.shape[1], dy.shape[1] // up.shape[0], 1 if core is None else core.shape[1]
     needs_dz = needs_down or needs_hidden or through_down
-    shape = LowRankShape(dy.shape[0], 0, dy.shape[1], rank, in_blocks, out_blocks)
-    config = lowrank_linear_config(shape, dy.dtype, architecture(dy.device))
     drop = _dropout(rng, dropout_p, dropout_on)
+    shape = LowRankShape(dy.shape[0], 0, dy.shape[1], rank, in_blocks, out_blocks, drop[-1] == "input")
+    config = lowrank_linear_config(shape, dy.dtype, architecture(dy.device))
     s = mix(z, core, out_blocks, rank, drop, config) if needs_up else None
     t, d_up = up_bwd(dy, s, up, scale, needs_dz or needs_core, needs_up, config)
     d_core = core_bwd(t, z, core, scale, drop, config) if needs_core else None

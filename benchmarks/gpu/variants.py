@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from peft_kernels.cuda_kernels import common as cuda_common
-from peft_kernels.triton_kernels import common, config, lowrank_linear
+from peft_kernels.triton_kernels import config, lowrank_linear
 from peft_kernels.triton_kernels.common import Launch, record_launches
 
 from .. import cases, runner, timing
@@ -58,20 +58,6 @@ def strips(factor: float) -> AbstractContextManager:
     return mock.patch.dict(config.PROCESSORS, {arch: int(n * factor) for arch, n in config.PROCESSORS.items()})
 
 
-@contextmanager
-def sums(parts: int, columns: int) -> Iterator[None]:
-    """Each program of a sum over strips adds so many of them side by side, for so many elements."""
-    run = common.launch
-
-    def launch(kernel, grid, args, constants, tile):
-        if kernel is common._sum_kernel:
-            grid, constants = (-(-args[3] // columns),), {"PARTS": parts, "BLOCK": columns}
-        run(kernel, grid, args, constants, tile)
-
-    with mock.patch.object(common, "launch", launch):
-        yield
-
-
 def cuda_strips(factor: float) -> AbstractContextManager:
     return mock.patch.object(cuda_common, "PROCESSORS", int(cuda_common.PROCESSORS * factor))
 
@@ -80,38 +66,12 @@ def _small(case: cases.Case) -> bool:
     return case.K <= 1024 and case.R <= 32
 
 
-FUSED = (  # tiles of the one-kernel design that a Hopper GPU's matrix units could be kept busy by
-    (128, 128, 64, 4, 3),
-    (128, 128, 64, 4, 4),
-    (128, 128, 64, 8, 4),
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (64, 256, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (256, 128, 64, 8, 3),
-)
 VARIANTS = (
-    Variant("shrink: 32 rows", partial(tile, "shrink", rows=32), applies=lambda case: case.M < 4096),
-    Variant("sums: 8 side by side, 256 elements", partial(sums, 8, 256)),
-    Variant("sums: 32 side by side, 64 elements", partial(sums, 32, 64)),
     Variant("half as many strips", partial(strips, 0.5)),
     Variant("twice as many strips", partial(strips, 2)),
     Variant("D3 forward", provider=D3, whole=True, applies=_small),
-    *(
-        Variant(
-            f"D3 forward: {rows} × {columns} × {depth}, {warps} warps, {stages} stages",
-            partial(tile, "fused", rows=rows, columns=columns, depth=depth, warps=warps, stages=stages),
-            provider=D3,
-            whole=True,
-            applies=_small,
-        )
-        for rows, columns, depth, warps, stages in FUSED
-    ),
-    Variant("up_bwd: 128 columns", partial(tile, "up_bwd", columns=128)),
+    Variant("D3 forward: deeper", partial(tile, "fused", depth=64, stages=4), provider=D3, whole=True, applies=_small),
     Variant("down_bwd: 32 rows", partial(tile, "down_bwd", rows=32)),
-    Variant("down_bwd: 4 warps", partial(tile, "down_bwd", warps=4)),
-    Variant("shrink: 4 warps", partial(tile, "shrink", warps=4)),
-    Variant("expand: 4 warps", partial(tile, "expand", warps=4)),
     Variant("cuda: half as many strips", partial(cuda_strips, 0.5), CUDA, CUDA, whole=True),
     Variant("cuda instead of triton", provider=CUDA, whole=True),
 )
