@@ -244,9 +244,9 @@ def weight_distance_config(arch: int) -> WeightDistanceConfig:
     finish: one program for each matrix, with as many rows as threads.
     """
     return WeightDistanceConfig(
-        distance=Tile(64, 32, warps=4, stages=2, depth=16),
+        distance=Tile(64, 32, warps=4, stages=3, depth=32),
         finish=Tile(256, 32, stages=1),
-        product=Tile(64, 32, warps=4, stages=4, depth=16),
+        product=Tile(64, 32, warps=4, stages=3, depth=32),
     )
 
 

@@ -98,7 +98,7 @@ def _distance_kernel(
             right_offsets = offs_r[:, None] * stride_right + columns
             left = tl.load(left_ptr + left_offsets, mask=(rows < M) & mask_r[None, :], other=0.0)
             right = tl.load(right_ptr + right_offsets, mask=mask_r[:, None] & (columns < N), other=0.0)
-            error = add_exactly(error, left, right, DOT)
+            error = tl.dot(left, right, error, input_precision="ieee")
     error = tl.where(mask, error, 0.0)  # an Inf makes NaN of what is outside
     tl.store(pointers_of(record_ptr + ERROR, rows, columns, ALIGNED), error, mask=mask)
     tl.store(partial_ptr + pid * 3, tl.sum(error * error))
