@@ -113,7 +113,7 @@ def losses(device: dict) -> list[tuple[float, tuple[str, ...]]]:
     How many times as fast the fastest other is comes before the cells; infinity where no kernel of ours runs.
     """
     backends, found = own(device), []
-    for case in [*device["cases"], *device["foreign"]]:
+    for case in (case for case in [*device["cases"], *device["foreign"]] if _reached(case)):
         for clock, (time, _) in CLOCKS.items():
             best = fastest(case, time, backends)
             others = {row["provider"]: row[time] / best[time] if best else 0.0 for row in case["results"]
@@ -131,6 +131,11 @@ def losses(device: dict) -> list[tuple[float, tuple[str, ...]]]:
             ours = (step["method"], number(step["ms"], 1, 1e-3))
             found.append((1 / ratio, (*what, *ours, f"{rival} {1 / ratio:.2f}×")))
     return sorted(found, key=lambda loss: -loss[0])
+
+
+def _reached(case: dict) -> bool:
+    """Whether time lasted until one of ours had its turn, or was absent for a reason."""
+    return any(name.startswith("ours") for name in (*case["absent"], *(row["provider"] for row in case["results"])))
 
 
 def losing(device: dict) -> str:

@@ -189,7 +189,10 @@ def test_plain_torch_of_ours_counts_as_another_beside_kernels():
 
 
 def test_case_without_a_kernel_of_ours_is_the_worst():
-    cases = [_case({"ours, triton D1": (9.0, None), "PEFT": (1.0, None)}), _case({"PEFT": (1.0, None)})]
+    without = _case({"PEFT": (1.0, None)})
+    cases = [_case({"ours, triton D1": (9.0, None), "PEFT": (1.0, None)}), without]
+    assert [ours for _, ours, _ in _lost(_device(cases=cases))] == ["ours, triton D1"]  # time was up before ours
+    without["absent"]["ours, triton D1"] = "absent: rank"
     assert [ours for _, ours, _ in _lost(_device(cases=cases))] == ["none", "ours, triton D1"]
 
 

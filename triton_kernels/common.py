@@ -15,7 +15,6 @@ from .config import Tile
 
 LONGEST_CHAIN = tl.constexpr(config.LONGEST_CHAIN)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-INTERPRETING = tl.constexpr(INTERPRETED)
 
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -113,41 +112,6 @@ def add_afresh(acc, a, b, PRECISION: tl.constexpr):
     max_num_imprecise_acc as in `add_dot`.
     """
     return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=LONGEST_CHAIN)
-
-
-@triton.jit
-def part_of(x, KIND: tl.constexpr):
-    """x rounded to KIND, and what that leaves of it: nothing of what does not fit KIND's range, or is no number.
-
-    The interpreter cuts bfloat16 off: there float32's own arithmetic rounds to 8 bits (Veltkamp's splitting).
-    """
-    nearest = x
-    if INTERPRETING and tl.bfloat16 == KIND and x.dtype == tl.float32:
-        larger = x * 65537.0
-        split = larger - (larger - x)
-        nearest = tl.where(tl.abs(split) < float("inf"), split, x)
-    part = nearest.to(KIND)
-    rest = x.to(tl.float32) - part.to(tl.float32)
-    return part, tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
-
-
-@triton.jit
-def add_exactly(acc, a, b, DOT: tl.constexpr):
-    """acc + a · b of float32 operands, each as three bfloat16 numbers: all 24 bits of both, the largest product last.
-
-    Where `acc` and the product cancel, the 22 bits of "tf32x3" err four times as much as float32, seen on an H200. And
-    tensor cores cut off what does not fit their sum: so small products come first, and what adds up the steps rounds.
-    """
-    a0, a = part_of(a, tl.bfloat16)
-    a1, a2 = part_of(a, tl.bfloat16)
-    b0, b = part_of(b, tl.bfloat16)
-    b1, b2 = part_of(b, tl.bfloat16)
-    product = tl.dot(a2.to(DOT), b0.to(DOT))
-    product = tl.dot(a1.to(DOT), b1.to(DOT), product)
-    product = tl.dot(a0.to(DOT), b2.to(DOT), product)
-    product = tl.dot(a1.to(DOT), b0.to(DOT), product)
-    product = tl.dot(a0.to(DOT), b1.to(DOT), product)
-    return acc + tl.dot(a0.to(DOT), b0.to(DOT), product)
 
 
 def allows_tf32() -> bool:

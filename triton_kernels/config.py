@@ -235,18 +235,19 @@ class WeightDistanceConfig:
 
 
 def weight_distance_config(arch: int) -> WeightDistanceConfig:
-    """One launch takes matrices of every shape, so no shape chooses a tile; every architecture takes the same ones.
+    """One launch takes matrices of every shape, so no shape chooses a tile.
 
-    Products are long chains of short steps: what counts is how many programs share a multiprocessor, some waiting for
-    memory or at a barrier while another multiplies; with 16 terms a step it is four. Tiles have the 64 rows that
-    Hopper's tensor cores want, and 32 columns, which divide the common ranks 32, 64 and 96.
+    Products are long chains of short steps. Of 32 terms a step three programs share a multiprocessor of an H200, some
+    waiting for memory or at a barrier while another multiplies, which was faster than four with 16; elsewhere 16 spill
+    nothing. Tiles have the 64 rows that Hopper's tensor cores want, and 32 columns, which divide the common ranks.
     distance: the tile decides the order of sums, so it is the same where rows are not aligned.
     finish: one program for each matrix, with as many rows as threads.
     """
+    long, short = Tile(64, 32, warps=4, depth=32), Tile(64, 32, warps=4, depth=16)
     return WeightDistanceConfig(
-        distance=Tile(64, 32, warps=4, stages=3, depth=32),
+        distance=long if arch >= 90 else replace(short, stages=2),
         finish=Tile(256, 32, stages=1),
-        product=Tile(64, 32, warps=4, stages=3, depth=32),
+        product=long if 90 <= arch < 100 else replace(short, stages=4),
     )
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DOT_TYPES, add_dot, architecture, dot_constants, launch, load_scale, part_of, scale_arguments
+from .common import DOT_TYPES, add_dot, architecture, dot_constants, launch, load_scale, scale_arguments
 from .config import reconstruct_tile
 from .lowrank_linear_fwd import Scale, core_kind, load_dense
 
@@ -24,16 +24,24 @@ def _load_up(up_ptr, rows, first, NB, R, BLOCK_N: tl.constexpr, CHUNK_R: tl.cons
 
 
 @triton.jit
+def _part(x, KIND: tl.constexpr):
+    """x rounded to KIND, and what that leaves of it: nothing of what does not fit KIND's range, or is no number."""
+    part = x.to(KIND)
+    rest = x.to(tl.float32) - part.to(tl.float32)
+    return part, tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+
+
+@triton.jit
 def _add_product(
     acc, a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr,
     KIND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + a · b, in float32: the products of their parts of type KIND, but for those below 2⁻²⁴ of the first."""
     for i in tl.static_range(A_PARTS):
-        a_part, a = part_of(a, KIND)
+        a_part, a = _part(a, KIND)
         rest = b
         for _ in tl.static_range(min(B_PARTS, 3 - i)):
-            b_part, rest = part_of(rest, KIND)
+            b_part, rest = _part(rest, KIND)
             acc = add_dot(acc, a_part.to(DOT), b_part.to(DOT), PRECISION)
     return acc
 

@@ -12,12 +12,11 @@ together, and so does what they share in the L2.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import add_exactly, dot_constants, launch, load_pointer, load_scale, load_size, scale_arguments
+from .common import launch, load_pointer, load_scale, load_size, scale_arguments
 from .weight_distance_product import ProductTables, make_product_tables, multiply
 from .weight_distance_records import (
     BASE,
@@ -55,7 +54,7 @@ from .weight_distance_records import (
 @triton.jit
 def _distance_kernel(
     records_ptr, tiles_ptr, partial_ptr, decay, rest,
-    FOLLOW: tl.constexpr, ALIGNED: tl.constexpr, THIN_ALIGNED: tl.constexpr, DOT: tl.constexpr,
+    FOLLOW: tl.constexpr, ALIGNED: tl.constexpr, THIN_ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of one matrix; partial (tiles, 3): Σ E², Σ (target − W0)², Σ W0²; grid (tiles,).
@@ -98,7 +97,7 @@ def _distance_kernel(
             right_offsets = offs_r[:, None] * stride_right + columns
             left = tl.load(left_ptr + left_offsets, mask=(rows < M) & mask_r[None, :], other=0.0)
             right = tl.load(right_ptr + right_offsets, mask=mask_r[:, None] & (columns < N), other=0.0)
-            error = tl.dot(left, right, error, input_precision="ieee")
+            error = tl.dot(left, right, error, input_precision="ieee")  # ranks are short: add_dot would spill
     error = tl.where(mask, error, 0.0)  # an Inf makes NaN of what is outside
     tl.store(pointers_of(record_ptr + ERROR, rows, columns, ALIGNED), error, mask=mask)
     tl.store(partial_ptr + pid * 3, tl.sum(error * error))
@@ -233,7 +232,6 @@ def weight_distance_fwd(
         (tables.records, tables.tiles, tables.partial, *moving),
         {
             "FOLLOW": follow, "ALIGNED": tables.aligned, "THIN_ALIGNED": tables.thin_aligned,
-            "DOT": dot_constants(torch.bfloat16)["DOT"],
             "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_R": tile.depth,
         },
         tile,
