@@ -32,6 +32,9 @@ __all__ = ["Absent", "Bench", "Built", "Input", "Problem", "Provider", "absence"
 __all__ += ["parametrize", "providers_on", "results", "run_test", "verify"]
 
 
+IN_GRAPH = ", in a CUDA graph"  # ends the name of a provider that cannot be captured
+
+
 # ---- one case -------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +145,7 @@ class _OnGpu:
         try:
             graph = timing.time_in_graph(step, len(self.inputs)) if self.in_graph else None
         except RuntimeError as error:
-            self.record["absent"][f"{name}, in a CUDA graph"] = first_line(error)
+            self.record["absent"][name + IN_GRAPH] = first_line(error)
         launches = timing.count_launches(lambda: step(0))
         row = _row(bench, case, name, self.device.type, time, graph, self.rates)
         return row | {"launches": launches, "peak_bytes": peak, "saved_bytes": saved}

@@ -30,7 +30,7 @@ OPS = ("lowrank_linear", "weight_distance", "batched_lowrank_linear", "reconstru
 RECORD = "record "
 JOINED = ("cases", "foreign")  # records that are printed again whenever there is more of them
 KEPT = 100_000  # characters of a process's output in the log: a run's files stay small
-MOST_RESTARTS = 3
+MOST_RESTARTS = 8
 GRACE = 1.0  # seconds to look at what a process wrote before it was ended
 
 

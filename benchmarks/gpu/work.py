@@ -246,6 +246,8 @@ def measure(work: Work) -> None:
         record = runner.measure(bench, case, work.device, work.wanted(bench), rounds, save=work.add)
         if record.get("fault"):
             sys.exit(record["fault"])  # nothing runs on the device any more in this process
+        if spoiled := [name for name in record["absent"] if name.endswith(runner.IN_GRAPH)]:
+            sys.exit(f"not captured: {', '.join(spoiled)}")  # nothing is any more, and random numbers fail
 
 
 def search(work: Work) -> None:
