@@ -133,7 +133,6 @@ SUMS = {  # (terms, the order in which they are added), in the sizes of the test
     "dB-8192x4096": (8192, up_strips(8192, 4096, 16)),
     "batched-dA-of-one-strip": (2308, partial(summed, length=batched_config(16, torch.float32, H100).gram.rows)),
     **{f"imitation-{width}": (width, imitation()) for width in (97, 768, 3072)},
-    "distance-192": (192, partial(tensor_cores, length=weight_distance_config(H100).distance.depth)),
 }
 
 

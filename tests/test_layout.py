@@ -26,6 +26,7 @@ ORDER = (
     ("ops",),
     ("dispatch",),
     ("backend", "checks"),
+    ("fastest", "kinds"),
     BACKENDS,
     ("_C",),
 )

@@ -71,7 +71,7 @@ MUTANTS = {
         "d_core not masked": ("(offs_a < R)[:, None] & (offs_r", "(offs_a >= 0)[:, None] & (offs_r", DENSE, None),
     },
     common: {
-        "sums beyond the end": ("mask = offsets < size", "mask = offsets >= 0", GRID, OUTSIDE),
+        "sums beyond the end": ("mask=offsets < size)", "mask=offsets >= 0)", GRID, OUTSIDE),
         "sums overlap": (".to(tl.int64) * BLOCK + ", ".to(tl.int64) * (BLOCK - 1) + ", COLUMNS, BOTH_WRITE),
     },
     batched_lowrank_linear: {

@@ -15,7 +15,7 @@ from peft_kernels.triton_kernels import weight_distance_product as products
 
 INPUT = Layer((40, 24), 65, 5, 3)  # 65 columns: one beyond two tiles
 OUTPUT = Layer((40,), 65, 5, 3, placement="output")
-WIDE = Layer((40,), 24, 17, 3)  # a rank of two chunks
+WIDE = Layer((40,), 24, 33, 3)  # a rank of two chunks
 MUTANTS = {
     "teacher rests": ("tl.store(target_pointers, target, mask=mask & follows)", "pass", INPUT),
     "teacher's bias rests": ("tl.store(pointers, target, mask=mask & follows)", "pass", INPUT),

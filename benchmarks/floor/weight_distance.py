@@ -132,7 +132,7 @@ def _torch(L: int, d: int, R: int, depth: int, step: bool) -> list[Pass]:
         each += [] if inner == d else [_product("B P", d, R, depth + 1)]
     each += [_product("dG", d, d, depth), _product("dG", d, 1, depth)]
     each += [_product("dA_d", depth, d, d), _product("da_d", depth, d, 1)]
-    each += [_product("U", R, d, depth + 1), _product("dB", d, depth + 1, R)]
+    each += [_product("U", R, d, depth + 1), _product("dB", d, depth, R), _product("dB", d, 1, R)]
     each += [_product("dA", R, depth, d), _product("dA", R, 1, d)]
     for inner in (d, R):  # dX = W0ᵀ dG + Aᵀ U
         each += [_product("dB_d", d, inner, depth), _product("dc_d", d, inner, 1)]

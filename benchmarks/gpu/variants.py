@@ -67,9 +67,9 @@ def _small(case: cases.Case) -> bool:
 
 
 VARIANTS = (
+    Variant("D3 forward", provider=D3, whole=True, applies=_small),
     Variant("half as many strips", partial(strips, 0.5)),
     Variant("twice as many strips", partial(strips, 2)),
-    Variant("D3 forward", provider=D3, whole=True, applies=_small),
     Variant("D3 forward: deeper", partial(tile, "fused", depth=64, stages=4), provider=D3, whole=True, applies=_small),
     Variant("down_bwd: 32 rows", partial(tile, "down_bwd", rows=32)),
     Variant("cuda: half as many strips", partial(cuda_strips, 0.5), CUDA, CUDA, whole=True),
