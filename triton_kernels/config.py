@@ -101,7 +101,7 @@ def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]
     if block_r == 64:
         hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2)
     if arch >= 100:
-        down_bwd = {16: Tile(32, 128), 32: down_bwd, 64: wide}[block_r]
+        down_bwd = Tile(32, 128) if block_r == 16 else down_bwd
     return {
         "shrink": shrink,
         "mix": small,
@@ -128,7 +128,7 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
         "expand": wide,
         "up_bwd": wide if block_r == 64 else replace(wide, stages=2),
         "hidden_bwd": replace(small, rows={16: 64, 32: 32, 64: 16}[block_r]),
-        "core_bwd": small,
+        "core_bwd": replace(small, rows=32) if block_r == 32 else small,
         "down_bwd": replace({16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r], resident=1),
         "fused": Tile(rows, 32, depth=32),
     }
