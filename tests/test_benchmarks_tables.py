@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 from benchmark_cases import TINY, tiny
+from measured_cases import WIDE, case_of, device_of
 
 from peft_kernels import ops
 from peft_kernels.benchmarks import __main__ as every
 from peft_kernels.benchmarks import markdown, measured, predictions, results, tables, terminal
-from peft_kernels.benchmarks.gpu import tuning
-from peft_kernels.triton_kernels import common, lowrank_linear_bwd, lowrank_linear_fwd
 
 # ---- a run of everything --------------------------------------------------------------------------------------------
 
@@ -60,10 +59,6 @@ def test_run_saves_what_tables_need(saved_run):
 # ---- README and the page --------------------------------------------------------------------------------------------
 
 MARKED = "# A\n<!-- status:begin -->\n<!-- status:end -->\nb\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nc\n"
-RATES = {"name": "x", "bytes_per_s": 3e12, "flops_per_s": {"bfloat16": 8e14}, "source": "invented"}
-BACKENDS = {"ours, torch": "torch", "ours, triton D1": "triton", "ours, cuda": "cuda", "ours, triton": "triton"}
-BACKENDS["ours, torch, order given"] = "torch"
-WIDE = predictions.title(predictions.WIDE, 0.0)
 
 
 def _on_gpu(run):
@@ -75,27 +70,6 @@ def _on_gpu(run):
             if case["op"] == "lowrank_linear" and row["provider"] == "PEFT":
                 row["graph_ms"] = 1234.5 * next(r["ms"] / 2 for r in case["results"] if r["backend"])
     return run
-
-
-def _case(times, name=WIDE, op="lowrank_linear", **more):
-    """A case of a GPU. times: eager and graphed milliseconds by provider"""
-    rows = []
-    for provider, (ms, graph_ms) in times.items():
-        row = {"provider": provider, "backend": BACKENDS.get(provider), "ms": ms, "graph_ms": graph_ms}
-        row |= {"spread_ms": 0.0, "graph_spread_ms": 0.0, "floor_ms": 0.5, "percent_of_floor": 60.0, "gb_per_s": 1.0}
-        rows.append(row | {"percent_of_copy": 95.0, "tflop_per_s": 1.0, "bytes": 1, "flops": 1, "launches": 7} | more)
-    return {"op": op, "title": name, "dtype": "bfloat16", "rates": RATES, "absent": {}, "results": rows}
-
-
-def _device(kind="gpu", **sections):
-    run = {"kind": kind, "device": "NVIDIA Test", "date": "2026-03-04", "driver": "1.2", "threads": None, "commit": "c"}
-    (device,) = results.by_device([{**run, "versions": {}, "cases": [], **sections}])
-    return device
-
-
-def _section(device, title):
-    text = measured.page([device])
-    return text.partition(f"### {title}\n")[2].partition("\n### ")[0]
 
 
 def test_without_a_gpu_s_result_texts_say_so_and_show_none(saved_run):
@@ -127,11 +101,11 @@ def test_gpu_s_result_shows(saved_run):
 
 def test_figure_has_the_cases_that_it_is_made_of():
     peers = {"PEFT": (2.0, 2.0), "ours, torch": (1.0, 1.0), "ours, cuda": (1.0, 1.0), "unsloth": (1.0, 1.0)}
-    device = _device(cases=[_case(peers), _case(peers, WIDE.replace("rank 16", "rank 64"))])
+    device = device_of(cases=[case_of(peers), case_of(peers, WIDE.replace("rank 16", "rank 64"))])
     assert "docs/speed.png" in tables.speed([device]) and "NVIDIA Test" in tables.speed([device])
     (case,) = tables.shown([device])["cases"]
     assert [row["provider"] for row in case["results"]] == ["PEFT", "ours, cuda"]
-    assert tables.speed([{**device, "kind": "cpu"}]) == tables.speed([_device()]) == ""
+    assert tables.speed([{**device, "kind": "cpu"}]) == tables.speed([device_of()]) == ""
 
 
 def test_truth_alone_is_enough(saved_run):
@@ -139,7 +113,7 @@ def test_truth_alone_is_enough(saved_run):
     right = {"worst": "dx", "error": 2e-3, "torch_error": 1e-3}
     ran = {"tests": {"ok": False, "told": "8 passed; 1 failed\n  x", "seconds": 3.0}}
     ran["sanitizer"] = {"ok": True, "told": "clean", "seconds": 3.0}
-    device = _device(
+    device = device_of(
         numerics=[
             {**record, **right, "ratio": 0.5},
             {**record, **right, "ratio": 2.0},
@@ -162,139 +136,6 @@ def test_truth_alone_is_enough(saved_run):
     assert "- racecheck triton, all, 1 ×: left out: no time" in page and "- memcheck" not in page
     assert "Where we lose" not in page and "### Operations" not in page and ".png" not in page
     assert tables.updated(MARKED, [device])
-
-
-# ---- losses ---------------------------------------------------------------------------------------------------------
-
-
-def _lost(device):
-    return [(clock, ours, faster) for _, (_, _, clock, ours, _, faster) in measured.losses(device)]
-
-
-def test_losing_cases_are_listed_and_the_worst_first():
-    slow = {"ours, torch": (2.0, 2.0), "ours, triton D1": (1.0, 0.8), "ours, cuda": (1.5, 0.4)}
-    device = _device(cases=[_case({**slow, "PEFT": (0.8, 0.5), "frozen linear": (0.1, 0.1)})])
-    assert _lost(device) == [("eager", "ours, triton D1", "PEFT 1.25×")]  # in a graph CUDA's are faster than PEFT
-    device["foreign"] = [_case({"ours, triton D1": (1.0, 0.8), "unsloth": (3.0, 0.4)})]
-    assert _lost(device) == [("graph", "ours, triton D1", "unsloth 2.00×"), ("eager", "ours, triton D1", "PEFT 1.25×")]
-    assert "unsloth 2.00×" in _section(device, "Where we lose")
-    assert "somebody is faster" in tables.status([device])
-
-
-def test_plain_torch_of_ours_counts_as_another_beside_kernels():
-    case = _case({"ours, torch": (0.5, 2.0), "ours, triton D1": (1.0, 1.0)})
-    assert _lost(_device(cases=[case])) == [("eager", "ours, triton D1", "ours, torch 2.00×")]
-    cpu = _case({"ours, torch": (2.0, None), "ours, torch, order given": (1.0, None), "PEFT": (1.5, None)})
-    assert _lost(_device("cpu", cases=[cpu])) == []  # the faster of torch's is ours there
-
-
-def test_case_without_a_kernel_of_ours_is_the_worst():
-    without = _case({"PEFT": (1.0, None)})
-    cases = [_case({"ours, triton D1": (9.0, None), "PEFT": (1.0, None)}), without]
-    assert [ours for _, ours, _ in _lost(_device(cases=cases))] == ["ours, triton D1"]  # time was up before ours
-    without["absent"]["ours, triton D1"] = "absent: rank"
-    assert [ours for _, ours, _ in _lost(_device(cases=cases))] == ["none", "ours, triton D1"]
-
-
-def test_losing_steps_are_listed_too():
-    step = {"model": "vilt", "size": "base", "title": "ViLT-B", "batch": 32, "dtype": "bfloat16", "ms": 12.3}
-    step |= {"spread_ms": 0.1, "peak_bytes": 5e9, "launches": 70, "trained": 7e6, "mode": "graph"}
-    lost = {**step, "method": "our LoRA", "speed_vs": {"PEFT LoRA": 0.5, "full tuning": 0.4}}
-    won = {**step, "method": "MoIL", "speed_vs": {"PEFT LoRA": 0.5, "MoIL, authors' formula": 1.5}}
-    device = _device(steps=[lost, won])
-    assert _lost(device) == [("graph", "our LoRA", "PEFT LoRA 2.00×")]
-    table = _section(device, "Training steps")
-    assert "| ViLT-B" in table and "12.3" in table and "1.50×" in table
-
-
-def test_nothing_lost_is_said():
-    device = _device(cases=[_case({"ours, triton D1": (1.0, 1.0), "PEFT": (2.0, 2.0)})])
-    assert _section(device, "Where we lose").strip().startswith("Nowhere")
-
-
-# ---- predictions ----------------------------------------------------------------------------------------------------
-
-
-def _line(device, name):
-    (line,) = (line for line in _section(device, "Against predictions").splitlines() if line.startswith(f"| {name} "))
-    return [cell.strip() for cell in line.split("|")[2:-1]]
-
-
-def test_miss_is_marked_and_explained_or_called_unexplained(monkeypatch):
-    name = "whole operation, ours, 8192 × 4096²"
-    device = _device(cases=[_case({"ours, triton D1": (9.0, 1.8), "ours, cuda": (9.0, 1.9), "PEFT": (9.0, 1.15)})])
-    assert _line(device, name) == ["900 µs", "1800 µs", "2.00", "**missed by 2.0 ×**: unexplained"]
-    monkeypatch.setitem(predictions.EXPLAINED, name, "Registers.")
-    assert _line(device, name)[-1] == "**missed by 2.0 ×**: Registers."
-    assert _line(device, "whole operation, PEFT, 8192 × 4096²") == ["1150 µs", "1150 µs", "1.00", ""]
-    slower = _line(device, "speed against PEFT, dropout 0, 8192 × 4096²")
-    assert slower[1:] == ["0.64 ×", "0.53", "**missed by 1.9 ×**: unexplained"]
-    assert _line(device, "speed against PEFT, dropout 0.1, 8192 × 4096²")[1:] == ["not measured", "–", ""]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "value", "ratio", "verdict"),
-    [
-        (10, 10, 15, 1.5, ""),
-        (10, 10, 15.1, 1.51, "missed by 1.5 ×"),
-        (10, 10, 6, 0.6, "missed by 1.7 ×"),
-        (31, 45, 40, 1.0, ""),
-        (31, 45, 90, 2.0, "missed by 2.0 ×"),
-        (2.0, None, 9.0, 4.5, "met"),
-        (2.0, None, 1.9, 0.95, "missed"),
-        (2.0, None, 1.0, 0.5, "missed by 2.0 ×"),
-        (None, 1.5, 0.5, 1 / 3, "met"),
-        (None, 1.5, 3.0, 2.0, "missed by 2.0 ×"),
-    ],
-)
-def test_what_a_miss_is(low, high, value, ratio, verdict):
-    prediction = predictions.Prediction("x", low, high, "", lambda device: None)
-    told = f"**{verdict}**: unexplained" if "by" in verdict else verdict
-    assert prediction.ratio(value) == pytest.approx(ratio) and prediction.verdict(value) == told
-
-
-def test_every_prediction_finds_what_a_run_measures():
-    """Its case goes by a title of the bench's, its kernel by a name in triton_kernels/."""
-    times = dict.fromkeys(("PEFT", "frozen linear", "authors' formula", *tuning.FOREIGN, *BACKENDS), (1.0, 1.0))
-    names = [name for module in (common, lowrank_linear_fwd, lowrank_linear_bwd) for name in vars(module)]
-    kernels = [{"kernel": name, "us": 6.0, "calls": 2.0} for name in names if name.endswith("_kernel")]
-    device, benches = _device(), {bench.op: bench for bench in every.BENCHES}
-    for op in ("lowrank_linear", "reconstruct", "weight_distance"):
-        for title in (case.title for case in benches[op].cases(False, ["bfloat16"])):
-            device["cases"].append(_case(times, title, op))
-            device["profile"].append({"op": op, "case": title, "provider": predictions.D1, "kernels": kernels})
-    found = {each.name: each.find(device) for each in predictions.PREDICTIONS}
-    assert len(found) == len(predictions.PREDICTIONS) and predictions.EXPLAINED.keys() <= found.keys()
-    assert None not in found.values() and found["sum, 8192 × 4096²"] == 3.0
-
-
-# ---- kernels, tiles, variants ---------------------------------------------------------------------------------------
-
-
-def test_kernels_show_their_share_of_the_floor():
-    bytes_read = 2 * (8192 * 4096 + 16 * 4096 + 8192 * 16)  # x, A and z
-    us = 2 * bytes_read / RATES["bytes_per_s"] * 1e6
-    rows = [{"kernel": "_shrink_kernel", "us": us, "calls": 1.0}, {"kernel": "void a::b_kernel<int>(c)", "us": 3.0}]
-    record = {"op": "lowrank_linear", "case": WIDE, "dtype": "bfloat16", "provider": "ours, triton D1"}
-    record |= {"backend": "triton", "kernels": rows, "us": us + 3}
-    absent = {"op": "lowrank_linear", "case": WIDE, "provider": "ours, cuda", "backend": "cuda", "absent": "no library"}
-    device = _device(profile=[record, absent], cases=[_case({})])
-    text = _section(device, "Kernels")
-    assert f"| {us + 3:.1f} | shrink {us:.1f} (50 %), b 3.0 |" in text
-    assert "- ours, cuda, 1 ×: no library" in text
-    assert "(50 %)" not in _section(_device(profile=[record]), "Kernels")  # without a case nothing tells the rates
-
-
-def test_tiles_and_variants_are_shown():
-    tile = {"op": "gated_query", "case": "c", "kernel": "k", "from": "Tile(rows=1)", "to": "Tile(rows=2)"}
-    tile |= {"us_from": 5.0, "us_to": 4.0, "spread_us": 0.1, "tried": 3, "left_out": {"x": "spills"}}
-    variant = {"case": "c", "variant": "more strips", "whole": False}
-    timed = {"base_us": 5.0, "base_spread_us": 0.1, "variant_us": 4.0, "variant_spread_us": 0.1, "ratio": 1.25}
-    device = _device(search=[tile], variants=[{**variant, "absent": "changes nothing here"}, {**variant, **timed}])
-    text = _section(device, "Tiles and variants")
-    assert "| (rows=1) | (rows=2) | 5.00 | 4.00 | 0.10 | 3 | 1 |" in text
-    assert "| more strips | 5.00 | 0.10 | 4.00 | 0.10 | 1.250× |" in text
-    assert "- more strips, 1 ×: changes nothing here" in text
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -341,7 +182,7 @@ def test_pictures_are_drawn_when_the_page_changes(saved_run, tmp_path):
     arguments = [str(each) for each in arguments]
     run = _on_gpu(saved_run)
     run["cases"] = [case for case in run["cases"] if case["op"] == "gated_query"]
-    run["cases"].append(_case({"ours, cuda": (1.0, 1.0), "PEFT": (2.0, 2.0)}))
+    run["cases"].append(case_of({"ours, cuda": (1.0, 1.0), "PEFT": (2.0, 2.0)}))
     results.save(run, folder / "gpu.json")
     assert tables.main(arguments) == 0 and tables.main([*arguments, "--check"]) == 0
     drawn = {"measured-gated_query.png", "measured-lowrank_linear.png", "measured-roofline.png", "speed.png"}

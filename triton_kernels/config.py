@@ -89,19 +89,20 @@ def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]
     shrink's processors busy, which many small programs share evenly.
     """
     wide, small = Tile(64, 128), Tile(64, block_r, warps=4, stages=2)
-    shrink, hidden_bwd, down_bwd = wide, small, replace(wide, resident=1)
+    hopper, few_chunks = 90 <= arch < 100, shape.out_features <= 1024 * shape.out_blocks
+    shrink, down_bwd = wide, replace(wide, resident=1)
+    if hopper and shape.dropout:
+        shrink, down_bwd = Tile(16, 128, warps=4), replace(down_bwd, stages=2)
+    elif hopper and block_r == 16:
+        shrink = replace(wide, warps=4)
+    elif arch >= 100 and block_r == 16:
+        down_bwd = Tile(32, 128)
     if arch >= 90:
-        up_bwd = {16: Tile(64, 256), 32: Tile(64, 256, resident=1), 64: Tile(64, 128, resident=1)}[block_r]
+        rank_16 = wide if hopper and few_chunks else Tile(64, 256)
+        up_bwd = {16: rank_16, 32: Tile(64, 256, resident=1), 64: replace(wide, resident=1)}[block_r]
     else:
         up_bwd = replace({16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r], resident=1)
-    if 90 <= arch < 100:
-        shrink = Tile(16, 128, warps=4) if shape.dropout else replace(wide, warps=4) if block_r == 16 else wide
-        up_bwd = wide if block_r == 16 and shape.out_features <= 1024 * shape.out_blocks else up_bwd
-        down_bwd = replace(down_bwd, stages=2) if shape.dropout else down_bwd
-    if block_r == 64:
-        hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2)
-    if arch >= 100:
-        down_bwd = Tile(32, 128) if block_r == 16 else down_bwd
+    hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2) if block_r == 64 else small
     return {
         "shrink": shrink,
         "mix": small,

@@ -23,7 +23,9 @@ ALL = ("peers", "torch", "triton", "cuda")
 
 
 def dtype(run: Run, ops: Sequence[str] = ()) -> tuple[str, ...]:
-    return "--dtype", *(("float32",) if run.dry else ("bfloat16", "float32") if ops == OPS[:1] else ("bfloat16",))
+    """The first operation is measured in float32, too."""
+    first = ops == OPS[:1]
+    return "--dtype", *([] if run.dry else ["bfloat16"]), *(["float32"] if run.dry or first else [])
 
 
 def sizes(run: Run) -> tuple[str, str]:

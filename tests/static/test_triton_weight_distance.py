@@ -160,7 +160,7 @@ def test_machine_code_where_torch_allows_tf32(call, name, arch, monkeypatch):
 
 
 def test_an_error_is_float32s_whatever_torch_allows(monkeypatch):
-    """The difference that is left is as small as one tf32 product's error: where torch allows tf32, three of them."""
+    """The difference that is left may be as small as what tf32 products lose, even three of them: it takes none."""
     precisions = lambda: {launch.kernel.__name__: launch.constants.get("PRECISION") for launch in VILT.launches()}  # noqa: E731
     assert precisions() == {DISTANCE: None, FINISH: None, PRODUCT: "tf32x3"}
     monkeypatch.setattr(products, "allows_tf32", lambda: True)
