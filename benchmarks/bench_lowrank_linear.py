@@ -212,9 +212,9 @@ PROVIDERS = {
     "PEFT": Provider(_peft, "eager"),
     "torch eager": Provider(_eager, "eager"),
     "ours, torch": Provider(_ours("torch", None), "torch", "torch"),
-    "ours, triton D1": Provider(_ours("triton", "D1"), "D1", "triton", ("cuda",)),
-    "ours, triton D3": Provider(_ours("triton", "D3"), "D3", "triton", ("cuda",)),
-    "ours, cuda": Provider(_ours("cuda", None), "D1", "cuda", ("cuda",)),
+    "ours, triton passes": Provider(_ours("triton", "passes"), "passes", "triton", ("cuda",)),
+    "ours, triton fused": Provider(_ours("triton", "fused"), "fused", "triton", ("cuda",)),
+    "ours, cuda": Provider(_ours("cuda", None), "passes", "cuda", ("cuda",)),
     "torch compiled": Provider(_compiled(_eager), None, devices=("cuda",), compiled=True),  # on a CPU as PEFT's
     "PEFT compiled": Provider(_compiled(_peft), None, compiled=True),
     "unsloth": Provider(_fast_lora("unsloth.kernels.fast_lora"), "unsloth", devices=(), foreign=True),

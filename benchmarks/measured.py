@@ -163,7 +163,7 @@ def predicted(device: dict | None) -> str:
             cells = (told, number(each.ratio(value), 2), each.verdict(value))
         rows.append((each.name, str(each), *cells))
     told = f"""Estimates and targets from before the first run, for an H100, bfloat16 and rank 16. Kernels are Triton's
-of design D1, whole operations forward and backward in a CUDA graph, and "ours" is our fastest kernel. A miss by more
+of design "passes", whole operations forward and backward in a graph, and "ours" is our fastest kernel. A miss by more
 than {MISS:g} × is marked, and explained in a sentence or called unexplained."""
     return f"{told}\n\n{markdown(('prediction', 'predicted', 'measured', 'measured / predicted', 'verdict'), rows)}"
 

@@ -12,7 +12,7 @@ MISS = 1.5
 KERNELS = ("triton", "cuda")  # the backends that are kernels of ours
 SMALL, WIDE = (2308, 768, 768), (8192, 4096, 4096)
 GRAPHED = (9232, 768, 768)  # the width of 768 for targets
-OP, D1 = "lowrank_linear", "ours, triton D1"
+OP, PASSES = "lowrank_linear", "ours, triton passes"
 
 # By the name of a prediction: why it was missed.
 EXPLAINED: dict[str, str] = {
@@ -96,7 +96,7 @@ def _cases(device: dict, op: str, name: str) -> Iterator[dict]:
 def _kernel(kernel: str, shape: tuple[int, int, int], dropout: float, device: dict) -> float | None:
     """Microseconds of one launch, by torch's profiler."""
     for record in device["profile"]:
-        if (record["op"], record["provider"], record["case"]) == (OP, D1, title(shape, dropout)):
+        if (record["op"], record["provider"], record["case"]) == (OP, PASSES, title(shape, dropout)):
             for row in record.get("kernels", ()):
                 if row["kernel"] == f"_{kernel}_kernel" and row["us"]:
                     return row["us"] / row["calls"]

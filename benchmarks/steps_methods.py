@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from peft_kernels import ImitationGroup, explain, resolve
 from peft_kernels.adapters import Adapter, Aurora, FullTuning, LoRA, LoRAConfig, MoIL
-from peft_kernels.adapters.matching import find_targets
+from peft_kernels.adapters.targets import find_targets
 
 from .cases import SCALE, WrongResult, errors
 from .steps_models import SIZES, Batch, Model, Size, own_logits

@@ -1,10 +1,11 @@
 """Argument checks of the operations: ValueError or TypeError naming the argument, what it got and what it expects."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from peft_kernels.autocast import autocasts, linear_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -90,25 +91,6 @@ def check_core(core: Tensor, rank: int) -> None:
         raise ValueError(
             f"core: expected (R,), (R, R), (O, I, R) or (O, I, R, R) with R = {rank}, got {tuple(core.shape)}"
         )
-
-
-def autocasts(x: Tensor) -> bool:
-    """Does autocast, as it is now, cast what a linear layer takes? (It leaves float64 alone.)"""
-    return _autocast_enabled(x) and x.dtype != torch.float64
-
-
-def autocast_off(t: Tensor) -> AbstractContextManager:
-    """Where every dtype has been chosen already, and autocast would choose others."""
-    return torch.autocast(t.device.type, enabled=False) if _autocast_enabled(t) else nullcontext()
-
-
-def _autocast_enabled(t: Tensor) -> bool:
-    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)  # meta knows no autocast, and raises
-
-
-def linear_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which torch.nn.functional.linear would compute on x here."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def check_linear(x: object, weight: object, bias: Tensor | None, hidden: Tensor | None):

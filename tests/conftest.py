@@ -56,6 +56,8 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=[("torch", None), ("triton", None), ("triton", "D3")], ids=lambda p: "-".join(filter(None, p)))
+@pytest.fixture(
+    params=[("torch", None), ("triton", None), ("triton", "fused")], ids=lambda p: "-".join(filter(None, p))
+)
 def backend_design(request) -> tuple[str, str | None]:
     return request.param

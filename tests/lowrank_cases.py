@@ -191,5 +191,5 @@ def _factor_dtype(problem: Problem) -> torch.dtype:
 
 
 def skip_unless_runnable(problem: Problem, design: str | None) -> None:
-    if design == "D3" and (problem.in_blocks > 1 or problem.rank > 32):
-        pytest.skip("D3 takes one input block and ranks up to 32; that it refuses others is tested elsewhere")
+    if design == "fused" and (problem.in_blocks > 1 or problem.rank > 32):
+        pytest.skip("fused takes one input block and ranks up to 32; that it refuses others is tested elsewhere")

@@ -3,7 +3,7 @@
 from peft_kernels.benchmarks import measured, predictions, results
 
 RATES = {"name": "x", "bytes_per_s": 3e12, "flops_per_s": {"bfloat16": 8e14}, "source": "invented"}
-BACKENDS = {"ours, torch": "torch", "ours, triton D1": "triton", "ours, cuda": "cuda", "ours, triton": "triton"}
+BACKENDS = {"ours, torch": "torch", "ours, triton passes": "triton", "ours, cuda": "cuda", "ours, triton": "triton"}
 BACKENDS["ours, torch, order given"] = "torch"
 WIDE = predictions.title(predictions.WIDE, 0.0)
 

@@ -117,7 +117,7 @@ def _needing(problem, needs: str):
 
 GRID = {"out_blocks": 2, "in_blocks": 2}
 WIDE = {"dtype": HALF, "columns_in": 264}
-THIN = {"design": "D3", "dtype": HALF, "columns_in": 72, "rank": 20, "out_blocks": 2}
+THIN = {"design": "fused", "dtype": HALF, "columns_in": 72, "rank": 20, "out_blocks": 2}
 CASES: dict[str, dict[str, Run]] = {
     "lowrank_linear": {
         "lora": lowrank(**WIDE, dropout_p=0.3),

@@ -46,7 +46,7 @@ def test_dry(tmp_path, capsys):
 
     profiled = {record["provider"] for record in speed["profile"] if record.get("us")}
     timed = {row["provider"] for case in speed["cases"] for row in case["results"]}
-    assert profiled == timed and {"frozen linear", "PEFT", "ours, triton D1", "ours, triton D3"} <= timed
+    assert profiled == timed and {"frozen linear", "PEFT", "ours, triton passes", "ours, triton fused"} <= timed
     assert [step["model"] for step in speed["steps"]] == ["vilt"]
 
     assert {record["op"] for record in tuning["search"]} == {"lowrank_linear"}

@@ -95,13 +95,13 @@ BOTH = [passed("a", "triton on cuda"), passed("b", "cuda on cuda")]
 
 
 def test_tests_are_counted_by_where_they_ran_and_why_they_did_not():
-    more = [{"left_out": {"mutants": 30, "torch's own kernels": 12}}, skipped("D3 takes ranks up to 32"), *BOTH]
-    ok, told, found = told_by([*more, skipped("D3 takes ranks up to 32")])
+    more = [{"left_out": {"mutants": 30, "torch's own kernels": 12}}, skipped("fused takes ranks up to 32"), *BOTH]
+    ok, told, found = told_by([*more, skipped("fused takes ranks up to 32")])
     assert ok and told.splitlines()[0] == (
         "2 passed, 2 skipped; 1 with cuda on cuda; 1 with triton on cuda; 42 left out, and 7 files of other tests"
     )
-    assert "  2 skipped: D3 takes ranks up to 32" in told and "  30 left out: mutants" in told
-    assert found["skipped"] == {"D3 takes ranks up to 32": 2}
+    assert "  2 skipped: fused takes ranks up to 32" in told and "  30 left out: mutants" in told
+    assert found["skipped"] == {"fused takes ranks up to 32": 2}
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_every_case_is_announced_and_the_first_can_be_named():
     ("wanted", "expected"),
     [
         (["peers"], ["frozen linear", "PEFT", "torch eager"]),
-        (["triton", "compiled"], ["ours, triton D1", "ours, triton D3", "torch compiled", "PEFT compiled"]),
+        (["triton", "compiled"], ["ours, triton passes", "ours, triton fused", "torch compiled", "PEFT compiled"]),
         (["unsloth", "PEFT"], ["PEFT", "unsloth"]),
         (["cuda"], ["ours, cuda"]),
     ],

@@ -27,8 +27,8 @@ EAGER = ["frozen linear", "PEFT", "torch eager", "ours, torch"]
 BY_HAND = {
     "floor": ((704, 29.3, 115, 115), (1, 1, 1, 1)),
     "two frozen GEMMs": ((696, 27.6, 110, 110), None),
-    "split graph (D2), mask regenerated": ((746, 38, 132, 142), (1.06, 1.31, 1.15, 1.24)),
-    "low-rank first (D1)": ((774, 44, 147, 157), (1.10, 1.52, 1.28, 1.37)),
+    "split graph (tail), mask regenerated": ((746, 38, 132, 142), (1.06, 1.31, 1.15, 1.24)),
+    "low-rank first (passes)": ((774, 44, 147, 157), (1.10, 1.52, 1.28, 1.37)),
     "unsloth, no dropout": ((853, 61, 193, 193), (1.21, 2.09, None, None)),
     "torch eager and PEFT, no dropout": ((946, 81, 263, 223), (1.34, 2.76, None, None)),
     "torch eager and PEFT, dropout": ((1024, 97, 279, 289), (1.45, 3.32, None, None)),
@@ -48,7 +48,7 @@ def test_limits_are_those_worked_out_by_hand(row):
 def test_a_split_graph_spares_what_d1_writes_and_adds_to():
     """Forward y once each way, backward dx, where dz and A are read again."""
     x, y, z, down = (n * 2 for n in (50 * 24, 50 * 40, 50 * 4, 4 * 24))
-    first, second = (costs.passes(design, 50, 24, 40, 4, 2, True) for design in ("D1", "D2"))
+    first, second = (costs.passes(design, 50, 24, 40, 4, 2, True) for design in ("passes", "tail"))
     for spared, *parts in zip((2 * y, 2 * x - z - down), first, second):
         assert floor.total(parts[0]).bytes - floor.total(parts[1]).bytes == spared
         assert floor.total(parts[0]).flops == floor.total(parts[1]).flops
@@ -80,7 +80,7 @@ def test_flops_of_each_design_are_those_of_its_matmuls(name):
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize(("design", "gemms"), [("D1", 2), ("D3", 1)])
+@pytest.mark.parametrize(("design", "gemms"), [("passes", 2), ("fused", 1)])
 def test_launches_of_the_kernel_designs(design, gemms, dropout):
     from peft_kernels.triton_kernels import lowrank_linear as kernels
     from peft_kernels.triton_kernels.common import record_launches

@@ -16,28 +16,31 @@ def _lost(device):
 
 
 def test_losing_cases_are_listed_and_the_worst_first():
-    slow = {"ours, torch": (2.0, 2.0), "ours, triton D1": (1.0, 0.8), "ours, cuda": (1.5, 0.4)}
+    slow = {"ours, torch": (2.0, 2.0), "ours, triton passes": (1.0, 0.8), "ours, cuda": (1.5, 0.4)}
     device = device_of(cases=[case_of({**slow, "PEFT": (0.8, 0.5), "frozen linear": (0.1, 0.1)})])
-    assert _lost(device) == [("eager", "ours, triton D1", "PEFT 1.25×")]  # in a graph CUDA's are faster than PEFT
-    device["foreign"] = [case_of({"ours, triton D1": (1.0, 0.8), "unsloth": (3.0, 0.4)})]
-    assert _lost(device) == [("graph", "ours, triton D1", "unsloth 2.00×"), ("eager", "ours, triton D1", "PEFT 1.25×")]
+    assert _lost(device) == [("eager", "ours, triton passes", "PEFT 1.25×")]  # in a graph CUDA's are faster than PEFT
+    device["foreign"] = [case_of({"ours, triton passes": (1.0, 0.8), "unsloth": (3.0, 0.4)})]
+    assert _lost(device) == [
+        ("graph", "ours, triton passes", "unsloth 2.00×"),
+        ("eager", "ours, triton passes", "PEFT 1.25×"),
+    ]
     assert "unsloth 2.00×" in section_of(device, "Where we lose")
     assert "somebody is faster" in tables.status([device])
 
 
 def test_plain_torch_of_ours_counts_as_another_beside_kernels():
-    case = case_of({"ours, torch": (0.5, 2.0), "ours, triton D1": (1.0, 1.0)})
-    assert _lost(device_of(cases=[case])) == [("eager", "ours, triton D1", "ours, torch 2.00×")]
+    case = case_of({"ours, torch": (0.5, 2.0), "ours, triton passes": (1.0, 1.0)})
+    assert _lost(device_of(cases=[case])) == [("eager", "ours, triton passes", "ours, torch 2.00×")]
     cpu = case_of({"ours, torch": (2.0, None), "ours, torch, order given": (1.0, None), "PEFT": (1.5, None)})
     assert _lost(device_of("cpu", cases=[cpu])) == []  # the faster of torch's is ours there
 
 
 def test_case_without_a_kernel_of_ours_is_the_worst():
     without = case_of({"PEFT": (1.0, None)})
-    cases = [case_of({"ours, triton D1": (9.0, None), "PEFT": (1.0, None)}), without]
-    assert [ours for _, ours, _ in _lost(device_of(cases=cases))] == ["ours, triton D1"]  # time was up before ours
-    without["absent"]["ours, triton D1"] = "absent: rank"
-    assert [ours for _, ours, _ in _lost(device_of(cases=cases))] == ["none", "ours, triton D1"]
+    cases = [case_of({"ours, triton passes": (9.0, None), "PEFT": (1.0, None)}), without]
+    assert [ours for _, ours, _ in _lost(device_of(cases=cases))] == ["ours, triton passes"]  # time was up before ours
+    without["absent"]["ours, triton passes"] = "absent: rank"
+    assert [ours for _, ours, _ in _lost(device_of(cases=cases))] == ["none", "ours, triton passes"]
 
 
 def test_losing_steps_are_listed_too():
@@ -52,7 +55,7 @@ def test_losing_steps_are_listed_too():
 
 
 def test_nothing_lost_is_said():
-    device = device_of(cases=[case_of({"ours, triton D1": (1.0, 1.0), "PEFT": (2.0, 2.0)})])
+    device = device_of(cases=[case_of({"ours, triton passes": (1.0, 1.0), "PEFT": (2.0, 2.0)})])
     assert section_of(device, "Where we lose").strip().startswith("Nowhere")
 
 
@@ -66,7 +69,9 @@ def _line(device, name):
 
 def test_miss_is_marked_and_explained_or_called_unexplained(monkeypatch):
     name = "whole operation, ours, 8192 × 4096²"
-    device = device_of(cases=[case_of({"ours, triton D1": (9.0, 1.8), "ours, cuda": (9.0, 1.9), "PEFT": (9.0, 1.15)})])
+    device = device_of(
+        cases=[case_of({"ours, triton passes": (9.0, 1.8), "ours, cuda": (9.0, 1.9), "PEFT": (9.0, 1.15)})]
+    )
     assert _line(device, name) == ["900 µs", "1800 µs", "2.00", "**missed by 2.0 ×**: unexplained"]
     monkeypatch.setitem(predictions.EXPLAINED, name, "Registers.")
     assert _line(device, name)[-1] == "**missed by 2.0 ×**: Registers."
@@ -106,7 +111,7 @@ def test_every_prediction_finds_what_a_run_measures():
     for op in ("lowrank_linear", "reconstruct", "weight_distance"):
         for title in (case.title for case in benches[op].cases(False, ["bfloat16"])):
             device["cases"].append(case_of(times, title, op))
-            device["profile"].append({"op": op, "case": title, "provider": predictions.D1, "kernels": kernels})
+            device["profile"].append({"op": op, "case": title, "provider": predictions.PASSES, "kernels": kernels})
     found = {each.name: each.find(device) for each in predictions.PREDICTIONS}
     assert len(found) == len(predictions.PREDICTIONS) and predictions.EXPLAINED.keys() <= found.keys()
     assert None not in found.values() and found["sum, 8192 × 4096²"] == 3.0
@@ -119,7 +124,7 @@ def test_kernels_show_their_share_of_the_floor():
     bytes_read = 2 * (8192 * 4096 + 16 * 4096 + 8192 * 16)  # x, A and z
     us = 2 * bytes_read / RATES["bytes_per_s"] * 1e6
     rows = [{"kernel": "_shrink_kernel", "us": us, "calls": 1.0}, {"kernel": "void a::b_kernel<int>(c)", "us": 3.0}]
-    record = {"op": "lowrank_linear", "case": WIDE, "dtype": "bfloat16", "provider": "ours, triton D1"}
+    record = {"op": "lowrank_linear", "case": WIDE, "dtype": "bfloat16", "provider": "ours, triton passes"}
     record |= {"backend": "triton", "kernels": rows, "us": us + 3}
     absent = {"op": "lowrank_linear", "case": WIDE, "provider": "ours, cuda", "backend": "cuda", "absent": "no library"}
     device = device_of(profile=[record, absent], cases=[case_of({})])

@@ -126,7 +126,7 @@ def imitation() -> partial:
 SUMS = {  # (terms, the order in which they are added), in the sizes of the tests and the benchmarks
     **{f"z-{width}": (width, partial(summed, length=tiles(16).shrink.columns)) for width in (760, 768, 3072, 4096)},
     **{f"dz-{width}": (width, partial(summed, length=tiles(16).up_bwd.columns)) for width in (768, 3072, 4096)},
-    **{f"D3-{width}": (width, partial(summed, length=tiles(16).fused.depth)) for width in (760, 768)},
+    **{f"fused-{width}": (width, partial(summed, length=tiles(16).fused.depth)) for width in (760, 768)},
     **{f"dA-9232x768-{rank}": (9232, down_strips(9232, 768, rank)) for rank in (16, 64)},
     **{f"dA-8192x4096-{rank}": (8192, down_strips(8192, 4096, rank)) for rank in (16, 64)},
     "dB-9232x768": (9232, up_strips(9232, 768, 16)),

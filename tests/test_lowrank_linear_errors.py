@@ -66,8 +66,8 @@ BAD = [
     ("hidden", {"hidden": torch.ones(5, 2, dtype=torch.float16)}, TypeError),
     ("hidden", {"hidden": torch.ones(5, 2), "dropout_p": 0.1}, ValueError),
     ("design", {"design": "D9"}, ValueError),
-    ("design", {"design": "D2"}, ValueError),
-    ("design", {"design": "D3", "backend": "torch"}, ValueError),
+    ("design", {"design": "tail"}, ValueError),
+    ("design", {"design": "fused", "backend": "torch"}, ValueError),
     ("backend", {"backend": "cublas"}, ValueError),
 ]
 
@@ -82,9 +82,9 @@ def test_lowrank_linear_names_the_argument(argument, change, kind, monkeypatch):
 @pytest.mark.parametrize(
     ("design", "change"),
     [
-        ("D3", {"core": torch.ones(1, 2, 2), "down": torch.ones(2, 6)}),
-        ("D3", {"down": torch.ones(33, 12), "up": torch.ones(8, 33)}),
-        ("D3", {"hidden": torch.ones(5, 2)}),
+        ("fused", {"core": torch.ones(1, 2, 2), "down": torch.ones(2, 6)}),
+        ("fused", {"down": torch.ones(33, 12), "up": torch.ones(8, 33)}),
+        ("fused", {"hidden": torch.ones(5, 2)}),
     ],
 )
 def test_a_design_that_cannot_run_is_refused(design, change):

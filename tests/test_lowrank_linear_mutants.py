@@ -65,7 +65,7 @@ def transposed_core(fwd, bwd):
     return broken, bwd
 
 
-D3 = ({"dropout_p": 0.3, "dropout_on": "input"}, "D3")
+FUSED = ({"dropout_p": 0.3, "dropout_on": "input"}, "fused")
 ON_CORE = {"dropout_p": 0.3, "dropout_on": "core"}
 DROPPED = {"dropout_p": 0.3, "dropout_on": "input"}
 MUTANTS = [
@@ -101,8 +101,8 @@ TRITON_MUTANTS = {
     "o ignored": ("_fwd", "core_ptr, o * I + i, R, BLOCK_R", "core_ptr, i, R, BLOCK_R", BLOCKS),
     "bias of the first block": ("_fwd", "bias_ptr + o * NB + offs_n", "bias_ptr + offs_n", BLOCKS),
     "tail of K lost": ("_fwd", "range(0, KB, BLOCK_K)", "range(0, KB - BLOCK_K + 1, BLOCK_K)", {"columns_in": 72}),
-    "D3: no core mask": ("_fwd", 'if DROPOUT == "core":\n        kept', "if False:\n        kept", ON_CORE, "D3"),
-    "D3: plain x": ("_fwd", "x = tl.where(keep_input(rng, rows, 0,", "tl.where(keep_input(rng, rows, 0,", *D3),
+    "fused: no core mask": ("_fwd", 'if DROPOUT == "core":\n        kept', "if False:\n        kept", ON_CORE, "fused"),
+    "fused: plain x": ("_fwd", "x = tl.where(keep_input(rng, rows, 0,", "tl.where(keep_input(rng, rows, 0,", *FUSED),
     "z's mask missing in dz": ("_bwd", 'if DROPOUT == "rank":', "if False:", {"dropout_p": 0.3, "dropout_on": "rank"}),
     "S's mask missing in dS": ("_bwd", 'if DROPOUT == "core":', "if False:", ON_CORE),
     "strips overlap": ("_bwd", "(strip * tiles + tile) * BLOCK_M", "(strip + tile) * BLOCK_M", {"rows": 300}),

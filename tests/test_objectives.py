@@ -180,7 +180,7 @@ def test_similarities_are_float32_under_autocast():
 # ---- matching ------------------------------------------------------------------------------------------------------
 
 
-def test_matching_loss_by_hand():
+def test_targets_loss_by_hand():
     """Odds of 3 to 1 for a match: −log 3/4 for the positive, −log 1/4 for the negatives."""
     logits = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
     expected = -(math.log(3 / 4) + 2 * math.log(1 / 4)) / 3

@@ -9,7 +9,7 @@ from adapter_models import PRESET, build
 from torch import nn
 
 from peft_kernels.adapters import LoRAConfig
-from peft_kernels.adapters.matching import find_targets
+from peft_kernels.adapters.targets import find_targets
 from peft_kernels.presets import PRESETS
 
 QKV, ATT = "{query,key,value}", "attention.self.{query,key,value}"

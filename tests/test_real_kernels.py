@@ -30,7 +30,7 @@ print("seen", json.dumps(seen.items))
     [
         ("test_reconstruct", {"backend": "triton", "dtype": "x"}, None, None),
         ("test_reconstruct", {"backend": "torch"}, None, "torch's own kernels"),
-        ("test_lowrank_linear", {"backend_design": ("triton", "D3")}, None, None),
+        ("test_lowrank_linear", {"backend_design": ("triton", "fused")}, None, None),
         ("test_lowrank_linear", {"backend_design": ("torch", None)}, None, "torch's own kernels"),
         ("test_lowrank_linear", {"dtype": "x"}, None, "names no backend"),
         ("test_lowrank_linear", {}, True, None),

@@ -46,7 +46,7 @@ class LowRankShape:
 
 @dataclass(frozen=True)
 class LowRankLinearConfig:
-    """design "D1": low-rank first, cuBLAS adds to it; "D3": one kernel for small widths. One tile per kernel."""
+    """design "passes": low-rank first, cuBLAS adds to it; "fused": one kernel for small widths. One tile per kernel."""
 
     design: str
     block_r: int
@@ -64,18 +64,18 @@ class LowRankLinearConfig:
 def lowrank_linear_config(
     shape: LowRankShape, dtype: torch.dtype, arch: int, design: str | None = None
 ) -> LowRankLinearConfig:
-    """The design and tiles of one shape: D1 wherever no committed measurement prefers another, and none does yet.
+    """The design and tiles of one shape: passes wherever no committed measurement prefers another, and none does yet.
 
     The number of rows does not matter, and rank only by its power of two: neither recompiles anything in its bucket.
     Raises ValueError for a rank above MAX_RANK, and if `design` is asked for and cannot run this shape.
     """
     block_r = _block_rank(shape.rank)
-    problem = d3_problem(shape)
-    if design == "D3" and problem:
-        raise ValueError(f"design: 'D3' {problem}")
+    problem = fused_problem(shape)
+    if design == "fused" and problem:
+        raise ValueError(f"design: 'fused' {problem}")
     tiles = _float32_tiles(block_r, arch) if dtype == torch.float32 else _half_tiles(shape, block_r, arch)
     chunk_r = min(block_r, 16 if dtype == torch.float32 else 32)
-    return LowRankLinearConfig(design or "D1", block_r, chunk_r, **_fitted(tiles, arch))
+    return LowRankLinearConfig(design or "passes", block_r, chunk_r, **_fitted(tiles, arch))
 
 
 # The widest tiles that the assembler gives no spills on sm_80, sm_90 and sm_100, for widths divisible by 16
@@ -135,7 +135,7 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
     }
 
 
-def d3_problem(shape: LowRankShape) -> str | None:
+def fused_problem(shape: LowRankShape) -> str | None:
     """Why the one-kernel design cannot run a shape; the only place that says what it takes."""
     if shape.in_blocks > 1:
         return f"takes one input block, not {shape.in_blocks}"

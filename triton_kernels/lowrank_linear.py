@@ -1,10 +1,10 @@
-"""`lowrank_linear` in Triton: thin passes around torch's GEMM (D1), or one kernel for small widths (D3).
+"""`lowrank_linear` in Triton: thin passes around torch's GEMM (passes), or one kernel for small widths (fused).
 
 The mathematics and every shape: peft_kernels/ops/lowrank_linear.py. M rows; K = I·KB inputs; N = O·NB outputs; rank R.
 
     forward    shrink      x -> z
                mix         z -> S: core and masks, where there are any
-               expand      S -> s·S Bᵀ + b;  then torch adds x Wᵀ          (D3: all of it in one kernel)
+               expand      S -> s·S Bᵀ + b;  then torch adds x Wᵀ          (fused: all of it in one kernel)
     backward   up_bwd      dy, S -> dy B by chunks of columns, dB by strips of rows  (S by mix, from z)
                hidden_bwd  those chunks -> dz              core_bwd  those chunks, z -> d_core by strips
                down_bwd    x, dz -> dA by strips, mask ∘ (dz A);  then torch adds dy W
@@ -42,7 +42,7 @@ def lowrank_linear_fwd(
         x.shape[0], in_features, out_features, up.shape[1], in_blocks, out_blocks, drop[-1] == "input"
     )  # fmt: skip
     config = lowrank_linear_config(shape, x.dtype, architecture(x.device), design)
-    if config.design == "D3" and hidden is None:
+    if config.design == "fused" and hidden is None:
         return fused(x, weight, bias, down, up, core, scale, drop, config)
     z = shrink(x, down, in_blocks, drop, config) if hidden is None else hidden
     s = mix(z, core, out_blocks, up.shape[1], drop, config)

@@ -176,7 +176,7 @@ def _fused_kernel(
     O: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """D3: y and z in one pass, x Aᵀ inside every column tile's K loop; grid (row tiles · O · column tiles,).
+    """fused: y and z in one pass, x Aᵀ inside every column tile's K loop; grid (row tiles · O · column tiles,).
 
     Neighbouring programs share rows of x, which the L2 then reads once.
     """

@@ -17,8 +17,8 @@ SHAPES = {  # BLIP and ViLT have width 768 and an MLP of 3072; 9232 rows are 16 
 }
 DESIGNS = {  # design, dropout
     "two frozen GEMMs": ("linear", False),
-    "split graph (D2), mask regenerated": ("D2", True),
-    "low-rank first (D1)": ("D1", True),
+    "split graph (tail), mask regenerated": ("tail", True),
+    "low-rank first (passes)": ("passes", True),
     "unsloth, no dropout": ("unsloth", False),
     "torch eager and PEFT, no dropout": ("eager", False),
     "torch eager and PEFT, dropout": ("eager", True),

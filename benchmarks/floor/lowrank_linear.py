@@ -6,8 +6,8 @@ Sizes: M rows, K in features, N out features, R rank, `size` bytes per element.
 from . import Pass, Work
 
 # "eager" is a LoRA written down as in its paper, PEFT's too; "unsloth" adds to what is there, and has neither bias nor
-# dropout; "D2", whose GEMMs go on over the rank, is not built.
-DESIGNS = ("linear", "eager", "unsloth", "torch", "D1", "D2", "D3")
+# dropout; "tail", whose GEMMs go on over the rank, is not built.
+DESIGNS = ("linear", "eager", "unsloth", "torch", "passes", "tail", "fused")
 
 
 def compulsory(M: int, K: int, N: int, R: int, size: int) -> tuple[Work, Work]:
@@ -96,18 +96,18 @@ def passes(design: str, M: int, K: int, N: int, R: int, size: int, dropout: bool
         ]
         return forward, backward
 
-    if design in ("D1", "D2", "D3"):
+    if design in ("passes", "tail", "fused"):
         shrink = Pass("shrink: z = drop(x) Aᵀ", thin_x, x + down + z)
         expand = Pass("expand: y = s z Bᵀ + b", thin_y, z + up + y)
-        tiles = -(-N // 128)  # of columns: D3 forms x Aᵀ again for each of them, at no traffic
+        tiles = -(-N // 128)  # of columns: fused forms x Aᵀ again for each of them, at no traffic
         forward = {
-            "D1": [shrink, expand, Pass("y += x Wᵀ", gemm, x + weight + 2 * y)],
-            "D2": [shrink, Pass("y = x Wᵀ + s z Bᵀ + b", gemm + thin_y, x + weight + z + up + y)],
-            "D3": [Pass("fused", gemm + thin_x * tiles + thin_y, x + weight + down + up + y + z)],
+            "passes": [shrink, expand, Pass("y += x Wᵀ", gemm, x + weight + 2 * y)],
+            "tail": [shrink, Pass("y = x Wᵀ + s z Bᵀ + b", gemm + thin_y, x + weight + z + up + y)],
+            "fused": [Pass("fused", gemm + thin_x * tiles + thin_y, x + weight + down + up + y + z)],
         }[design]
         sums = [Pass("sum of dB", 0, up), Pass("sum of dA", 0, down)]
         backward = [Pass("up_bwd: dy B, dB", 2 * thin_y, y + z + up), Pass("hidden_bwd: dz", M * R, z), *sums]
-        if design == "D2":
+        if design == "tail":
             backward += [Pass("dA", thin_x, x + z + down)]
             backward += [Pass("dx = dy W + mask · dz A", gemm + thin_x, y + weight + z + down + x)]
         else:

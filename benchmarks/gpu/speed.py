@@ -112,7 +112,7 @@ def counters(run: Run) -> Told:
         raise NotHere("no ncu on the PATH or in /usr/local/cuda" if path is None else "needs a GPU")
     options = ("--profile-from-start", "off", "--clock-control", "none", "--csv", "--metrics", ",".join(COUNTERS))
     watched = (path, *options, "--kernel-name", f"regex:{WATCHED}")
-    work = ("--op", "lowrank_linear", "--with", "ours, triton D1", *dtype(run), "--most", 1)
+    work = ("--op", "lowrank_linear", "--with", "ours, triton passes", *dtype(run), "--most", 1)
     status, _, text = run.work("once", None, *work, under=watched)
     rows = read_counters(text)
     run.content["counters"] = {"lowrank_linear": rows}

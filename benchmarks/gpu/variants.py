@@ -22,7 +22,7 @@ from .. import cases, runner, timing
 # (M, K, N): ViLT-B's and BLIP's layers at batches of 4 and 16 images, and a language model's.
 LAYERS = ((2308, 768, 768), (9232, 768, 768), (9232, 768, 3072), (9232, 3072, 768), (8192, 4096, 4096))
 SHAPES = {"lowrank_linear": LAYERS}
-D1, D3, CUDA = "ours, triton D1", "ours, triton D3", "ours, cuda"
+PASSES, FUSED, CUDA = "ours, triton passes", "ours, triton fused", "ours, cuda"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Variant:
 
     name: str
     patch: Callable[[], AbstractContextManager] = nullcontext
-    base: str = D1
-    provider: str = D1
+    base: str = PASSES
+    provider: str = PASSES
     whole: bool = False  # time the operation, torch's products included
     applies: Callable[[cases.Case], bool] = lambda case: True
 
@@ -67,10 +67,12 @@ def _small(case: cases.Case) -> bool:
 
 
 VARIANTS = (
-    Variant("D3 forward", provider=D3, whole=True, applies=_small),
+    Variant("fused forward", provider=FUSED, whole=True, applies=_small),
     Variant("half as many strips", partial(strips, 0.5)),
     Variant("twice as many strips", partial(strips, 2)),
-    Variant("D3 forward: deeper", partial(tile, "fused", depth=64, stages=4), provider=D3, whole=True, applies=_small),
+    Variant(
+        "fused forward: deeper", partial(tile, "fused", depth=64, stages=4), provider=FUSED, whole=True, applies=_small
+    ),
     Variant("down_bwd: 32 rows", partial(tile, "down_bwd", rows=32)),
     Variant("cuda: half as many strips", partial(cuda_strips, 0.5), CUDA, CUDA, whole=True),
     Variant("cuda instead of triton", provider=CUDA, whole=True),

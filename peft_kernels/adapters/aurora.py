@@ -13,7 +13,7 @@ from torch import nn
 from peft_kernels.adapters.base import Adapter, Parts
 from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
 from peft_kernels.adapters.gates import LayerGate, build_gates
-from peft_kernels.adapters.matching import Match
+from peft_kernels.adapters.targets import Match
 from peft_kernels.checks import check_choice, check_probability
 from peft_kernels.cores import LAYOUTS
 from peft_kernels.layers.adapted_linear import adapter_dtype_for

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from peft_kernels.adapters.config import AdapterConfig
-from peft_kernels.adapters.files import AdapterFiles, Parts
 from peft_kernels.adapters.heads import find_heads
-from peft_kernels.adapters.matching import Match, find_targets
+from peft_kernels.adapters.state_files import AdapterFiles, Parts
+from peft_kernels.adapters.targets import Match, find_targets
 from peft_kernels.backend import Choice, explain
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 from peft_kernels.presets import PRESETS

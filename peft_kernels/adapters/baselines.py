@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from peft_kernels.adapters.base import Adapter
 from peft_kernels.adapters.config import AdapterConfig, check_count, check_number
-from peft_kernels.adapters.files import Parts
 from peft_kernels.adapters.heads import named_state
-from peft_kernels.adapters.matching import Match, find_targets
+from peft_kernels.adapters.state_files import Parts
+from peft_kernels.adapters.targets import Match, find_targets
 from peft_kernels.backend import Choice
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 from peft_kernels.presets import PRESETS

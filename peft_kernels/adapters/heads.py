@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from peft_kernels.adapters.matching import nearest
+from peft_kernels.adapters.targets import nearest
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # peft saves none of them as a module
 

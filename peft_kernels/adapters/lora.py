@@ -13,7 +13,7 @@ from torch import nn
 from peft_kernels.adapters.base import Adapter, Parts
 from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
 from peft_kernels.adapters.lora_files import StockLora
-from peft_kernels.adapters.matching import Match, nearest
+from peft_kernels.adapters.targets import Match, nearest
 from peft_kernels.checks import check_choice, check_probability
 from peft_kernels.layers.lowrank_linear import INITS, LowRankLinear
 

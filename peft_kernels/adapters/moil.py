@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_kernels.adapters.base import Adapter, Parts
 from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
-from peft_kernels.adapters.matching import Match, find_targets
+from peft_kernels.adapters.targets import Match, find_targets
 from peft_kernels.checks import check_choice, check_scale
 from peft_kernels.imitation import ImitationGroup, imitation_step
 from peft_kernels.layers.imitation_linear import INITS, MODES, ImitationLinear, LinearTransform, SharedState

@@ -35,8 +35,8 @@ def unsupported(
         return f"the CUDA kernels take ranks up to {module.LOWRANK_LINEAR_MAX_RANK}, not {rank}"
     if hidden > module.LOWRANK_LINEAR_MAX_HIDDEN:
         return f"the CUDA kernels take rank × blocks up to {module.LOWRANK_LINEAR_MAX_HIDDEN}, not {hidden}"
-    if design not in (None, "D1"):
-        return f"the CUDA kernels implement design 'D1', not {design!r}"
+    if design not in (None, "passes"):
+        return f"the CUDA kernels implement design 'passes', not {design!r}"
     if x[..., 0].numel() >= 2**31:
         return f"the CUDA kernels take fewer than 2³¹ rows, not {x[..., 0].numel()}"
     needed = module.lowrank_linear_shared_bytes(DTYPES[x.dtype], rank)

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peft_kernels.checks import autocast_off
+from peft_kernels.autocast import autocast_off
 from peft_kernels.dispatch.common import kernels, spread, tensor_scale
 
 

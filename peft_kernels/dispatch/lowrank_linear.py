@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peft_kernels.checks import autocast_off
+from peft_kernels.autocast import autocast_off
 from peft_kernels.dispatch.common import as_operator, kernels, spread, tensor_scale
 from peft_kernels.torch_kernels import lowrank_linear as torch_kernels
 

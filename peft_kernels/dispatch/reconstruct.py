@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from peft_kernels.checks import autocast_off
+from peft_kernels.autocast import autocast_off
 from peft_kernels.dispatch.common import as_operator, kernels, tensor_scale
 from peft_kernels.torch_kernels import reconstruct as torch_kernels
 

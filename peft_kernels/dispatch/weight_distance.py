@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.checks import autocast_off
+from peft_kernels.autocast import autocast_off
 from peft_kernels.dispatch.common import kernels
 
 

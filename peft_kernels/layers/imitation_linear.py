@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_kernels import kinds
+from peft_kernels.autocast import autocast_off, linear_dtype
 from peft_kernels.backend import Choice, resolve
-from peft_kernels.checks import autocast_off, check_choice, linear_dtype
+from peft_kernels.checks import check_choice
 from peft_kernels.imitation import Transform, hybrid_factors
 from peft_kernels.imitation.factors import PLACEMENTS
 from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module, check_rank

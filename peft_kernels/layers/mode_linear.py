@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.checks import autocast_off, check_choice
+from peft_kernels.autocast import autocast_off
+from peft_kernels.checks import check_choice
 from peft_kernels.cores import LAYOUTS, cp_core, tucker_core
 from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module, check_rank
 from peft_kernels.layers.per_pass import PerPass, in_recomputation, saved_tensor_hooks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from peft_kernels.checks import linear_dtype
+from peft_kernels.autocast import linear_dtype
 
 
 def in_recomputation() -> bool:

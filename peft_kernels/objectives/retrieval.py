@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft_kernels.checks import DTYPES, autocast_off, check_choice, check_scale, check_shape, check_tensor
+from peft_kernels.autocast import autocast_off
+from peft_kernels.checks import DTYPES, check_choice, check_scale, check_shape, check_tensor
 
 ENHANCED = ("positives", "all")
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft_kernels.checks import autocast_off, check_probability, check_shape, check_tensor
+from peft_kernels.autocast import autocast_off
+from peft_kernels.checks import check_probability, check_shape, check_tensor
 
 
 def _questions(answers: int, counts: int | Sequence[int] | Tensor) -> int:

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_kernels import kinds
+from peft_kernels.autocast import autocast_off
 from peft_kernels.backend import resolve
-from peft_kernels.checks import autocast_off, check_factor, check_linear, check_scale, check_shape, check_tensor
+from peft_kernels.checks import check_factor, check_linear, check_scale, check_shape, check_tensor
 from peft_kernels.dispatch import batched_lowrank_linear as dispatch
 from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows, shaped
 

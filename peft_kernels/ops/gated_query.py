@@ -26,8 +26,9 @@ import functools
 import torch
 from torch import Tensor
 
+from peft_kernels.autocast import autocasts
 from peft_kernels.backend import resolve
-from peft_kernels.checks import autocasts, check_choice, check_factor, check_scale, check_shape, check_tensor
+from peft_kernels.checks import check_choice, check_factor, check_scale, check_shape, check_tensor
 from peft_kernels.dispatch import gated_query as dispatch
 from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows, shaped
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_kernels import kinds
+from peft_kernels.autocast import autocast_off, linear_dtype
 from peft_kernels.backend import resolve
 from peft_kernels.checks import (
-    autocast_off,
     check_choice,
     check_factor,
     check_factors,
@@ -33,13 +33,12 @@ from peft_kernels.checks import (
     check_scale,
     check_shape,
     check_tensor,
-    linear_dtype,
 )
 from peft_kernels.dispatch import lowrank_linear as dispatch
 from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows, shaped
 
 DROPOUT_PLACES = ("input", "rank", "core")
-DESIGNS = (None, "D1", "D3")
+DESIGNS = (None, "passes", "fused")
 
 
 def lowrank_linear_reference(
@@ -166,7 +165,7 @@ def lowrank_linear(
         drawn with it rounded to a multiple of 2⁻¹⁶. No dropout unless `training`.
     dropout_on: "input" (x before A, as in PEFT's LoRA), "rank" (z) or "core" (S, a mask per output block)
     hidden: z (..., I·R) from `lowrank_hidden`, computed once for several calls; `down` gets its gradient through it
-    backend: "auto" | "cuda" | "triton" | "torch";  design: None (chosen by shape) | "D1" | "D3" (triton)
+    backend: "auto" | "cuda" | "triton" | "torch";  design: None (chosen by shape) | "passes" | "fused" (triton)
     returns y: (..., out_features) in x's dtype
 
     Under autocast, x, weight, bias and hidden are cast as `torch.nn.functional.linear` would; the factors are not.
@@ -188,9 +187,9 @@ def lowrank_linear(
     drops = training and dropout_p > 0
     kind = kinds.linear(weight.shape[1], weight.shape[0], drops)
     choice = resolve("lowrank_linear", (x, bias, down, up, core, hidden), backend, rank=rank, kind=kind)
-    if design == "D3" and hidden is not None:
-        raise ValueError("design: 'D3' computes x Aᵀ itself and takes no hidden")
-    if design is not None and (choice.name == "torch" or (choice.name == "cuda" and design != "D1")):
+    if design == "fused" and hidden is not None:
+        raise ValueError("design: 'fused' computes x Aᵀ itself and takes no hidden")
+    if design is not None and (choice.name == "torch" or (choice.name == "cuda" and design != "passes")):
         raise ValueError(f"design: {design!r} does not exist on backend {choice.name!r} ({choice.reason})")
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
     if run != "torch" and isinstance(scale, Tensor):

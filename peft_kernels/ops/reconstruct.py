@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from peft_kernels import kinds
+from peft_kernels.autocast import autocast_off
 from peft_kernels.backend import resolve
-from peft_kernels.checks import autocast_off, check_core, check_factor, check_scale, check_shape, check_tensor
+from peft_kernels.checks import check_core, check_factor, check_scale, check_shape, check_tensor
 from peft_kernels.dispatch import lowrank_linear as hidden_dispatch
 from peft_kernels.dispatch import reconstruct as dispatch
 from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows

@@ -68,7 +68,7 @@ CALLS = {
     "lora": Call(dropout_on="input"),
     "lora-without-dropout-bf16-factors": Call(factor_dtype=BF16, rank=8, tensor_scale=False),
     "lora-fp16": Call(FP16, dropout_on="input"),
-    "lora-32-D3": Call(rank=32, dropout_on="input", design="D3"),
+    "lora-32-fused": Call(rank=32, dropout_on="input", design="fused"),
     "aurora-qkv": Call(rank=64, out_blocks=3, core="diagonal", dropout_on="core"),
     "aurora-released": Call(rank=64, core="dense", dropout_on="rank"),
     "lora-32-fp32": Call(FP32, rank=32, dropout_on="input"),
@@ -84,7 +84,7 @@ SWEEP = {
     for rank in (16, 32, 64)
     for core, blocks in ((None, (1, 1)), ("diagonal", (1, 4)), ("dense", (3, 1)))
     for place in ("input", "core" if rank == 32 else "rank")
-    for design in (None, "D3")
+    for design in (None, "fused")
     if design is None or (rank <= 32 and blocks[1] == 1)
 }
 
@@ -119,7 +119,7 @@ def check(call: Call, arch: int, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("name", CALLS)
 def test_machine_code(name, arch, monkeypatch):
     kernels = check(CALLS[name], arch, monkeypatch)
-    expected = {"_fused_kernel"} if CALLS[name].design == "D3" else {"_shrink_kernel", "_expand_kernel"}
+    expected = {"_fused_kernel"} if CALLS[name].design == "fused" else {"_shrink_kernel", "_expand_kernel"}
     assert expected | {"_up_bwd_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"} <= set(kernels)
     if CALLS[name].core:
         assert {"_mix_kernel", "_core_bwd_kernel"} <= set(kernels)
@@ -162,4 +162,4 @@ def test_launch_counts():
     names = [launch.kernel.__name__ for launch in CALLS["lora"].launches()]
     assert names[:2] == ["_shrink_kernel", "_expand_kernel"]
     assert names[2:] == ["_up_bwd_kernel", "_sum_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"]
-    assert CALLS["lora-32-D3"].launches()[0].kernel.__name__ == "_fused_kernel"
+    assert CALLS["lora-32-fused"].launches()[0].kernel.__name__ == "_fused_kernel"

@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels import kinds
 from peft_kernels.adapters.aurora import blocks_of, reading_of
-from peft_kernels.adapters.matching import Match, guess_target
+from peft_kernels.adapters.targets import Match, guess_target
+from peft_kernels.autocast import autocast_off
 from peft_kernels.backend import Choice, resolve
-from peft_kernels.checks import autocast_off
 from peft_kernels.cores import cp_core, tucker_core
 from peft_kernels.integrations.peft.fused_linear import why_not_base, why_not_input, why_not_now
 from peft_kernels.layers.per_pass import PerPass

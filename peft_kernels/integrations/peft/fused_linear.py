@@ -19,8 +19,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from peft_kernels import kinds
+from peft_kernels.autocast import autocasts, linear_dtype
 from peft_kernels.backend import Choice, resolve
-from peft_kernels.checks import DTYPES, autocasts, linear_dtype
+from peft_kernels.checks import DTYPES
 from peft_kernels.integrations.peft.mixed_batches import shared_rows, sorted_rows
 from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear, stack_adapters
 from peft_kernels.ops.lowrank_linear import lowrank_linear

@@ -9,7 +9,7 @@ from adapter_models import build
 from torch import nn
 
 from peft_kernels.adapters import LoRAConfig
-from peft_kernels.adapters.matching import find_targets, guess_target
+from peft_kernels.adapters.targets import find_targets, guess_target
 from peft_kernels.presets import Target
 
 

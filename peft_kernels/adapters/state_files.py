@@ -19,7 +19,7 @@ from peft_kernels.adapters.checkpoint import (
 from peft_kernels.adapters.config import AdapterConfig
 from peft_kernels.adapters.heads import head_modules, named_state
 from peft_kernels.adapters.lora_files import write_lora
-from peft_kernels.adapters.matching import Match
+from peft_kernels.adapters.targets import Match
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 
 Self = TypeVar("Self", bound="AdapterFiles")
