@@ -1,4 +1,4 @@
-"""What "auto" takes on a GPU, as peft_kernels/fastest.py has it: the fastest of ours by operation, kind and dtype.
+"""What "auto" takes on a GPU, as peft_kernels/fastest.py has it: the fastest of ours by operation, kind, dtype and architecture.
 
 By the time in a CUDA graph, which is the device's: eager calls wait for the host, whoever computes. Where an operation
 cannot be captured, by the eager one. A kind's cases count if Triton and whoever is compared with it are in them.
@@ -23,15 +23,15 @@ KINDS: dict[str, Callable[[dict], tuple[str, str]]] = {  # of a case: the operat
 }
 
 
-def fastest(device: dict) -> dict[tuple[str, str, str], str]:
-    """{(operation, kind, "float32" or "half"): backend} of one device's results."""
-    found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+def fastest(device: dict) -> dict[tuple[str, str, str, int], str]:
+    """{(operation, kind, "float32" or "half", architecture): backend} of one device's results."""
+    found: dict[tuple[str, str, str, int], list[dict[str, float]]] = {}
     for case in device["cases"]:
         times = dict(_times(case["results"]))
         if "triton" in times:
             op, kind = KINDS[case["op"]](case)
             dtype = "float32" if case["dtype"] == "float32" else "half"
-            found.setdefault((op, kind, dtype), []).append(times)
+            found.setdefault((op, kind, dtype, device["architecture"]), []).append(times)
     return {key: _fastest(cases) for key, cases in sorted(found.items())}
 
 
@@ -58,10 +58,12 @@ def text(devices: Sequence[dict]) -> str:
     """fastest.py, by the first GPU."""
     device = next((each for each in devices if each["kind"] == "gpu"), None)
     rows = fastest(device) if device else {}
-    lines = "".join(f'    ("{op}", "{kind}", "{dtype}"): "{name}",\n' for (op, kind, dtype), name in rows.items())
+    lines = "".join(
+        f'    ("{op}", "{kind}", "{dtype}", {arch}): "{name}",\n' for (op, kind, dtype, arch), name in rows.items()
+    )
     return (
-        '"""What "auto" takes on a GPU, by operation, kind of call and dtype: made by `make tables` from '
-        'benchmarks/results/."""\n\n'
+        '"""What "auto" takes on a GPU, by operation, kind, dtype and architecture: `make tables` makes it of '
+        'results/."""\n\n'
         f'SOURCE = "{device["device"] + ", " + device["date"] if device else ""}"\n'
-        f"FASTEST: dict[tuple[str, str, str], str] = {{{chr(10) + lines if lines else ''}}}\n"
+        f"FASTEST: dict[tuple[str, str, str, int], str] = {{{chr(10) + lines if lines else ''}}}\n"
     )

@@ -12,6 +12,7 @@ import torch
 import peft_kernels
 from peft_kernels import environment, triton_kernels
 from peft_kernels.adapters.checkpoint import write_atomically
+from peft_kernels.devices import architecture
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -40,6 +41,7 @@ def provenance(device: torch.device) -> dict:
         "kind": "gpu" if on_gpu else "cpu",
         "device": torch.cuda.get_device_name(device) if on_gpu else report["machine"]["processor"],
         "driver": report["gpu"].get("driver") if on_gpu else None,
+        "architecture": architecture(device.index) if on_gpu else None,
         "threads": None if on_gpu else torch.get_num_threads(),
         "versions": {name: version for name, version in report["versions"].items() if version},
         "commit": _commit(),

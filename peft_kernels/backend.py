@@ -4,23 +4,24 @@ A backend is named per call (`backend="triton"`), per block (`with use_backend("
 (`PEFT_KERNELS_BACKEND=triton`), in that order. A named backend that cannot run raises; only "auto" chooses.
 """
 
-import functools
-import importlib.util
 import os
-import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .cuda_kernels import support as cuda
+from .devices import architecture, constant_in_graphs
 from .fastest import FASTEST, SOURCE
+from .records import Case
+from .torch_kernels import support as plain_torch
+from .triton_kernels import support as triton
 
-BACKENDS = ("cuda", "triton", "torch")
+SUPPORT = {"cuda": cuda, "triton": triton, "torch": plain_torch}  # each says by `unsupported` what it cannot run
+BACKENDS = tuple(SUPPORT)
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_RANK = {"cuda": 128, "triton": 64}  # what one tile of each kernel set holds
 
 
 class Choice(NamedTuple):
@@ -61,42 +62,50 @@ class use_backend:
 
 
 def resolve(
-    op: str, tensors: Sequence[Tensor | None], requested: str = "auto", *, rank: int = 1, kind: str = ""
+    op: str, tensors: Sequence[Tensor | None], requested: str = "auto", *, kind: str = "", **case: Any
 ) -> Choice:
     """The backend for one call of `op` on `tensors` (None entries are ignored; the first tensor decides the device).
 
     requested: "auto" | "cuda" | "triton" | "torch"; "auto" defers to `use_backend`, then to PEFT_KERNELS_BACKEND, and
-    then chooses: torch on a CPU; on a GPU what fastest.py has for this operation, kind of call (kinds.py) and dtype,
-    and Triton where it has nothing. What cannot run there leaves its place to Triton, and that to torch.
+    then chooses: torch on a CPU; on a GPU what fastest.py has for this operation, kind of call (kinds.py), dtype and
+    architecture, and Triton where it has nothing. What cannot run there leaves its place to Triton, and that to torch.
+    case: fields of `records.Case`: what else a backend may refuse
     Raises BackendUnavailableError (a ValueError), with the reason, if a named backend cannot run the call.
     """
-    name, origin = _checked_name(requested, "backend"), "backend="
-    if name == "auto":
-        name, origin = _requested.names[-1], "use_backend"
-    if name == "auto":
-        name, origin = _checked_name(_from_environment(), ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
-    given = [t for t in tensors if t is not None]
-    device, dtype = given[0].device, given[0].dtype
+    name, origin = requested_by(requested)
+    _checked_name(name, origin if origin == ENVIRONMENT_VARIABLE else "backend")
+    first = next(t for t in tensors if t is not None)
+    asked = Case(op, first.device, first.dtype, **case)
     if name != "auto":
-        problem = _cannot_run(name, device.type, dtype, rank)
-        if problem:
+        if problem := SUPPORT[name].unsupported(asked):
             raise BackendUnavailableError(f"{op}: backend {name!r} (asked for by {origin}) cannot run: {problem}")
         return Choice(name, f"asked for by {origin}")
-    if device.type != "cuda":
-        return Choice("torch", f"the tensors are on {device.type}, where only torch is fast")
-    fastest = FASTEST.get((op, kind, "float32" if dtype == torch.float32 else "half"))
+    if first.device.type != "cuda":
+        return Choice("torch", f"the tensors are on {first.device.type}, where only torch is fast")
+    dtype = "float32" if first.dtype == torch.float32 else "half"
+    fastest = FASTEST.get((op, kind, dtype, architecture(first.device.index)))
     reason = "the tensors are on a GPU" if fastest is None else f"the fastest on {SOURCE}"
     for name in dict.fromkeys((fastest or "triton", "triton")):
-        if not (problem := _cannot_run(name, device.type, dtype, rank)):
+        if not (problem := SUPPORT[name].unsupported(asked)):
             return Choice(name, reason)
         reason = f"{name} cannot run: {problem}"
     return Choice("torch", reason)
 
 
+def requested_by(backend: str) -> tuple[str, str]:
+    """The backend's name that counts, "auto" perhaps, and where it comes from; not checked."""
+    if backend != "auto":
+        return backend, "backend="
+    if (name := _requested.names[-1]) != "auto":
+        return name, "use_backend"
+    return _from_environment(), ENVIRONMENT_VARIABLE
+
+
 def status() -> dict[str, str | None]:
     """Each backend's name with None if it can run on this machine, or else the reason why not."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: _cannot_run(name, device, torch.float32, 1) for name in BACKENDS}
+    case = Case("", torch.device(device), torch.float32)
+    return {name: support.unsupported(case) for name, support in SUPPORT.items()}
 
 
 def explain(model: nn.Module) -> dict[str, Choice]:
@@ -114,61 +123,17 @@ def explain(model: nn.Module) -> dict[str, Choice]:
     return choices
 
 
-def _constant_in_graphs(function: Callable) -> Callable:
-    """What torch.compiler.assume_constant_result does, without its import of the whole compiler (1 s)."""
-    function._dynamo_marked_constant = True
-    return function
-
-
 def _checked_name(name: str, argument: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{argument}: expected 'auto', 'cuda', 'triton' or 'torch', got {name!r}")
     return name
 
 
-@_constant_in_graphs
+@constant_in_graphs
 def _from_environment() -> str:
-    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    """os.environ.get, past the five calls that it is made of."""
+    value = os.environ._data.get(_ENVIRONMENT_KEY)
+    return "auto" if value is None else os.environ.decodevalue(value)
 
 
-def _cannot_run(name: str, device_type: str, dtype: torch.dtype, rank: int) -> str | None:
-    if name == "torch":
-        return None
-    if dtype not in KERNEL_DTYPES:
-        return f"its kernels take float32, bfloat16 and float16, not {dtype}"
-    if rank > MAX_RANK[name]:
-        return f"its kernels take ranks up to {MAX_RANK[name]}, not {rank}"
-    return _missing(name, device_type) or None
-
-
-@_constant_in_graphs
-def _missing(name: str, device_type: str) -> str:
-    """What this machine lacks to run a kernel backend on such a device; "" for nothing."""
-    return _find_missing(name, device_type)
-
-
-@functools.lru_cache
-def _find_missing(name: str, device_type: str) -> str:
-    if device_type not in ("cuda", "cpu"):
-        return f"its kernels run on CUDA devices, not on {device_type}"
-    if device_type == "cuda" and torch.version.hip:
-        return "its kernels have not been tried on ROCm"
-    if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        return "its kernels need compute capability 8.0 or newer"
-    if name == "triton":
-        if not _importable("triton"):
-            return "triton is not installed (pip install triton)"
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "the tensors are on the CPU (TRITON_INTERPRET=1, set before the first call, interprets them there)"
-        return ""
-    if not _importable("peft_kernels._C"):
-        return "peft_kernels was built without its CUDA kernels (reinstall with nvcc on the PATH)"
-    from peft_kernels.cuda_kernels import extension
-
-    if device_type == "cpu" and not extension().build_info()["emulated"]:
-        return "the tensors are on the CPU"
-    return ""
-
-
-def _importable(module: str) -> bool:
-    return module in sys.modules or importlib.util.find_spec(module) is not None
+_ENVIRONMENT_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)

@@ -119,3 +119,8 @@ def check_linear(x: object, weight: object, bias: Tensor | None, hidden: Tensor 
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
     return x, weight if quantized else tensors["weight"], tensors["bias"], tensors["hidden"]
+
+
+def refuse_second_derivative(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: has first derivatives only; call backward without create_graph=True")

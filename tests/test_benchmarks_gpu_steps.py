@@ -323,7 +323,7 @@ def test_all_rows_are_one_strip_while_a_sanitizer_watches():
 def test_the_watched_shapes_are_wider_than_any_tile(dtype):
     """Rows, both widths and the rank: a loop over one of them goes round more than once, the last time in part."""
     rows, inner, outer, rank = gpu_work.LOOPS["lowrank_linear"]
-    tiles = config.lowrank_linear_config(config.LowRankShape(rows, inner, outer, rank), dtype, 90)
+    tiles = config.lowrank_linear_config(config.LowRankShape(inner, outer, rank), dtype, 90)
     for tile in (tiles.shrink, tiles.expand, tiles.up_bwd, tiles.down_bwd):
         assert rows > tile.rows and rows % tile.rows and inner > tile.columns and inner % tile.columns
     assert rank > tiles.chunk_r and rank % tiles.block_r

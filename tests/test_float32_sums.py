@@ -105,7 +105,7 @@ def limit(left: Tensor, right: Tensor, slices: int) -> float:
 
 
 def tiles(rank: int):
-    return lowrank_linear_config(LowRankShape(0, 0, 0, rank), torch.float32, H100)
+    return lowrank_linear_config(LowRankShape(0, 0, rank), torch.float32, H100)
 
 
 def down_strips(rows: int, width: int, rank: int) -> partial:
@@ -172,7 +172,7 @@ def test_tiles_make_short_chains():
     """Every loop over a product takes this many terms at a time."""
     for arch in (80, 90, 100):
         for rank in (16, 32, 64):
-            config = lowrank_linear_config(LowRankShape(0, 0, 0, rank), torch.float32, arch)
+            config = lowrank_linear_config(LowRankShape(0, 0, rank), torch.float32, arch)
             batched = batched_config(rank, torch.float32, arch)
             lengths = [config.shrink.columns, config.fused.depth, config.up_bwd.rows, config.up_bwd.columns]
             lengths += [config.core_bwd.rows, config.down_bwd.rows, batched.shrink.columns, batched.gram.rows]

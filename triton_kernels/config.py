@@ -33,15 +33,22 @@ SUM = Tile(rows=32, columns=64, warps=4, stages=1)  # partial sums side by side 
 
 @dataclass(frozen=True)
 class LowRankShape:
-    """The sizes of one `lowrank_linear`: x (rows, in_features), y (rows, out_features)."""
+    """The sizes of one `lowrank_linear`: x (rows, in_features), y (rows, out_features), whatever the rows."""
 
-    rows: int
     in_features: int
     out_features: int
     rank: int
     in_blocks: int = 1
     out_blocks: int = 1
     dropout: bool = False  # of x: its masks cost a thin pass more than its memory
+
+    @property
+    def block_columns(self) -> int:
+        return self.in_features // self.in_blocks
+
+    @property
+    def block_rows(self) -> int:
+        return self.out_features // self.out_blocks
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def lowrank_linear_config(
 ) -> LowRankLinearConfig:
     """The design and tiles of one shape: passes wherever no committed measurement prefers another, and none does yet.
 
-    The number of rows does not matter, and rank only by its power of two: neither recompiles anything in its bucket.
+    Rank matters by its power of two only, so that another one recompiles nothing in its bucket.
     Raises ValueError for a rank above MAX_RANK, and if `design` is asked for and cannot run this shape.
     """
     block_r = _block_rank(shape.rank)
@@ -144,13 +151,14 @@ def fused_problem(shape: LowRankShape) -> str | None:
     return None
 
 
-def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:
+def strip_tiles(rows: int, tile: Tile, programs: int) -> int:
     """Row tiles that one program walks through, so that all programs run at a time: in one wave.
 
-    But no more than LONGEST_RUN.
+    programs: how many may share the rows, at least one of them. But no more tiles than LONGEST_RUN.
     """
     row_tiles = -(-rows // tile.rows)
-    return min(LONGEST_RUN, max(1, -(-row_tiles // max(1, _programs(tile, arch) // column_tiles))))
+    tiles = -(-row_tiles // (programs or 1))
+    return LONGEST_RUN if tiles > LONGEST_RUN else tiles or 1
 
 
 @dataclass(frozen=True)
@@ -181,11 +189,11 @@ def adapter_strips(rows: int, adapters: int, tile: Tile, column_tiles: int, arch
 
     The number never depends on how the rows are spread over the adapters, which the host does not know.
     """
-    wanted = _programs(tile, arch) // (adapters * column_tiles)
+    wanted = programs(tile, arch) // (adapters * column_tiles)
     return max(1, min(wanted, -(-rows // tile.rows)))
 
 
-def _programs(tile: Tile, arch: int) -> int:
+def programs(tile: Tile, arch: int) -> int:
     """How many run at a time."""
     return tile.resident * PROCESSORS[_nearest(arch, PROCESSORS)]
 

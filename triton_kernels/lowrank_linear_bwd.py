@@ -5,22 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    add_dot,
-    architecture,
-    dot_constants,
-    keep_mask,
-    launch,
-    load_rng,
-    load_scale,
-    scale_arguments,
-    sum_partials,
-)
-from .config import LowRankLinearConfig, Tile, strip_tiles
+from .common import NULL, add_dot, keep_mask, load_rng, load_scale, programs
+from .config import strip_tiles
 from .lowrank_linear_fwd import (
-    Scale,
-    blocks,
-    core_kind,
+    Drop,
+    Setting,
     keep_input,
     load_dense,
     load_diagonal,
@@ -75,20 +64,41 @@ def _up_bwd_kernel(
 def _load_d_mixed(
     t_ptr, rng_ptr, scale_ptr, scale, rows, o, first, M, R, chunks, threshold, keep_scale,
     O: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr = 0,
 ):  # fmt: skip
-    """dS_o = s · Σ_chunks t, through S's mask, from column `first` on; (BLOCK_M, WIDTH) in float32."""
+    """dS_o = s · Σ_chunks t, through S's mask, from column `first` on; (BLOCK_M, WIDTH) in float32.
+
+    CHUNKS: their number, if it is a constant: without a loop in it, a loop around this still loads ahead.
+    """
     offs_r = first + tl.arange(0, WIDTH)
     mask = (rows < M)[:, None] & (offs_r < R)[None, :]
     pointers = t_ptr + (rows[:, None] * O + o) * R + offs_r[None, :]
     total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    for _ in range(chunks):
+    for _ in tl.static_range(CHUNKS):
         total += tl.load(pointers, mask=mask, other=0.0)
         pointers += tl.cast(M, tl.int64) * O * R
+    if CHUNKS == 0:
+        for _ in range(chunks):
+            total += tl.load(pointers, mask=mask, other=0.0)
+            pointers += tl.cast(M, tl.int64) * O * R
     total *= load_scale(scale_ptr, scale)
     if DROPOUT == "core":
         kept = keep_mask(load_rng(rng_ptr), rows, o * BLOCK_R + first, threshold, BLOCK_M, WIDTH)
         total = tl.where(kept, total * keep_scale, 0.0)
     return total
+
+
+@triton.jit
+def _drop_hidden(
+    dz, rng_ptr, rows, i, threshold, keep_scale, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """dz_i through z's mask; with x's mask its 1/(1-p) only."""
+    if DROPOUT == "rank":
+        kept = keep_mask(load_rng(rng_ptr), rows, i * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
+        dz = tl.where(kept, dz * keep_scale, 0.0)
+    if DROPOUT == "input":
+        dz *= keep_scale
+    return dz
 
 
 @triton.jit(do_not_specialize=["M", "R", "chunks", "threshold"])
@@ -97,10 +107,7 @@ def _hidden_bwd_kernel(
     O: tl.constexpr, I: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr,
 ):  # fmt: skip
-    """dz_i = Σ_o dS_o ∘ c[o, i], or Σ_o dS_o K[o, i], through z's mask; with x's mask its 1/(1-p) only.
-
-    grid (row tiles, I)
-    """
+    """dz_i = Σ_o dS_o ∘ c[o, i], or Σ_o dS_o K[o, i], through the mask; grid (row tiles, I)."""
     i = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -122,11 +129,7 @@ def _hidden_bwd_kernel(
             if CORE == "diagonal":
                 d_mixed *= load_diagonal(core_ptr, o * I + i, R, BLOCK_R)
             dz += d_mixed
-    if DROPOUT == "rank":
-        kept = keep_mask(load_rng(rng_ptr), rows, i * BLOCK_R, threshold, BLOCK_M, BLOCK_R)
-        dz = tl.where(kept, dz * keep_scale, 0.0)
-    if DROPOUT == "input":
-        dz *= keep_scale
+    dz = _drop_hidden(dz, rng_ptr, rows, i, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)
     pointers = dz_ptr + (rows[:, None] * I + i) * R + offs_r[None, :]
     tl.store(pointers, dz.to(dz_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (offs_r < R)[None, :])
 
@@ -177,13 +180,15 @@ def _core_bwd_kernel(
 
 @triton.jit(do_not_specialize=["M", "R", "stride_dzm", "threshold", "tiles"])
 def _down_bwd_kernel(
-    x_ptr, dz_ptr, down_ptr, dx_ptr, d_down_ptr, rng_ptr, M, KB, R, stride_xm, stride_dzm, stride_dxm, threshold, tiles,
-    I: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr,
+    x_ptr, dz_ptr, down_ptr, dx_ptr, d_down_ptr, rng_ptr, scale_ptr, scale, M, KB, R, stride_xm, stride_dzm, stride_dxm,
+    threshold, keep_scale, tiles,
+    I: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One read of x: d_down[i, strip] = dz_iᵀ drop(x_i) over this strip of rows, and dx_i = mask ∘ (dz_i A).
 
+    CHUNKS: dz_ptr points to so many chunks of t, and dz is made of them as hidden_bwd makes it where there is no core.
     d_down (I · strips, R, KB) holds float32 partial sums; grid (I · column tiles, strips).
     """
     column_tiles = tl.cdiv(KB, BLOCK_K)
@@ -195,7 +200,8 @@ def _down_bwd_kernel(
     mask_k, mask_r = offs_k < KB, offs_r < R
     # On its side the result has fewer than 64 rows, which sm_100 would multiply in tf32 (config.py, _float32_tiles);
     # sm_90 spills nothing so, either.
-    FLIPPED: tl.constexpr = BLOCK_R >= BLOCK_K and dz_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee"
+    FLIPPED: tl.constexpr = BLOCK_R >= BLOCK_K and tl.float32 == DOT and PRECISION == "ieee"
+    HALF: tl.constexpr = x_ptr.dtype.element_ty if NEEDS_DOWN else dx_ptr.dtype.element_ty
     if NEEDS_X:
         down = tl.load(
             down_ptr + offs_r[:, None].to(tl.int64) * KB + offs_k[None, :],
@@ -208,11 +214,19 @@ def _down_bwd_kernel(
     for tile in range(tiles):
         rows = (strip * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & mask_k[None, :]
-        dz = tl.load(
-            dz_ptr + rows[:, None] * stride_dzm + i * R + offs_r[None, :],
-            mask=(rows < M)[:, None] & mask_r[None, :],
-            other=0.0,
-        ).to(DOT)
+        if CHUNKS:
+            total = _load_d_mixed(
+                dz_ptr, rng_ptr, scale_ptr, scale, rows, 0, 0, M, R, 0, threshold, keep_scale,
+                1, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R, CHUNKS,
+            )  # fmt: skip
+            dz = _drop_hidden(total, rng_ptr, rows, 0, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)
+            dz = dz.to(HALF).to(DOT)
+        else:
+            dz = tl.load(
+                dz_ptr + rows[:, None] * stride_dzm + i * R + offs_r[None, :],
+                mask=(rows < M)[:, None] & mask_r[None, :],
+                other=0.0,
+            ).to(DOT)
         if DROPOUT == "input":
             kept = keep_input(rng, rows, i, first_column, KB, threshold, BLOCK_M, BLOCK_K)
         if NEEDS_DOWN:
@@ -232,100 +246,122 @@ def _down_bwd_kernel(
         tl.store(pointers, tl.trans(acc) if FLIPPED else acc, mask=mask_r[:, None] & mask_k[None, :])
 
 
-def up_bwd(
-    dy: Tensor, s: Tensor | None, up: Tensor, scale: Scale, needs_t: bool, needs_up: bool, config: LowRankLinearConfig
-) -> tuple[Tensor | None, Tensor | None]:
-    """-> t (chunks, M, O·R) float32 with dy_o B = Σ_chunks t, d_up"""
-    tile, (columns, rank), rows = config.up_bwd, up.shape, dy.shape[0]
-    out_blocks, chunks = dy.shape[1] // columns, triton.cdiv(columns, tile.columns)
-    tiles, strips = _strips(rows, tile, out_blocks * chunks, dy.device)
-    t = dy.new_empty(chunks, rows, out_blocks * rank, dtype=torch.float32) if needs_t else None
-    partials = dy.new_empty(out_blocks * strips, columns, rank, dtype=torch.float32) if needs_up else None
-    launch(
-        _up_bwd_kernel,
-        (out_blocks * chunks, strips),
-        (
-            dy, s if needs_up else None, up, t, partials, *scale_arguments(scale), rows, columns, rank,
-            dy.stride(0), s.stride(0) if needs_up else 0, tiles,
-        ),
-        {
-            "O": out_blocks, "NEEDS_T": needs_t, "NEEDS_UP": needs_up, **dot_constants(dy.dtype),
-            **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
-        },
-        tile,
-    )  # fmt: skip
-    return t, sum_partials(partials, up) if needs_up else None
+class UpBwd:
+    def __init__(self, to: Setting, needs_t: bool, needs_up: bool):
+        self.tile, self.rank, self.columns = to.config.up_bwd, to.shape.rank, to.shape.block_rows
+        self.blocks, self.chunks = to.shape.out_blocks, -(-self.columns // self.tile.columns)
+        self.programs = programs(self.tile, to.device) // (self.blocks * self.chunks)
+        self.needs_t, self.needs_up = needs_t, needs_up
+        self.kernel = to.kernel(
+            _up_bwd_kernel, self.tile, "O",
+            NEEDS_T=needs_t, NEEDS_UP=needs_up, BLOCK_M=self.tile.rows, BLOCK_N=self.tile.columns,
+        )  # fmt: skip
+
+    def __call__(
+        self, dy: Tensor, s: Tensor | None, up: Tensor, scale: tuple[Tensor, float], plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        """-> t (chunks, M, O·R) float32 with dy_o B = Σ_chunks t; d_up's sums (O · strips, NB, R) float32"""
+        rows, rank = dy.shape[0], self.rank
+        tiles = strip_tiles(rows, self.tile, self.programs)
+        strips = -(-rows // (tiles * self.tile.rows))
+        width, partials, t = self.blocks * rank, NULL, NULL
+        if self.needs_t:
+            t = dy.new_empty((self.chunks, rows, width), dtype=torch.float32)
+        if self.needs_up:
+            partials = dy.new_empty((self.blocks * strips, self.columns, rank), dtype=torch.float32)
+        stride_dy, stride_s = (dy.shape[1], width) if plain else (dy.stride(0), 0 if s is None else s.stride(0))
+        self.kernel.launch(
+            (self.blocks * self.chunks, strips, 1),
+            (dy, NULL if s is None else s, up, t, partials, scale[0]),
+            (scale[1], rows, self.columns, rank, stride_dy, stride_s, tiles),
+            plain,
+        )
+        return t, partials
 
 
-def hidden_bwd(
-    t: Tensor, core: Tensor | None, scale: Scale, drop: tuple, in_blocks: int, rank: int, dtype: torch.dtype,
-    config: LowRankLinearConfig,
-) -> Tensor:  # fmt: skip
-    """-> dz (M, I·R)"""
-    chunks, rows, columns = t.shape
-    dz = t.new_empty(rows, in_blocks * rank, dtype=dtype)
-    rng, threshold, keep_scale, place = drop
-    launch(
-        _hidden_bwd_kernel,
-        (triton.cdiv(rows, config.hidden_bwd.rows), in_blocks),
-        (t, core, dz, rng, *scale_arguments(scale), rows, rank, chunks, threshold, keep_scale),
-        {
-            "O": columns // rank, "I": in_blocks, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(dtype),
-            **blocks(config, BLOCK_M=config.hidden_bwd.rows, CHUNK_R=config.chunk_r),
-        },
-        config.hidden_bwd,
-    )  # fmt: skip
-    return dz
+class HiddenBwd:
+    def __init__(self, to: Setting):
+        self.tile, self.rank, self.blocks = to.config.hidden_bwd, to.shape.rank, to.shape.in_blocks
+        self.dtype = to.dtype
+        self.kernel = to.kernel(
+            _hidden_bwd_kernel, self.tile, "O", "I", "CORE", "DROPOUT", "CHUNK_R", BLOCK_M=self.tile.rows
+        )
+
+    def __call__(self, t: Tensor, core: Tensor, scale: tuple[Tensor, float], drop: Drop) -> Tensor:
+        """-> dz (M, I·R)"""
+        chunks, rows, _ = t.shape
+        dz = t.new_empty((rows, self.blocks * self.rank), dtype=self.dtype)
+        rng, threshold, keep_scale = drop
+        self.kernel.launch(
+            (-(-rows // self.tile.rows), self.blocks, 1),
+            (t, core, dz, rng, scale[0]),
+            (scale[1], rows, self.rank, chunks, threshold, keep_scale),
+            True,
+        )
+        return dz
 
 
-def core_bwd(t: Tensor, z: Tensor, core: Tensor, scale: Scale, drop: tuple, config: LowRankLinearConfig) -> Tensor:
-    """-> d_core"""
-    chunks, rows, _ = t.shape
-    out_blocks, in_blocks, rank = core.shape[:3]
-    tiles, strips = _strips(rows, config.core_bwd, out_blocks * in_blocks, t.device)
-    partials = t.new_empty(strips, *core.shape)
-    rng, threshold, keep_scale, place = drop
-    launch(
-        _core_bwd_kernel,
-        (out_blocks * in_blocks, strips, 1 if core.dim() == 3 else config.block_r // config.chunk_r),
-        (t, z, partials, rng, *scale_arguments(scale), rows, rank, z.stride(0), chunks, threshold, keep_scale, tiles),
-        {
-            "O": out_blocks, "I": in_blocks, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(z.dtype),
-            **blocks(config, BLOCK_M=config.core_bwd.rows, CHUNK_R=config.chunk_r),
-        },
-        config.core_bwd,
-    )  # fmt: skip
-    return sum_partials(partials, core)
+class CoreBwd:
+    def __init__(self, to: Setting):
+        self.tile, self.rank, self.blocks = to.config.core_bwd, to.shape.rank, to.shape.out_blocks * to.shape.in_blocks
+        self.parts = 1 if to.core == "diagonal" else to.config.block_r // to.config.chunk_r
+        self.programs = programs(self.tile, to.device) // self.blocks
+        self.kernel = to.kernel(
+            _core_bwd_kernel, self.tile, "O", "I", "CORE", "DROPOUT", "CHUNK_R", BLOCK_M=self.tile.rows
+        )
+
+    def __call__(
+        self, t: Tensor, z: Tensor, core: Tensor, scale: tuple[Tensor, float], drop: Drop, plain: bool
+    ) -> Tensor:
+        """-> d_core's sums (strips, …) float32"""
+        chunks, rows, _ = t.shape
+        tiles = strip_tiles(rows, self.tile, self.programs)
+        strips = -(-rows // (tiles * self.tile.rows))
+        partials = t.new_empty((strips, *core.shape))
+        rng, threshold, keep_scale = drop
+        stride = z.shape[1] if plain else z.stride(0)
+        self.kernel.launch(
+            (self.blocks, strips, self.parts),
+            (t, z, partials, rng, scale[0]),
+            (scale[1], rows, self.rank, stride, chunks, threshold, keep_scale, tiles),
+            plain,
+        )
+        return partials
 
 
-def down_bwd(
-    x: Tensor | None, dz: Tensor, down: Tensor, drop: tuple, needs: tuple[bool, bool], config: LowRankLinearConfig
-) -> tuple[Tensor | None, Tensor | None]:
-    """-> mask ∘ (dz A) (M, K), d_down; `needs` says which"""
-    needs_x, needs_down = needs
-    tile, (rank, columns), rows = config.down_bwd, down.shape, dz.shape[0]
-    in_blocks, column_tiles = dz.shape[1] // rank, triton.cdiv(columns, tile.columns)
-    tiles, strips = _strips(rows, tile, in_blocks * column_tiles, dz.device)
-    dx = dz.new_empty(rows, in_blocks * columns) if needs_x else None
-    partials = dz.new_empty(in_blocks * strips, rank, columns, dtype=torch.float32) if needs_down else None
-    rng, threshold, _, place = drop
-    launch(
-        _down_bwd_kernel,
-        (in_blocks * column_tiles, strips),
-        (
-            x if needs_down else None, dz, down, dx, partials, rng, rows, columns, rank,
-            x.stride(0) if needs_down else 0, dz.stride(0), dx.stride(0) if needs_x else 0, threshold, tiles,
-        ),
-        {
-            "I": in_blocks, "DROPOUT": place, "NEEDS_X": needs_x, "NEEDS_DOWN": needs_down, **dot_constants(dz.dtype),
-            **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
-        },
-        tile,
-    )  # fmt: skip
-    return dx, sum_partials(partials, down) if needs_down else None
+class DownBwd:
+    """chunks: of t, from which the kernel makes dz itself; 0: it reads dz"""
 
+    def __init__(self, to: Setting, needs_x: bool, needs_down: bool, chunks: int = 0):
+        self.tile, self.rank, self.columns = to.config.down_bwd, to.shape.rank, to.shape.block_columns
+        self.blocks, self.column_tiles = to.shape.in_blocks, -(-self.columns // self.tile.columns)
+        self.programs = programs(self.tile, to.device) // (self.blocks * self.column_tiles)
+        self.needs_x, self.needs_down, self.dtype = needs_x, needs_down, to.dtype
+        self.kernel = to.kernel(
+            _down_bwd_kernel, self.tile, "I", "DROPOUT",
+            NEEDS_X=needs_x, NEEDS_DOWN=needs_down, CHUNKS=chunks, BLOCK_M=self.tile.rows, BLOCK_K=self.tile.columns,
+        )  # fmt: skip
 
-def _strips(rows: int, tile: Tile, column_tiles: int, device: torch.device) -> tuple[int, int]:
-    """Row tiles per strip, and the number of strips."""
-    tiles = strip_tiles(rows, tile, column_tiles, architecture(device))
-    return tiles, triton.cdiv(rows, tiles * tile.rows)
+    def __call__(
+        self, x: Tensor | None, dz: Tensor, down: Tensor, scale: tuple[Tensor, float], drop: Drop, plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        """dz (M, I·R), or t -> mask ∘ (dz A) (M, K); d_down's sums (I · strips, R, KB) float32"""
+        rows, width = dz.shape[-2:]
+        tiles = strip_tiles(rows, self.tile, self.programs)
+        strips = -(-rows // (tiles * self.tile.rows))
+        features, dx, partials = self.blocks * self.columns, NULL, NULL
+        if self.needs_x:
+            dx = dz.new_empty((rows, features), dtype=self.dtype)
+        if self.needs_down:
+            partials = dz.new_empty((self.blocks * strips, self.rank, self.columns), dtype=torch.float32)
+        rng, threshold, keep_scale = drop
+        stride_x, stride_dz = (features, width) if plain else (0 if x is None else x.stride(0), dz.stride(-2))
+        self.kernel.launch(
+            (self.blocks * self.column_tiles, strips, 1),
+            (NULL if x is None else x, dz, down, dx, partials, rng, scale[0]),
+            (
+                scale[1], rows, self.columns, self.rank, stride_x, stride_dz, features, threshold, keep_scale, tiles,
+            ),
+            plain,
+        )  # fmt: skip
+        return dx, partials

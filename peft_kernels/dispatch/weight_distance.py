@@ -7,60 +7,14 @@ and any row stride, and is float32 unless said otherwise (the torch backend take
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peft_kernels.autocast import autocast_off
 from peft_kernels.dispatch.common import kernels
-
-
-class Distance(NamedTuple):
-    """One matrix: target ← decay · target + (1 − decay) · live, then error = Σ left · right + (base − target).
-
-    With a bias: the same for target_bias, then e = base_bias + shift · shift_vector + shift_last − target_bias.
-    """
-
-    target: Tensor  # (out, in), changed in place if there is a live one
-    base: Tensor  # (out, in)
-    pairs: tuple[tuple[Tensor, Tensor], ...]  # none to two (left (out, R), right (R, in))
-    error: Tensor  # (out, in), written
-    live: Tensor | None = None  # (out, in) float32, bfloat16 or float16
-    target_bias: Tensor | None = None  # (out,), changed in place if there is a live one
-    base_bias: Tensor | None = None  # (out,)
-    live_bias: Tensor | None = None  # (out,) likewise
-    shift: Tensor | None = None  # (out, k), with shift_vector (k,)
-    shift_vector: Tensor | None = None
-    shift_last: Tensor | None = None  # (out,), any stride
-    bias_gradient: Tensor | None = None  # (out,), any stride: the loss's gradient by e is written here
-
-
-class Results(NamedTuple):
-    """What `weight_distance_fwd` writes for each of n matrices."""
-
-    sums: Tensor  # (n, 6): Σ error², Σ (target − base)², Σ base²; Σ e², Σ (target_bias − base_bias)², Σ base_bias²
-    losses: Tensor  # (n,): weight and bias, reduced
-    factors: Tensor  # (n,): the loss's gradient by the error is this factor times the error; times loss_scale
-
-
-class Term(NamedTuple):
-    """factor · op(left) · op(right), transposed as the product's form says."""
-
-    left: Tensor
-    right: Tensor
-    factor: Tensor | None = None  # 0-d
-    right_last: Tensor | None = None  # (K,), form "nn" only: one more column of `right`, kept elsewhere
-
-
-class Product(NamedTuple):
-    """result = Σ terms, or += where it accumulates. Products that run together do not depend on each other."""
-
-    form: str  # "nn": left (M, K), right (K, N) | "nt": right (N, K) | "tn": left (K, M), right (K, N)
-    result: Tensor  # (M, N)
-    terms: tuple[Term, ...]
-    accumulate: bool = False
-    result_last: Tensor | None = None  # (M,): where the product has one column more than `result`, its last one
+from peft_kernels.records import Distance, Product, Results, Term  # noqa: F401
 
 
 def _module(backend: str) -> ModuleType:

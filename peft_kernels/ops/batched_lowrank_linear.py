@@ -27,9 +27,17 @@ from torch.nn import functional as F
 from peft_kernels import kinds
 from peft_kernels.autocast import autocast_off
 from peft_kernels.backend import resolve
-from peft_kernels.checks import check_factor, check_linear, check_scale, check_shape, check_tensor
+from peft_kernels.checks import (
+    check_factor,
+    check_linear,
+    check_scale,
+    check_shape,
+    check_tensor,
+    refuse_second_derivative,
+)
 from peft_kernels.dispatch import batched_lowrank_linear as dispatch
-from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows, shaped
+from peft_kernels.quantized import QuantizedWeight, dense
+from peft_kernels.rows import contiguous, rows, shaped
 
 SEGMENT_ROWS = 64  # the kernels' constant: no tile has more rows, or rows of two adapters
 

@@ -28,9 +28,16 @@ from torch import Tensor
 
 from peft_kernels.autocast import autocasts
 from peft_kernels.backend import resolve
-from peft_kernels.checks import check_choice, check_factor, check_scale, check_shape, check_tensor
+from peft_kernels.checks import (
+    check_choice,
+    check_factor,
+    check_scale,
+    check_shape,
+    check_tensor,
+    refuse_second_derivative,
+)
 from peft_kernels.dispatch import gated_query as dispatch
-from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows, shaped
+from peft_kernels.rows import contiguous, rows, shaped
 
 MODES = ("additive", "gated")
 _SCALE = 0.1  # of the released code

@@ -17,13 +17,15 @@ Kept for the backward: x itself (not a copy), z, and the random seed. Uses: LoRA
 (doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation (arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
 """
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_kernels import kinds
-from peft_kernels.autocast import autocast_off, linear_dtype
-from peft_kernels.backend import resolve
+from peft_kernels.autocast import autocast_off, autocasts, linear_dtype
+from peft_kernels.backend import requested_by, resolve
 from peft_kernels.checks import (
     check_choice,
     check_factor,
@@ -33,12 +35,20 @@ from peft_kernels.checks import (
     check_scale,
     check_shape,
     check_tensor,
+    refuse_second_derivative,
 )
-from peft_kernels.dispatch import lowrank_linear as dispatch
-from peft_kernels.ops._frozen import QuantizedWeight, contiguous, dense, refuse_second_derivative, rows, shaped
+from peft_kernels.operator import Operator
+from peft_kernels.quantized import QuantizedWeight, dense
+from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
+from peft_kernels.rows import rows, shaped
+from peft_kernels.torch_kernels import lowrank_linear as launchers
 
 DROPOUT_PLACES = ("input", "rank", "core")
 DESIGNS = (None, "passes", "fused")
+lowrank_linear_fwd = Operator(launchers.lowrank_linear_fwd)
+lowrank_linear_bwd = Operator(launchers.lowrank_linear_bwd)
+lowrank_hidden_fwd = Operator(launchers.lowrank_hidden_fwd)
+lowrank_hidden_bwd = Operator(launchers.lowrank_hidden_bwd)
 
 
 def lowrank_linear_reference(
@@ -60,50 +70,63 @@ def lowrank_linear_reference(
     return F.linear(x, weight, bias) + scale * update
 
 
+class _Plan(NamedTuple):
+    """What the checks of one kind of call came to."""
+
+    backend: str
+    design: str | None
+    dtype: torch.dtype | None  # that autocast asks for
+    drops: int  # columns of the mask; 0: nothing is dropped
+    flat_core: bool  # (R,) or (R, R), which kernels take as one block
+    ready: bool  # factors are contiguous, and a tensor scale is float32 for kernels
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, core, scale, hidden, rng, dropout_p, dropout_on, design, backend):
-        needs_x, needs_weight, _, needs_down, needs_up, needs_core = ctx.needs_input_grad[:6]
-        hidden_rows = None if hidden is None else rows(hidden)
-        args = (rows(x), dense(weight, x.dtype), bias, down, up, core, scale, hidden_rows, rng)
-        y, z = dispatch.lowrank_linear_fwd(backend, *args, dropout_p, dropout_on, design)
+    def forward(ctx, x, weight, bias, down, up, core, scale, z, dropout, plan):
+        needs_x, needs_weight, _, needs_down, needs_up, needs_core, *_ = ctx.needs_input_grad
+        factors = Factors(None if z is not None else down, up, core, scale, None if z is None else rows(z))
+        backend, design = plan[:2]
+        y, own_z = lowrank_linear_fwd(backend, rows(x), dense(weight, x.dtype), bias, factors, dropout, design)
         ctx.save_for_backward(
-            x if needs_weight or (needs_down and hidden is None) else None,
+            x if needs_weight or (needs_down and z is None) else None,
             weight if needs_x and isinstance(weight, Tensor) else None,
-            down if hidden is None else None,
+            factors.down,
             up,
             core,
             scale if isinstance(scale, Tensor) else None,
-            (z if hidden is None else hidden) if needs_up or needs_core else None,
-            rng,
+            (own_z if z is None else z) if needs_up or needs_core else None,
+            dropout.rng,
         )
         ctx.scale = None if isinstance(scale, Tensor) else scale
         ctx.quantized = None if isinstance(weight, Tensor) else weight
-        ctx.x_shape, ctx.hidden_shape = x.shape, None if hidden is None else hidden.shape
-        ctx.settings = (dropout_p, dropout_on, design, backend)
-        return shaped(y, *x.shape[:-1], y.shape[-1])
+        ctx.x_shape, ctx.z_shape = x.shape, None if z is None else z.shape
+        ctx.dropout, ctx.backend = (dropout.p, dropout.on), plan.backend
+        return y if x.ndim == 2 else shaped(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("lowrank_linear")
         x, weight, down, up, core, scale, z, rng = ctx.saved_tensors
-        dropout_p, dropout_on, design, backend = ctx.settings
-        needs_x, needs_weight, needs_bias, needs_down, needs_up, needs_core, _, needs_hidden = ctx.needs_input_grad[:8]
-        needs = (needs_x, needs_down and down is not None, needs_up, needs_core, needs_hidden)
+        needs_x, needs_weight, needs_bias, needs_down, needs_up, needs_core, _, needs_z, *_ = ctx.needs_input_grad
+        needs = Needs(needs_x, needs_down and down is not None, needs_up, needs_core, needs_z)
         if needs_x and ctx.quantized is not None:
             weight = dense(ctx.quantized, dy.dtype)
-        scale = ctx.scale if scale is None else scale
         dy = rows(dy)
         x = None if x is None else rows(x)
-        args = (dy, x if needs[1] else None, weight, down, up, core, scale, None if z is None else rows(z), rng)
-        grads = dispatch.lowrank_linear_bwd(backend, *args, dropout_p, dropout_on, needs, design)
-        dx, d_down, d_up, d_core, d_hidden = grads
-        dx = None if dx is None else dx.view(ctx.x_shape)
-        with autocast_off(dy):
-            d_weight = dy.t() @ x if needs_weight else None
-            d_bias = dy.sum(0) if needs_bias else None
-        d_hidden = None if d_hidden is None else d_hidden.view(ctx.hidden_shape)
-        return dx, d_weight, d_bias, d_down, d_up, d_core, None, d_hidden, None, None, None, None, None
+        dx = d_down = d_up = d_core = d_z = d_weight = d_bias = None
+        if any(needs):
+            factors = Factors(down, up, core, ctx.scale if scale is None else scale, None if z is None else rows(z))
+            dropout, own_x = Dropout(rng, *ctx.dropout), x if needs.down else None
+            grads = lowrank_linear_bwd(ctx.backend, dy, own_x, weight, factors, dropout, needs)
+            dx, d_down, d_up, d_core, d_z = grads
+        if needs_weight or needs_bias:
+            with autocast_off(dy):
+                d_weight = dy.t() @ x if needs_weight else None
+                d_bias = dy.sum(0) if needs_bias else None
+        dx = dx if dx is None or len(ctx.x_shape) == 2 else dx.view(ctx.x_shape)
+        d_z = None if d_z is None else d_z.view(ctx.z_shape)
+        return dx, d_weight, d_bias, d_down, d_up, d_core, None, d_z, None, None
 
 
 class _LowRankHidden(torch.autograd.Function):
@@ -111,7 +134,7 @@ class _LowRankHidden(torch.autograd.Function):
     def forward(ctx, x, down, input_blocks, backend):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, down)
         ctx.x_shape, ctx.backend = x.shape, backend
-        z = dispatch.lowrank_hidden_fwd(backend, rows(x), down, input_blocks)
+        z = lowrank_hidden_fwd(backend, rows(x), down, input_blocks)
         return shaped(z, *x.shape[:-1], z.shape[-1])
 
     @staticmethod
@@ -119,7 +142,7 @@ class _LowRankHidden(torch.autograd.Function):
         refuse_second_derivative("lowrank_hidden")
         x, down = ctx.saved_tensors
         x = None if x is None else rows(x)
-        dx, d_down = dispatch.lowrank_hidden_bwd(ctx.backend, rows(dz), x, down, ctx.needs_input_grad[:2])
+        dx, d_down = lowrank_hidden_bwd(ctx.backend, rows(dz), x, down, ctx.needs_input_grad[:2])
         return None if dx is None else dx.view(ctx.x_shape), d_down, None, None
 
 
@@ -173,35 +196,97 @@ def lowrank_linear(
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
     if a backend asked for by name cannot run.
     """
+    options = dropout_p, dropout_on, training, backend, design
+    key = plan = None
+    if not torch.compiler.is_compiling():
+        try:
+            key = _signature(x, weight, bias, down, up, core, scale, hidden, options)
+            plan = _plans.get(key)
+        except (AttributeError, IndexError, TypeError):
+            pass  # an argument that the checks will name
+    if plan is None:
+        plan = _checked(x, weight, bias, down, up, core, scale, hidden, options)
+        if key is not None and _PLAIN.issuperset(key[:7]):
+            if len(_plans) >= 4096:
+                _plans.clear()
+            _plans[key] = plan
+    if type(scale) is float and not -_FINITE <= scale <= _FINITE:
+        check_scale(scale, x)
+    if plan.dtype is not None:
+        x, weight, bias, hidden = (t.to(plan.dtype) if isinstance(t, Tensor) else t for t in (x, weight, bias, hidden))
+    if plan.flat_core:
+        core = core[None, None]
+    if not plan.ready:
+        bias, up, core = (None if t is None else t.contiguous() for t in (bias, up, core))
+        down = down.contiguous() if hidden is None else down
+        scale = scale.to(torch.float32) if isinstance(scale, Tensor) and plan.backend != "torch" else scale
+    if hidden is not None:
+        down = down.detach()
+    dropout = KEEP_ALL
+    if plan.drops:
+        dropout = Dropout(_draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on)
+    apply = _LowRankLinear.apply if key is None else _apply
+    return apply(x, weight, bias, down, up, core, scale, hidden, dropout, plan)
+
+
+_plans: dict[tuple, _Plan] = {}
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))  # what other types hide changes without a sign
+_FINITE = torch.finfo(torch.float64).max
+_apply = super(torch.autograd.Function, _LowRankLinear).apply  # without unwrapping what functorch left
+
+
+def _signature(x, weight, bias, down, up, core, scale, hidden, options: tuple) -> tuple:
+    """All that the checks of a call, and the choice of its backend, look at: calls with the same one go the same way.
+
+    Raises AttributeError, IndexError or TypeError for what is no tensor, or cannot be a key.
+    """
+    dropout_p, dropout_on, training, backend, design = options
+    given = [t for t in (bias, down, up, core) if t is not None]
+    if torch._C._are_functorch_transforms_active():
+        raise TypeError
+    return (
+        type(x), type(weight), type(bias), type(down), type(up), type(core), type(hidden), type(scale), type(dropout_p),
+        x.dtype, x.device, x.shape[-1], 0 in x.shape, linear_dtype(x),
+        weight.dtype, weight.device, weight.shape,
+        *((t.dtype, t.device, t.shape) for t in given),
+        None if hidden is None else (hidden.dtype, hidden.device, hidden.shape[-1], hidden.shape[:-1] == x.shape[:-1]),
+        (scale.dtype, scale.device, scale.shape, scale.requires_grad) if isinstance(scale, Tensor) else None,
+        all(map(Tensor.is_contiguous, given)),
+        dropout_p, dropout_on, bool(training), design, requested_by(backend),
+    )  # fmt: skip
+
+
+def _checked(x, weight, bias, down, up, core, scale, hidden, options: tuple) -> _Plan:
+    """Raises whatever is to be raised about a call, or says how it goes."""
+    dropout_p, dropout_on, training, backend, design = options
+    check_tensor("x", x)
+    dtype = linear_dtype(x) if autocasts(x) else None
     x, weight, bias, hidden = check_linear(x, weight, bias, hidden)
+    flat_core = core is not None and isinstance(core, Tensor) and core.dim() < 3
     core = check_factors(core, x, weight, down, up)
     check_scale(scale, x)
     check_probability("dropout_p", dropout_p)
     check_choice("dropout_on", dropout_on, DROPOUT_PLACES)
     check_choice("design", design, DESIGNS)
-    rank, out_blocks, in_blocks = up.shape[1], weight.shape[0] // up.shape[0], weight.shape[1] // down.shape[1]
+    rank, blocks = up.shape[1], (weight.shape[0] // up.shape[0], weight.shape[1] // down.shape[1])
     if hidden is not None:
         if dropout_p > 0 and dropout_on == "input":
             raise ValueError('hidden: cannot be combined with dropout_on="input", which drops x before down')
-        check_shape("hidden", hidden, (*x.shape[:-1], in_blocks * rank), "(..., input blocks · R)")
+        check_shape("hidden", hidden, (*x.shape[:-1], blocks[1] * rank), "(..., input blocks · R)")
     drops = training and dropout_p > 0
     kind = kinds.linear(weight.shape[1], weight.shape[0], drops)
-    choice = resolve("lowrank_linear", (x, bias, down, up, core, hidden), backend, rank=rank, kind=kind)
+    shape = (x.numel() // x.shape[-1], x.shape[-1])
+    tensors = (x, bias, down, up, core, hidden)
+    choice = resolve("lowrank_linear", tensors, backend, kind=kind, rank=rank, blocks=blocks, shape=shape)
     if design == "fused" and hidden is not None:
         raise ValueError("design: 'fused' computes x Aᵀ itself and takes no hidden")
     if design is not None and (choice.name == "torch" or (choice.name == "cuda" and design != "passes")):
         raise ValueError(f"design: {design!r} does not exist on backend {choice.name!r} ({choice.reason})")
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
-    if run != "torch" and isinstance(scale, Tensor):
-        scale = scale.to(torch.float32)
-    rng = None
-    if drops:
-        columns = {"input": x.shape[-1], "rank": in_blocks * rank, "core": out_blocks * rank}[dropout_on]
-        rng = _draw(x, run, dropout_p, columns)
-    return _LowRankLinear.apply(
-        x, weight, contiguous(bias), down.contiguous() if hidden is None else down.detach(), up.contiguous(),
-        contiguous(core), scale, hidden, rng, dropout_p, dropout_on, design if run == "triton" else None, run,
-    )  # fmt: skip
+    columns = {"input": x.shape[-1], "rank": blocks[1] * rank, "core": blocks[0] * rank}[dropout_on]
+    ready = all(t is None or t.is_contiguous() for t in (bias, down, up, core))
+    ready = ready and (run == "torch" or not isinstance(scale, Tensor) or scale.dtype == torch.float32)
+    return _Plan(run, design if run == "triton" else None, dtype, columns if drops else 0, flat_core, ready)
 
 
 def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str = "auto") -> Tensor:
@@ -222,5 +307,6 @@ def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str 
             f"down: expected (R, in_features / input_blocks) with R ≥ 1 for x {tuple(x.shape)} and "
             f"input_blocks {input_blocks}, got {tuple(down.shape)}"
         )
-    choice = resolve("lowrank_hidden", (x, down), backend, rank=down.shape[0])
+    shape = (x.numel() // x.shape[-1], x.shape[-1])
+    choice = resolve("lowrank_hidden", (x, down), backend, rank=down.shape[0], blocks=(1, input_blocks), shape=shape)
     return _LowRankHidden.apply(x, down.contiguous(), input_blocks, choice.name if x.numel() else "torch")

@@ -25,10 +25,17 @@ from torch import Tensor
 from peft_kernels import kinds
 from peft_kernels.autocast import autocast_off
 from peft_kernels.backend import resolve
-from peft_kernels.checks import check_core, check_factor, check_scale, check_shape, check_tensor
-from peft_kernels.dispatch import lowrank_linear as hidden_dispatch
+from peft_kernels.checks import (
+    check_core,
+    check_factor,
+    check_scale,
+    check_shape,
+    check_tensor,
+    refuse_second_derivative,
+)
 from peft_kernels.dispatch import reconstruct as dispatch
-from peft_kernels.ops._frozen import contiguous, refuse_second_derivative, rows
+from peft_kernels.ops.lowrank_linear import lowrank_hidden_bwd, lowrank_hidden_fwd
+from peft_kernels.rows import contiguous, rows
 
 _HIDDEN_RANK = 64  # what `lowrank_hidden` takes at once on every kernel backend
 _STRIP = 2**24  # elements of a half-precision gradient that are held in float32 at once
@@ -89,7 +96,7 @@ def _hidden(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, in_b
     parts, q = [down] if backend == "torch" else down.split(_HIDDEN_RANK), []
     for strip in strips:
         dw = strip()
-        of_parts = [hidden_dispatch.lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
+        of_parts = [lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
         q.append(torch.cat([part.unflatten(1, (in_blocks, -1)) for part in of_parts], dim=-1))
     return torch.cat(q)
 
@@ -123,7 +130,7 @@ def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, fold
         dw, grads = strip(), []
         lefts = folded[first : first + dw.shape[0]].to(dw.dtype)
         for part, left in zip(down.split(size), lefts.split(size, dim=-1)):
-            grads.append(hidden_dispatch.lowrank_hidden_bwd(backend, left.flatten(1), dw, part, (False, True))[1])
+            grads.append(lowrank_hidden_bwd(backend, left.flatten(1), dw, part, (False, True))[1])
         total, first = torch.cat(grads) if total is None else total + torch.cat(grads), first + dw.shape[0]
     return total
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from peft_kernels.backend import resolve
-from peft_kernels.checks import check_choice, check_shape, check_tensor
+from peft_kernels.checks import check_choice, check_shape, check_tensor, refuse_second_derivative
 from peft_kernels.dispatch import weight_distance as dispatch
 from peft_kernels.dispatch.weight_distance import Distance, Product, Results, Term
-from peft_kernels.ops._frozen import refuse_second_derivative
 
 REDUCTIONS = ("mean", "sum", "relative")
 WIDE = (torch.float32, torch.float64)

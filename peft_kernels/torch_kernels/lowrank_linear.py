@@ -1,85 +1,63 @@
 """`lowrank_linear` as a short chain of in-place torch calls: no ΔW, no dropped copy of x kept, no avoidable temporary.
 
 Shapes as in peft_kernels/ops/lowrank_linear.py. `x (M, I·in)` is the same memory as `(M·I, in)`, so one product by A
-serves every input block, and one by B every output block. `rng` is the 1-byte keep-mask (True = kept): drawing it
-again in the backward costs a CPU more than keeping it.
+serves every input block, and one by B every output block. dropout.rng is the 1-byte keep-mask (True = kept): drawing
+it again in the backward costs a CPU more than keeping it.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Scale = float | Tensor
+from peft_kernels.records import Dropout, Factors, Needs, Scale
 
 
 def lowrank_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    core: Tensor | None,
-    scale: Scale,
-    hidden: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    dropout_on: str,
-    design: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """-> y (M, N), z (M, I·R); z is None when `hidden` was given."""
-    z = hidden
-    if z is None and rng is not None and dropout_on == "input":
-        z = lowrank_hidden_fwd(_keep(rng, x).mul_(x), down, _blocks(x, down)).mul_(1 / (1 - dropout_p))
+    """-> y (M, N), z (M, I·R); z is None when factors.z was given."""
+    down, up, core, scale, z = factors
+    if z is None and dropout.on == "input":
+        dropped = _keep(dropout.rng, x).mul_(x)
+        z = lowrank_hidden_fwd(dropped, down, _blocks(x, down)).mul_(1 / (1 - dropout.p))
     elif z is None:
         z = lowrank_hidden_fwd(x, down, _blocks(x, down))
-    expanded = _expand(z, core, rng, dropout_p, dropout_on)
+    expanded = _expand(z, core, dropout)
     y = F.linear(x, weight, bias)
     _add_product(y.view(-1, up.shape[0]), expanded.reshape(-1, up.shape[1]), up.to(x.dtype).t(), scale)
-    return y, (z if hidden is None else None)
+    return y, (z if factors.z is None else None)
 
 
 def lowrank_linear_bwd(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    down: Tensor | None,
-    up: Tensor,
-    core: Tensor | None,
-    scale: Scale,
-    z: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    dropout_on: str,
-    needs: tuple[bool, bool, bool, bool, bool],
-    design: str | None = None,
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """-> dx, d_down, d_up, d_core, d_hidden; `needs` says which in that order; `down` is None if `hidden` was given."""
-    needs_x, needs_down, needs_up, needs_core, needs_hidden = needs
-    through_down = needs_x and down is not None
-    dx = d_down = d_up = d_core = d_hidden = None
+    """-> dx, d_down, d_up, d_core, dz, as `needs` says in that order. factors.down is None if z came from outside."""
+    down, up, core, scale, z = factors
+    through_down = needs.x and down is not None
+    dx = d_down = d_up = d_core = d_z = None
     dy_blocks = dy.reshape(-1, up.shape[0])
-    if needs_up:
-        expanded = _expand(z, core, rng, dropout_p, dropout_on)
+    if needs.up:
+        expanded = _expand(z, core, dropout)
         d_up = (dy_blocks.t() @ expanded.reshape(-1, up.shape[1])).mul_(scale).to(up.dtype)
-    if needs_x:
+    if needs.x:
         dx = dy @ weight
-    if needs_down or needs_core or needs_hidden or through_down:
+    if needs.down or needs.core or needs.z or through_down:
         d_expanded = (dy_blocks @ up.to(dy.dtype)).mul_(scale).view(dy.shape[0], _blocks(dy, up.t()) * up.shape[1])
-        dz, d_core = _expand_bwd(d_expanded, z, core, rng, dropout_p, dropout_on, needs_core)
-        on_input = rng is not None and dropout_on == "input"
+        dz, d_core = _expand_bwd(d_expanded, z, core, dropout, needs.core)
+        on_input = dropout.on == "input"
         if on_input:
-            dz.mul_(1 / (1 - dropout_p))
-        if needs_hidden:
-            d_hidden = dz
-        keep = _keep(rng, dy) if on_input else None
-        if needs_down:
+            dz.mul_(1 / (1 - dropout.p))
+        if needs.z:
+            d_z = dz
+        keep = _keep(dropout.rng, dy) if on_input else None
+        if needs.down:
             x = x * keep if on_input else x
             d_down = _d_down(dz, x, down)
         if through_down and on_input:  # dz A into the memory of the dropped x: fresh memory costs a CPU dearly
-            dx.addcmul_(_dx(dz, down, out=x if needs_down else None), keep)
+            dx.addcmul_(_dx(dz, down, out=x if needs.down else None), keep)
         elif through_down:
             _add_product(dx.view(-1, down.shape[1]), dz.reshape(-1, down.shape[0]), down.to(dy.dtype), 1.0)
-    return dx, d_down, d_up, d_core, d_hidden
+    return dx, d_down, d_up, d_core, d_z
 
 
 def lowrank_hidden_fwd(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
@@ -88,7 +66,7 @@ def lowrank_hidden_fwd(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
 
 
 def lowrank_hidden_bwd(
-    dz: Tensor, x: Tensor | None, down: Tensor, needs: tuple[bool, bool]
+    dz: Tensor, x: Tensor | None, down: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> dx, d_down; `needs` says which, in that order."""
     needs_x, needs_down = needs
@@ -123,16 +101,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Scale) -> No
         total.addmm_(left, right, alpha=scale)
 
 
-def _drop(t: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
-    return t if rng is None else t * rng * (1 / (1 - dropout_p))
+def _drop(t: Tensor, dropout: Dropout, place: str) -> Tensor:
+    return t * dropout.rng * (1 / (1 - dropout.p)) if dropout.on == place else t
 
 
-def _expand(z: Tensor, core: Tensor | None, rng: Tensor | None, dropout_p: float, dropout_on: str) -> Tensor:
+def _expand(z: Tensor, core: Tensor | None, dropout: Dropout) -> Tensor:
     """S (M, O·R): every input block's z through the core, summed; with the "rank" and "core" masks."""
-    z = _drop(z, rng if dropout_on == "rank" else None, dropout_p)
+    z = _drop(z, dropout, "rank")
     if core is not None:
         z = _times_core(z, core)
-    return _drop(z, rng if dropout_on == "core" else None, dropout_p)
+    return _drop(z, dropout, "core")
 
 
 def _times_core(z: Tensor, core: Tensor) -> Tensor:
@@ -144,24 +122,18 @@ def _times_core(z: Tensor, core: Tensor) -> Tensor:
 
 
 def _expand_bwd(
-    d_expanded: Tensor,
-    z: Tensor,
-    core: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    dropout_on: str,
-    needs_core: bool,
+    d_expanded: Tensor, z: Tensor, core: Tensor | None, dropout: Dropout, needs_core: bool
 ) -> tuple[Tensor, Tensor | None]:
     """-> dz (M, I·R), d_core"""
     d_core = None
-    d_expanded = _drop(d_expanded, rng if dropout_on == "core" else None, dropout_p)
+    d_expanded = _drop(d_expanded, dropout, "core")
     if core is None:
         dz = d_expanded
     else:
         out_blocks, in_blocks, rank = core.shape[:3]
         c = core.to(d_expanded.dtype)
         if needs_core:
-            z = _drop(z, rng if dropout_on == "rank" else None, dropout_p)
+            z = _drop(z, dropout, "rank")
         if core.dim() == 4:
             dz = d_expanded @ c.permute(0, 2, 1, 3).reshape(out_blocks * rank, in_blocks * rank)
             if needs_core:
@@ -172,4 +144,4 @@ def _expand_bwd(
             if needs_core:
                 d_core = (per_block * z.view(-1, 1, in_blocks, rank)).sum(0)
         d_core = d_core.to(core.dtype).contiguous() if needs_core else None
-    return _drop(dz, rng if dropout_on == "rank" else None, dropout_p), d_core
+    return _drop(dz, dropout, "rank"), d_core

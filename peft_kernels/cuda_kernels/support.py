@@ -1,0 +1,90 @@
+"""What the CUDA kernels cannot run: limits of their code, of this build and of the GPU."""
+
+import functools
+
+import torch
+
+from peft_kernels.devices import constant_in_graphs, importable, no_gpu_for_kernels
+from peft_kernels.records import Case
+
+from . import extension
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
+_MOST = 2**31  # counts and thread blocks have 31 bits
+_LOWRANK = ("lowrank_linear", "lowrank_hidden", "batched_lowrank_linear")
+
+
+def unsupported(case: Case) -> str | None:
+    """Why these kernels cannot run such a call, or None."""
+    float32_only = case.op in ("weight_distance", "momentum_weight_distance", "imitation_step")
+    for dtype in (case.dtype, case.live):
+        if dtype is not None and dtype not in DTYPES:
+            return f"its kernels take float32, bfloat16 and float16, not {dtype}"
+    if float32_only and case.dtype != torch.float32:
+        return f"its kernels compute weight distances in float32, not {case.dtype}"
+    if problem := missing(case.device.type):
+        return problem
+    return _too_large(case) or _too_much_shared_memory(case.op, case.dtype, case.rank, case.device.type)
+
+
+def _too_large(case: Case) -> str | None:
+    (rows, columns), (out_blocks, in_blocks) = case.shape, case.blocks
+    limits = _limits()
+    if case.op in _LOWRANK:
+        if case.rank > limits["LOWRANK_LINEAR_MAX_RANK"]:
+            return f"its kernels take ranks up to {limits['LOWRANK_LINEAR_MAX_RANK']}, not {case.rank}"
+        if (hidden := case.rank * max(out_blocks, in_blocks)) > limits["LOWRANK_LINEAR_MAX_HIDDEN"]:
+            return f"its kernels take rank × blocks up to {limits['LOWRANK_LINEAR_MAX_HIDDEN']}, not {hidden}"
+        return f"its kernels take fewer than 2³¹ rows, not {rows}" if rows >= _MOST else None
+    if case.op == "gated_query":
+        if rows * -(-columns // limits["GATED_QUERY_COLUMNS"]) >= _MOST:
+            return f"its kernels take fewer than 2³¹ pieces of 256 columns, not those of {rows} x {columns}"
+        return None
+    if max(rows, columns) > _MOST - 256:  # 32-bit counts, up to the last tile's end
+        return f"its kernels take blocks of fewer than 2³¹ rows and columns, not {rows} x {columns}"
+    if case.op == "reconstruct":
+        tiles = out_blocks * -(-rows // limits["RECONSTRUCT_ROWS"]) * in_blocks
+        if (tiles := tiles * -(-columns // limits["RECONSTRUCT_COLUMNS"])) >= _MOST:
+            return f"its kernels take results of fewer than 2³¹ tiles, not {tiles}"
+    return None
+
+
+@constant_in_graphs
+@functools.lru_cache
+def _limits() -> dict[str, int]:
+    names = ("LOWRANK_LINEAR_MAX_RANK", "LOWRANK_LINEAR_MAX_HIDDEN", "GATED_QUERY_COLUMNS", "RECONSTRUCT_ROWS")
+    return {name: getattr(extension(), name) for name in (*names, "RECONSTRUCT_COLUMNS")}
+
+
+@constant_in_graphs
+@functools.lru_cache(maxsize=1024)
+def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device_type: str) -> str | None:
+    module = extension()
+    needed = {
+        "lowrank_linear": lambda: module.lowrank_linear_shared_bytes(DTYPES[dtype], rank),
+        "lowrank_hidden": lambda: module.lowrank_linear_shared_bytes(DTYPES[dtype], rank),
+        "batched_lowrank_linear": lambda: module.batched_lowrank_linear_shared_bytes(DTYPES[dtype], rank),
+        "reconstruct": lambda: module.reconstruct_shared_bytes(DTYPES[dtype]),
+        "gated_query": lambda: 0,
+    }.get(op, module.weight_distance_shared_bytes)()
+    available = torch.cuda.get_device_properties().shared_memory_per_block_optin if device_type == "cuda" else needed
+    if needed > available:
+        return f"rank {rank} in {dtype} takes {needed} bytes of shared memory, this GPU has {available}"
+    return None
+
+
+@constant_in_graphs
+def missing(device_type: str) -> str:
+    """What this machine lacks to run them on tensors of such a device; "" for nothing."""
+    return _missing(device_type)
+
+
+@functools.lru_cache
+def _missing(device_type: str) -> str:
+    if problem := no_gpu_for_kernels(device_type):
+        return problem
+    if not importable("peft_kernels._C"):
+        return "peft_kernels was built without its CUDA kernels (reinstall with nvcc on the PATH)"
+    if device_type == "cpu" and not extension().build_info()["emulated"]:
+        return "the tensors are on the CPU"
+    return ""
