@@ -9,9 +9,9 @@ whatever --dtype says: a model's dtype concerns the live weights alone. Two laye
 loss to 5e-7, teachers to twice the error of the authors' formula, gradients to that and what the order of their sums
 may change; of the case itself, the losses agree.
 
-"authors' formula": section 3 of the method as it stands, eagerly: W0 + B A once in W̄ and once in b̄, as in their code;
-"W0 + B A shared" forms it once. "foreach lerp": the teachers alone, a floor. GB/s counts the compulsory bytes. Peak
-memory is that of the first step, beyond weights and adapters: gradients count, and so does what is kept for later.
+"authors' formula": docs/method.md, section 3, as it stands, eagerly: W0 + B A once in W̄ and once in b̄, as in their
+code; "W0 + B A shared" forms it once. "foreach lerp": the teachers alone, a floor. GB/s counts the compulsory bytes.
+Peak memory is that of the first step, beyond weights and adapters: gradients count, and so does what is kept for later.
 """
 
 from collections.abc import Callable, Sequence

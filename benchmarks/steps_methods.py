@@ -65,7 +65,7 @@ def _peft_lora(model: nn.Module, of: Model, rank: int, dropout: float) -> None:
 
 
 class AuthorsImitation:
-    """MoIL's step by the authors' formula, section 3 of the method as it stands: a loss that autograd goes through.
+    """MoIL's step by the authors' formula, docs/method.md, section 3, as it stands: a loss that autograd goes through.
 
     Teachers move one after the other; W0 + B A is formed once in W̄ and once in b̄, as in their code.
     """

@@ -1,6 +1,7 @@
 """The small tensors between shared factors: from a decomposition's own parameters to one core per adapted weight.
 
-Aurora (arXiv 2305.08381; method section 4) stacks the weights of all adapted projections and decomposes their update:
+Aurora (arXiv 2305.08381; docs/method.md, section 4) stacks the weights of all adapted projections and decomposes their
+update:
 
     "cp" (the paper)          ΔW_k = V diag(λ ∘ p_k) Uᵀ                       a diagonal core for each slot k
     "tucker" (its release)    ΔW_k = V K_kᵀ Uᵀ,  K_k[a, b] = Σ_c C[a, b, c] p_k[c]    a dense one

@@ -1,6 +1,7 @@
 """Where adapters go in the models that people adapt: module names, and what an adapter must know of them.
 
-Names are those of transformers (5.x), which nothing here imports. Sources of the targets: method sections 3 and 4.
+Names are those of transformers (5.x), which nothing here imports. Sources of the targets: docs/method.md, sections 3
+and 4.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Aurora's update spelled out from the formulas (method section 4), and wrapped tiny models to hold it against."""
+"""Aurora's update spelled out from docs/method.md, section 4, and wrapped tiny models to hold it against."""
 
 import re
 

@@ -64,7 +64,7 @@ def adapters(groups: list[ImitationGroup]) -> list[Tensor]:
 
 
 def student(group: ImitationGroup, m: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
-    """W̄ and b̄ of one projection by method.md's definition, differentiable in the group's own tensors."""
+    """W̄ and b̄ of one projection as docs/method.md, section 3, has them, differentiable in the group's own tensors."""
     weight, bias = group.weight0[m].to(dtype), None if group.bias0 is None else group.bias0[m].to(dtype)
     if group.down is not None:
         weight = weight + group.up[m].to(dtype) @ group.down[m].to(dtype)
@@ -97,7 +97,7 @@ def reduced(difference: Tensor, moved: Tensor, base: Tensor, reduction: str) -> 
 
 
 def loss(groups: list[ImitationGroup], reduction: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """L_im of method.md, of the teachers as they are."""
+    """The loss L of docs/method.md, section 3, of the teachers as they are."""
     total = torch.zeros((), dtype=dtype, device=groups[0].weight0[0].device)
     for group in groups:
         for m, (teacher, weight0) in enumerate(zip(group.teacher, group.weight0)):

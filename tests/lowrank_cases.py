@@ -14,7 +14,7 @@ ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, torc
 INTERPRETED = not torch.cuda.is_available()
 
 
-LAYOUTS = {  # the users in method section 1
+LAYOUTS = {  # the users in docs/method.md, section 1
     "lora": {},
     "aurora-paper": {"core": "flat diagonal"},
     "aurora-released": {"core": "flat dense"},
@@ -29,7 +29,7 @@ LAYOUTS = {  # the users in method section 1
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes as in method section 1: x (rows, I·columns_in), y (rows, O·columns_out)."""
+    """Sizes as in docs/method.md, section 1: x (rows, I·columns_in), y (rows, O·columns_out)."""
 
     rows: int = 37
     columns_in: int = 24

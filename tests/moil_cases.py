@@ -169,7 +169,7 @@ def scatter(moil: MoIL, size: float = 0.1, seed: int = 1) -> MoIL:
 
 
 def student(layer: ImitationLinear) -> tuple[Tensor, Tensor | None]:
-    """W̄ and b̄ of a layer as method.md has them, differentiable in its adapters; fused projections in one."""
+    """W̄ and b̄ of a layer as docs/method.md, section 3, has them, differentiable in its adapters; fused ones in one."""
     weight, bias = layer.weight, layer.bias
     if layer.rank is not None:
         weight = weight + torch.cat([up @ down for down, up in zip(layer.down, layer.up)])

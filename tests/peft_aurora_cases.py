@@ -1,4 +1,4 @@
-"""A small model with Aurora as PEFT builds it, and the same by method section 4, in float64."""
+"""A small model with Aurora as PEFT builds it, and the same by docs/method.md, section 4, in float64."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def factors(model: peft.PeftModel, adapter: str = "default") -> dict[str, Tensor
 
 
 def delta(tensors: dict[str, Tensor], layer: str) -> Tensor:
-    """ΔW by method section 4, one block after the other."""
+    """ΔW by docs/method.md, section 4, one block after the other."""
     p, (out_blocks, in_blocks) = tensors[f"model.{layer}.aurora_p"], BLOCKS[layer]
     pair = "8x12" if layer == "wide" else "8x8"
     u, v = tensors[f"aurora_shared.down_{pair}"].T, tensors[f"aurora_shared.up_{pair}"]

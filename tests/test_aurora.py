@@ -1,4 +1,4 @@
-"""Aurora against its definition written out (method section 4), and the identities of method section 5."""
+"""Aurora against its definition written out, and the identities that hold for it: docs/method.md, sections 4 and 5."""
 
 import copy
 

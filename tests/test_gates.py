@@ -30,7 +30,10 @@ def inputs(batch: int = 3, positions: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(layer: nn.Module, x: Tensor, image: Tensor, mask: Tensor | None, real: Tensor | None) -> Tensor:
-    """The layer's parts run one by one, without its forward; then method section 4. real: (B, S), 1 for real tokens."""
+    """The layer's parts run one by one, without its forward; then docs/method.md, section 4.
+
+    real: (B, S), 1 for real tokens
+    """
     gate = layer.gated_query
     a_self = layer.attention(x, attention_mask=mask)[0]
     a_cross = layer.crossattention(a_self, encoder_hidden_states=image)[0]

@@ -321,7 +321,7 @@ def test_hidden_alone(device):
 
 @pytest.mark.kernels
 def test_one_hidden_serves_q_k_and_v(device):
-    """method section 1: one x Aᵀ for three projections that share A, or one stacked A with a slice each."""
+    """docs/method.md, section 1: one x Aᵀ for three projections that share A, or one stacked A with a slice each."""
     problem = Problem()
     for backend in ("torch", "triton"):
         tensors = problem.tensors(device)

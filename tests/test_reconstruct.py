@@ -15,7 +15,7 @@ from peft_kernels.ops.reconstruct import reconstruct_reference
 from peft_kernels.torch_kernels import reconstruct as torch_kernels
 
 HALVES = (torch.bfloat16, torch.float16)
-LAYOUTS = {  # the users in method sections 1 and 2
+LAYOUTS = {  # the users in docs/method.md, sections 1 and 2
     "lora": Problem(),
     "lora-update": Problem(base=None),
     "aurora-paper": Problem(core="flat diagonal"),

@@ -140,7 +140,7 @@ def _torch(L: int, d: int, R: int, depth: int, step: bool) -> list[Pass]:
 
 
 def _authors(L: int, d: int, R: int, depth: int, step: bool) -> list[Pass]:
-    """method.md's formula, eagerly, with autograd: W̄ materialised for each projection."""
+    """The formula of docs/method.md, section 3, eagerly, with autograd: W̄ materialised for each projection."""
     N, n = PROJECTIONS * L, d * d
     each, shared = [], []
     if step:

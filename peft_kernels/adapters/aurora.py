@@ -1,6 +1,6 @@
 """Aurora (arXiv 2305.08381): every weight's update from one decomposition that all of them share.
 
-Method section 4 has the formulas, the authors' code (github.com/WillDreamer/Aurora) the released variants.
+docs/method.md, section 4 has the formulas, the authors' code (github.com/WillDreamer/Aurora) the released variants.
 """
 
 import os

@@ -1,6 +1,6 @@
 """MoIL (TPAMI 2025, doi 10.1109/TPAMI.2024.3435790): attention trains freely, and low-rank adapters imitate it.
 
-Method section 3 has the formulas, the authors' code (github.com/luogen1996/MoIL) the released initialisation.
+docs/method.md, section 3 has the formulas, the authors' code (github.com/luogen1996/MoIL) the released initialisation.
 """
 
 import os

@@ -5,7 +5,8 @@ With the frozen W0, b0, a projection's own adapter A, B and its layer's transfor
     placement "input"    W̄ = (W0 + B A)(I + B_d A_d)      b̄ = (W0 + B A)(B_d a_d + c_d) + b0
     placement "output"   W̄ = (I + B_d A_d)(W0 + B A)      b̄ = (I + B_d A_d) b0 + B_d a_d + c_d
 
-Either is W0 + F C, exactly. Source: method section 3 (MoIL, doi 10.1109/TPAMI.2024.3435790, and its authors' code).
+Either is W0 + F C, exactly. Source: docs/method.md, section 3 (MoIL, doi 10.1109/TPAMI.2024.3435790, and its authors'
+code).
 """
 
 from typing import NamedTuple

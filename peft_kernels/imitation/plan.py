@@ -15,7 +15,8 @@ With E = F C + (W0 − Ŵ) and e = b̄ − b̂, the loss's gradients φ E and g 
                2  dA += Sᵀ dH;     V = dH Aᵀ;   dA_d += dH W0ᵀ + w b0ᵀ
                3  dB += A_dᵀ V;    dA_d += V Bᵀ
 
-Each stage is one launch; the transform's gradients add up over the projections of its layer. Source: method section 3.
+Each stage is one launch; the transform's gradients add up over the projections of its layer.
+Source: docs/method.md, section 3.
 """
 
 from collections.abc import Sequence

@@ -59,7 +59,7 @@ def imitation_step(
     An adapter without `.grad` gets one that lives with `groups` and is used again, overwritten, when `.grad` is None
     again: clone what is to outlive `zero_grad(set_to_none=True)`.
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
-    if a backend asked for by name cannot run. Source: method section 3.
+    if a backend asked for by name cannot run. Source: docs/method.md, section 3.
     """
     check_decay(decay)
     check_choice("reduction", reduction, REDUCTIONS)

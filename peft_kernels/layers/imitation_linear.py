@@ -4,7 +4,7 @@
     teacher   y = x Ŵᵀ + b̂
     student   y = (W0 + B A)(x + B_d(A_d x + a_d) + c_d) + b0       in evaluation; the transform is its layer's
 
-With placement "output" the transform acts on the result instead. Source: method section 3.
+With placement "output" the transform acts on the result instead. Source: docs/method.md, section 3.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Aurora's layer: the update comes from a decomposition that many layers share.
 
 A decomposition has one U and V for each pair of block widths, and one row p_k for each slot, a block of a layer's
-weight (method section 4):
+weight (docs/method.md, section 4):
 
     "cp"      ΔW_k = V diag(λ ∘ p_k) Uᵀ
     "tucker"  ΔW_k = V K_kᵀ Uᵀ,  K_k[a, b] = Σ_c C[a, b, c] p_k[c]

@@ -3,8 +3,9 @@
     momentum encoder    teacher ← decay · teacher + (1 − decay) · model, after every optimizer step
     queue               the last `size` pairs that the momentum encoder has seen, on all ranks
 
-Sources: method section 4; MoCo (arXiv 1911.05722), ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086), which keep
-57,600 pairs and a decay of 0.995. They start the queue with random vectors; here what is not filled does not count.
+Sources: docs/method.md, section 4; MoCo (arXiv 1911.05722), ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086), which
+keep 57,600 pairs and a decay of 0.995. They start the queue with random vectors; here what is not filled does not
+count.
 """
 
 import copy

@@ -9,7 +9,7 @@ With unit embeddings v_b (images) and t_b (texts), candidates t'_j (the batch, t
     ICE    f_b + 0.1 · mean_b(t_b), f_b the fused [CLS] of a positive pair, t_b the text's own; in training only
     video  the mean of its frames' embeddings, normalised: an image from there on
 
-Sources: method section 4; ALBEF (arXiv 2107.07651), BLIP (arXiv 2201.12086), Aurora (arXiv 2305.08381).
+Sources: docs/method.md, section 4; ALBEF (arXiv 2107.07651), BLIP (arXiv 2201.12086), Aurora (arXiv 2305.08381).
 """
 
 import torch

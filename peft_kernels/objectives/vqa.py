@@ -2,8 +2,8 @@
 
     L = (1/Q) Σ_a w_a Σ_t −log p(token_at | tokens before it)        over all answers a of Q questions
 
-Sources: method section 4; ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086), where w_a is the fraction of the ten
-annotators who gave the answer.
+Sources: docs/method.md, section 4; ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086), where w_a is the fraction of
+the ten annotators who gave the answer.
 """
 
 from collections.abc import Sequence

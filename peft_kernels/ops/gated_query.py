@@ -18,7 +18,7 @@ The mask changes τ alone: padding still has its place in the softmax. Where all
 
 Kept for the backward: inputs, and for "gated" g and τ in float32, S + d numbers for each sequence: 5 % of one bfloat16
 activation at S = 40, d = 768, where computing them again would read f and t once more.
-Sources: arXiv 2305.08381 and its code, https://github.com/WillDreamer/Aurora; method section 4.
+Sources: arXiv 2305.08381 and its code, https://github.com/WillDreamer/Aurora; docs/method.md, section 4.
 """
 
 import functools
@@ -169,7 +169,7 @@ def gated_query(
     hidden, text and cross have one dtype: float32, bfloat16, float16 or (torch backend) float64. Under autocast, where
     layer norms give float32, they may differ: the widest of them is the result's, and narrower vectors are widened.
     "gated" mixes positions: it has no place in a causal decoder. It needs gamma near 1 and beta near 0; "additive" has
-    both near 0. Source: arXiv 2305.08381 and its code; method section 4.
+    both near 0. Source: arXiv 2305.08381 and its code; docs/method.md, section 4.
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
     if a backend asked for by name cannot run.
     """

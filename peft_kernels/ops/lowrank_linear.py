@@ -1,6 +1,6 @@
 """A frozen linear layer with a low-rank update: y = x Wᵀ + b + s · B core(A x), forward and backward, in thin passes.
 
-The weight's update consists of O × I blocks that share one A and one B (method, section 1):
+The weight's update consists of O × I blocks that share one A and one B (docs/method.md, section 1):
 
     ΔW[o, i] = s · B · diag(c[o, i]) · A    or    s · B · K[o, i] · A    or, without a core and O = I = 1,  s · B · A
 

@@ -188,7 +188,7 @@ def reconstruct(
     backend: "auto" | "cuda" | "triton" | "torch"; any rank
     returns W: (out_features, in_features) in base's dtype; without base in the factors', or float32 if they differ
 
-    Source: method section 2; merging as LoRA's authors do (arXiv 2106.09685, section 4.1), rounded once.
+    Source: docs/method.md, section 2; merging as LoRA's authors do (arXiv 2106.09685, section 4.1), rounded once.
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
     if a backend asked for by name cannot run.
     """
@@ -220,7 +220,7 @@ def reconstruct_stack(
     base: None, (out_features, in_features) under every update, or (N, out_features, in_features)
     returns W: (N, out_features, in_features), rounded once; its dtype as in `reconstruct`
 
-    Source: Aurora's mode approximation, arXiv 2305.08381, section 3; method sections 2 and 4.
+    Source: Aurora's mode approximation, arXiv 2305.08381, section 3; docs/method.md, sections 2 and 4.
     Raises as `reconstruct` does.
     """
     check_tensor("core", core)

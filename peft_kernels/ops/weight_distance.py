@@ -9,7 +9,7 @@
 One pass over live, target and W0 does the update, the loss and E; two products give dF and dC at once, while E is at
 hand, and the backward only scales them. Never ‖D‖² − 2⟨D, F C⟩ + ‖F C‖²: that cancels where training ends.
 
-Sources: MoIL, doi 10.1109/TPAMI.2024.3435790, and method section 3, whose low-rank form this is.
+Sources: MoIL, doi 10.1109/TPAMI.2024.3435790, and docs/method.md, section 3, whose low-rank form this is.
 """
 
 from collections.abc import Iterable, Sequence
@@ -178,7 +178,7 @@ def weight_distance(
     The forward computes the gradients, too; the backward only scales them. Where torch's own matmuls may use tf32, the
     gradients' products on Triton do, and the loss's take three tf32 products for each; otherwise all is float32.
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
-    if a backend asked for by name cannot run. Source: method section 3.
+    if a backend asked for by name cannot run. Source: docs/method.md, section 3.
     """
     return _distance("weight_distance", None, target, base, left, right, None, reduction, backend, "target")
 

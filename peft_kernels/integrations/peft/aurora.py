@@ -1,4 +1,6 @@
-"""Aurora (arXiv 2305.08381; method section 4) as a method of PEFT: `register()`, then PEFT's own functions with it.
+"""Aurora (arXiv 2305.08381) as a method of PEFT: `register()`, then PEFT's own functions with it.
+
+Source: docs/method.md, section 4.
 
 Not included: gates and context enhancement, which are no part of linear layers; `peft_kernels.Aurora` has gates.
 """

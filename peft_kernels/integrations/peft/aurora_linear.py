@@ -1,6 +1,6 @@
 """Aurora's layer inside PEFT: a base layer, its own slots of each adapter, and factors that all layers share.
 
-    y = base_layer(x) + scale · S Vᵀ        S = core(x U), block by block: method section 4, on `lowrank_linear`
+    y = base_layer(x) + scale · S Vᵀ      S = core(x U), block by block: docs/method.md, section 4, on `lowrank_linear`
 
 One adapter on a plain nn.Linear is one fused call, the base's product included. Several active adapters, other base
 layers, and whatever hooks would see of the base layer are plain torch: `why_plain` and `peft_kernels.explain` tell.
