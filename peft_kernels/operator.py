@@ -8,6 +8,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,11 +43,10 @@ class Operator:
 
     def __init__(self, launcher: Callable, *, reads: bool = False, fake: Callable | None = None):
         self.name, self.reads, self.fake = launcher.__name__, reads, fake or launcher
-        self.op = launcher.__module__.rpartition(".")[2]
-        self.modules = {"torch": importlib.import_module(launcher.__module__)}
+        self.modules = _Modules(launcher.__module__.rpartition(".")[2])
         hints = typing.get_type_hints(launcher)
         self.single = hints.pop("return") is Tensor
-        self.parameters = {name: hints[name] for name in inspect.signature(launcher).parameters}
+        self.parameters = {name: hints[name] for name in inspect.getfullargspec(launcher).args}
         self.layout = [_fields(kind) for kind in self.parameters.values()]
         self.operator = torch.library.custom_op(
             f"peft_kernels::{self.name}", self._run, mutates_args=(), schema=self._schema()
@@ -57,16 +57,19 @@ class Operator:
         """Every dtype has been chosen before; autocast, which would choose others, is off in here."""
         if torch.compiler.is_compiling() and (self.reads or backend != "torch"):
             return self._in_graph(backend, args)
-        launcher = getattr(self.modules.get(backend) or self._import(backend), self.name)
+        launcher = getattr(self.modules[backend], self.name)
         device = args[0].device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with autocast_off(args[0]):
                 return launcher(*args)
         return launcher(*args)
 
-    def _import(self, backend: str) -> Any:
-        self.modules[backend] = importlib.import_module(f"peft_kernels.{backend}_kernels.{self.op}")
-        return self.modules[backend]
+    def direct(self, backend: str, memo: dict, *args: Any) -> Any:
+        """The same for who knows that no graph is being made and that autocast is off.
+
+        memo: where the backend may keep what it works out for calls of one kind, which differ in rows only
+        """
+        return self.modules[backend].__dict__[self.name](*args, memo=memo)
 
     # ---- in a graph ----
 
@@ -85,7 +88,7 @@ class Operator:
 
     def _run(self, *flat: Any) -> Tensor | list[Tensor]:
         *flat, backend = flat
-        results = getattr(self.modules.get(backend) or self._import(backend), self.name)(*self._together(flat))
+        results = getattr(self.modules[backend], self.name)(*self._together(flat))
         return results if self.single else [each for each in results if each is not None]
 
     def _shapes(self, *flat: Any) -> Tensor | list[Tensor]:
@@ -110,6 +113,18 @@ class Operator:
             else:
                 parts.append(f"{_SCHEMA[kind]} {name}")
         return f"({', '.join([*parts, 'str backend'])}) -> {'Tensor' if self.single else 'Tensor[]'}"
+
+
+class _Modules(dict):
+    """The module of one operation by backend, imported when it is first asked for; Dynamo traces no import."""
+
+    def __init__(self, op: str):
+        self.op = op
+        self["torch"] = self.__missing__("torch")
+
+    def __missing__(self, backend: str) -> ModuleType:
+        self[backend] = importlib.import_module(f"peft_kernels.{backend}_kernels.{self.op}")
+        return self[backend]
 
 
 def _fields(kind: Any) -> tuple[bool, ...]:

@@ -8,7 +8,7 @@ def rows(t: Tensor) -> Tensor:
     """(..., n) as (rows, n) with unit column stride; the same memory wherever strides allow it."""
     if t.ndim != 2:
         t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.is_contiguous() or t.stride(-1) == 1 else t.contiguous()
 
 
 def shaped(t: Tensor, *shape: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What every Triton operation shares: one way to launch, operand types, and the dropout mask."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
@@ -48,6 +48,7 @@ class Launch(NamedTuple):
 
 _record: list[Launch] | None = None
 _running = True
+_recording = threading.local()  # .launches: those of `replay.py`, with what was compiled
 
 
 @contextmanager
@@ -62,68 +63,16 @@ def record_launches(run: bool = True) -> Iterator[list[Launch]]:
         _record, _running = previous
 
 
-def launch(kernel: JITFunction, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], tile: Tile) -> Any:
-    """Run `kernel` over `grid` by Triton's own launch, unless launches are only recorded. Returns what was compiled."""
-    launched = Launch(kernel, grid, tuple(None if arg is NULL else arg for arg in args), constants, tile)
+def launch(kernel: JITFunction, grid: tuple[int, ...], args: tuple, constants: dict[str, Any], tile: Tile) -> None:
+    """Run `kernel` over `grid`, unless launches are only recorded."""
+    launched = Launch(kernel, grid, args, constants, tile)
     if _record is not None:
         _record.append(launched)
-    return launched.run() if _running else None
-
-
-NULL = torch.empty(0)  # in the place of a tensor that is not there: its address is 0
-
-
-class Kernel:
-    """A kernel with its constants and its tile on one device, for calls that differ in rows and addresses only.
-
-    Triton's own launch works out at every call what it has compiled for such arguments: 8 to 17 µs of the host. Here
-    that is asked once, for tensors whose rows follow each other and which begin at multiples of 16 bytes, and what was
-    compiled is kept; every other call takes Triton's own launch. Whoever makes a Kernel keeps it for as long as dtypes,
-    widths, constants and the presence of each tensor are the same.
-    """
-
-    def __init__(self, kernel: JITFunction, tile: Tile, device: torch.device, **constants: Any):
-        self.kernel, self.tile, self.device, self.constants = kernel, tile, device, constants
-        self._in_order = [constants[name] for name in kernel.arg_names if name in constants]
-        self._compiled: tuple | None = None
-
-    def launch(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple, plain: bool) -> None:
-        """tensors: the kernel's pointers in its order, NULL for None;  numbers: its other arguments before constants
-
-        plain: each row of the tensors follows the one before, so that strides are what they were the last time.
-        """
-        if plain and self._compiled is not None and _record is None:
-            addresses = [*map(Tensor.data_ptr, tensors)]
-            together = 0
-            for address in addresses:
-                together |= address
-            stream = _stream(self.device)
-            if together % 16 == 0 and stream is not None:
-                run, *compiled = self._compiled
-                run(*grid, stream, *compiled, None, None, None, *addresses, *numbers, *self._in_order)
-                return
-        compiled = launch(self.kernel, grid, (*tensors, *numbers), self.constants, self.tile)
-        if plain and isinstance(compiled, CompiledKernel) and all(t.data_ptr() % 16 == 0 for t in tensors):
-            self._compiled = compiled.run, compiled.function, compiled.packed_metadata
-
-
-def _stream(device: torch.device) -> int | None:
-    """Torch's current stream on `device`; None if another device is the current one, or someone watches launches."""
-    hook = knobs.runtime.launch_enter_hook
-    if hook is not None and getattr(hook, "calls", hook):
-        return None
-    if device.type != "cuda":
-        return 0
-    return _raw_stream(device.index) if _current_device() == device.index else None
-
-
-_current_device = getattr(torch._C, "_cuda_getDevice", None)  # both missing where torch has no CUDA
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
-def programs(tile: Tile, device: torch.device) -> int:
-    """How many of a kernel run on `device` at a time."""
-    return config.programs(tile, architecture(device))
+    if not _running:
+        return
+    compiled = launched.run()
+    if (recording := getattr(_recording, "launches", None)) is not None:
+        recording.append((launched, compiled))
 
 
 def architecture(device: torch.device) -> int:
@@ -177,11 +126,11 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"  # inherits the global setting where it has none
 
 
-def dropout_arguments(rng: Tensor | None, dropout_p: float) -> tuple[Tensor, int, float]:
+def dropout_arguments(rng: Tensor | None, p: float) -> tuple[Tensor | None, int, float]:
     """(rng, threshold, keep_scale): an element is kept iff its 16 random bits are >= threshold."""
     if rng is None:
-        return NULL, 0, 1.0
-    return rng, min(round(dropout_p * 65536), 65535), 1 / (1 - dropout_p)
+        return None, 0, 1.0
+    return rng, min(round(p * 65536), 65535), 1 / (1 - p)
 
 
 @triton.jit
@@ -224,9 +173,11 @@ def _philox(c0, c1, c2, c3, seed):
     return c0, c1, c2, c3
 
 
-def scale_arguments(scale: float | Tensor) -> tuple[Tensor, float]:
+def scale_arguments(scale: float | Tensor) -> tuple[Tensor | None, float]:
     """(scale_ptr, scale): the kernels read the number from memory if there is a pointer."""
-    return (scale, 1.0) if isinstance(scale, Tensor) else (NULL, float(scale))
+    if isinstance(scale, Tensor):
+        return scale, 1.0
+    return None, float(scale)
 
 
 @triton.jit
@@ -271,31 +222,23 @@ def _sum_kernel(
             _add_parts(c_ptr, c_out_ptr, block - end_b, count_c, size_c, PARTS, BLOCK)
 
 
-class Sums(Kernel):
-    """Adds the partial sums of up to three gradients, in one launch."""
+def sum_partials(sums: Sequence[tuple[Tensor | None, Tensor | None]]) -> list[Tensor | None]:
+    """Up to three times (P, ...) float32 and a tensor like the result: added in an order that P alone decides.
 
-    def __init__(self, device: torch.device):
-        super().__init__(_sum_kernel, config.SUM, device, PARTS=config.SUM.rows, BLOCK=config.SUM.columns)
-
-    def __call__(self, sums: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """(partials (P, ...) float32, a tensor like the result); added in an order that P alone decides -> results"""
-        outs = [torch.empty_like(like) for _, like in sums]
-        if not outs:
-            return outs
-        tensors, numbers, blocks = [], [], 0
-        for (partials, like), out in zip(sums, outs):
-            size = like.numel()
-            tensors += (partials, out)
-            numbers += (partials.shape[0], size)
-            blocks += -(-size // self.tile.columns)
-        missing = 3 - len(outs)
-        tensors += [NULL] * (2 * missing)
-        self.launch((blocks, 1, 1), tensors, (*numbers, *(0, 0) * missing), True)
-        return outs
-
-
-def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
-    return Sums(like.device)([(partials, like)])[0]
+    None for what there is no sum of.
+    """
+    tile, args, numbers, blocks = config.SUM, [], [], 0
+    outs = [None if parts is None else torch.empty_like(like) for parts, like in sums]
+    for (parts, _), out in zip(sums, outs):
+        if parts is not None:
+            args += (parts, out)
+            numbers += (parts.shape[0], out.numel())
+            blocks += triton.cdiv(out.numel(), tile.columns)
+    missing = 6 - len(args)
+    if args:
+        args = (*args, *[None] * missing, *numbers, *[0] * missing)
+        launch(_sum_kernel, (blocks,), args, {"PARTS": tile.rows, "BLOCK": tile.columns}, tile)
+    return outs
 
 
 # ---- tables in device memory: kernels that work on many tensors of different shapes find them there -----------------

@@ -42,20 +42,13 @@ class LowRankShape:
     out_blocks: int = 1
     dropout: bool = False  # of x: its masks cost a thin pass more than its memory
 
-    @property
-    def block_columns(self) -> int:
-        return self.in_features // self.in_blocks
-
-    @property
-    def block_rows(self) -> int:
-        return self.out_features // self.out_blocks
-
 
 @dataclass(frozen=True)
 class LowRankLinearConfig:
     """design "passes": low-rank first, cuBLAS adds to it; "fused": one kernel for small widths. One tile per kernel."""
 
     design: str
+    dtype: torch.dtype  # of activations
     block_r: int
     chunk_r: int
     shrink: Tile
@@ -82,7 +75,7 @@ def lowrank_linear_config(
         raise ValueError(f"design: 'fused' {problem}")
     tiles = _float32_tiles(block_r, arch) if dtype == torch.float32 else _half_tiles(shape, block_r, arch)
     chunk_r = min(block_r, 16 if dtype == torch.float32 else 32)
-    return LowRankLinearConfig(design or "passes", block_r, chunk_r, **_fitted(tiles, arch))
+    return LowRankLinearConfig(design or "passes", dtype, block_r, chunk_r, **_fitted(tiles, arch))
 
 
 # The widest tiles that the assembler gives no spills on sm_80, sm_90 and sm_100, for widths divisible by 16
@@ -151,14 +144,13 @@ def fused_problem(shape: LowRankShape) -> str | None:
     return None
 
 
-def strip_tiles(rows: int, tile: Tile, programs: int) -> int:
+def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:
     """Row tiles that one program walks through, so that all programs run at a time: in one wave.
 
-    programs: how many may share the rows, at least one of them. But no more tiles than LONGEST_RUN.
+    But no more than LONGEST_RUN.
     """
     row_tiles = -(-rows // tile.rows)
-    tiles = -(-row_tiles // (programs or 1))
-    return LONGEST_RUN if tiles > LONGEST_RUN else tiles or 1
+    return min(LONGEST_RUN, max(1, -(-row_tiles // max(1, _programs(tile, arch) // column_tiles))))
 
 
 @dataclass(frozen=True)
@@ -189,11 +181,11 @@ def adapter_strips(rows: int, adapters: int, tile: Tile, column_tiles: int, arch
 
     The number never depends on how the rows are spread over the adapters, which the host does not know.
     """
-    wanted = programs(tile, arch) // (adapters * column_tiles)
+    wanted = _programs(tile, arch) // (adapters * column_tiles)
     return max(1, min(wanted, -(-rows // tile.rows)))
 
 
-def programs(tile: Tile, arch: int) -> int:
+def _programs(tile: Tile, arch: int) -> int:
     """How many run at a time."""
     return tile.resident * PROCESSORS[_nearest(arch, PROCESSORS)]
 

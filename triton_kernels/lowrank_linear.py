@@ -12,179 +12,116 @@ The mathematics and every shape: peft_kernels/ops/lowrank_linear.py. M rows; K =
 
 Where there is no core and few chunks, down_bwd makes dz of them itself: a LoRA layer takes five launches for both
 directions. dy and x are read once each by the thin passes. Sums have a fixed order: gradients repeat bit for bit.
-
-What does not depend on rows or addresses is worked out once for each kind of call and kept: `_forward`, `_backward`.
 """
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..records import Dropout, Factors, Needs
-from .common import NULL, Sums, allows_tf32, architecture, dropout_arguments, scale_arguments
-from .config import LowRankShape, lowrank_linear_config
-from .lowrank_linear_bwd import CoreBwd, DownBwd, HiddenBwd, UpBwd
-from .lowrank_linear_fwd import Drop, Expand, Fused, Mix, Setting, Shrink
+from .common import allows_tf32, architecture, sum_partials
+from .config import LowRankLinearConfig, LowRankShape, lowrank_linear_config
+from .lowrank_linear_bwd import core_bwd, down_bwd, down_column_tiles, hidden_bwd, up_bwd, up_chunks
+from .lowrank_linear_fwd import drop_of, expand, fused, mix, shrink
+from .replay import Memo, replayed
 
-KEEP = Drop(*dropout_arguments(None, 0.0))
 MOST_CHUNK_READS = 64  # of each row of t, by all column tiles of down_bwd; above it, hidden_bwd's launch costs less
 
 
 def lowrank_linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None = None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None = None,
+    *, memo: Memo | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """-> y (M, N), z (M, I·R); z is None when factors.z was given."""
-    down, up, core, scale, z = factors
-    run = _forward(
-        lowrank_linear_config, *_kind(x, weight.shape[1], weight.shape[0], factors, dropout), design, bias is None
-    )
-    scale, drop = scale_arguments(scale), _drop(dropout)
-    bias, core = NULL if bias is None else bias, NULL if core is None else core
-    if run.fused is not None and z is None:
-        return run.fused(x, weight, bias, factors, scale, drop)
-    hidden = z
-    if z is None:
-        hidden = run.shrink(x, down, drop, x.is_contiguous())
-    plain = z is None or z.is_contiguous()
-    s = hidden if run.mix is None else run.mix(hidden, core, drop, plain)
-    y = run.expand(s, up, bias, scale, plain).addmm_(x, weight.t())
-    return y, hidden if z is None else None
+    one_kernel = design == "fused" and factors.z is None
+    key = "fwd", *_key(x, factors)
+    tensors = x, weight if one_kernel else None, bias, dropout.rng, *factors
+    y, z = replayed(memo, key, _forward, tensors, (weight.shape[0], factors, dropout, design))
+    return y if one_kernel else y.addmm_(x, weight.t()), z
+
+
+def _forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> tuple[Tensor, Tensor | None]:
+    """-> y, without the frozen weight's part unless one kernel does it all; z"""
+    x, weight, bias, *_ = tensors
+    out_features, factors, dropout, design = settings
+    (_, in_blocks), drop = factors.blocks, drop_of(dropout)
+    shape = _shape(x.shape[1], out_features, factors, drop.place)
+    config = lowrank_linear_config(shape, x.dtype, architecture(x.device), design)
+    if weight is not None:
+        return fused(x, weight, bias, factors, drop, config)
+    z = shrink(x, factors.down, in_blocks, drop, config) if factors.z is None else factors.z
+    y = expand(mix(z, factors, shape.out_blocks, drop, config), factors, bias, out_features, config)
+    return y, z if factors.z is None else None
 
 
 def lowrank_linear_bwd(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs,
+    *, memo: Memo | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """-> dx, d_down, d_up, d_core, dz, as `needs` says in that order. factors.down is None if z came from outside.
 
     The same for every design: dB needs a read of dy, which yields dy B at no further traffic.
     """
-    down, up, core, scale, z = factors
-    columns = 0 if down is None else down.shape[1] * (1 if core is None else core.shape[1])
-    run = _backward(lowrank_linear_config, *_kind(dy, columns, dy.shape[1], factors, dropout), needs)
-    scale, drop = scale_arguments(scale), _drop(dropout)
-    plain = all(map(Tensor.is_contiguous, (t for t in (dy, x, z) if t is not None)))
-    core_or_null, s, t, dz, dx, sums = NULL if core is None else core, z, None, None, None, []
-    if run.mix is not None:
-        s = run.mix(z, core_or_null, drop, plain)
-    if run.up is not None:
-        t, d_up = run.up(dy, s, up, scale, plain)
-        sums.append((d_up, up))
-    if run.core is not None:
-        sums.append((run.core(t, z, core, scale, drop, plain), core))
-    if run.hidden is not None:
-        dz = run.hidden(t, core_or_null, scale, drop)
-    if run.down is not None:
-        dx, d_down = run.down(x, t if dz is None else dz, down, scale, drop, plain)
-        sums.append((d_down, down))
+    key = needs, *_key(dy, factors)
+    tensors = dy, x, dropout.rng, *factors
+    dx, *grads = replayed(memo if dy.is_contiguous() else None, key, _backward, tensors, (factors, dropout, needs))
     if needs.x:
-        dx = dy @ weight if dx is None or dx is NULL else dx.addmm_(dy, weight)
-    added = iter(run.sums([each for each in sums if each[0] is not NULL]))
-    d_up = next(added) if needs.up else None
-    d_core = next(added) if needs.core else None
-    d_down = next(added) if needs.down else None
-    return dx if needs.x else None, d_down, d_up, d_core, dz if needs.z else None
+        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    return dx, *grads
+
+
+def _backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> tuple[Tensor | None, ...]:
+    """-> mask ∘ (dz A), d_down, d_up, d_core, dz"""
+    (dy, x, *_), (factors, dropout, needs) = tensors, settings
+    drop, through_down = drop_of(dropout), (needs.x and factors.down is not None, needs.down)
+    needs_dz = needs.z or any(through_down)
+    shape = _shape(0, dy.shape[1], factors, drop.place)
+    config = lowrank_linear_config(shape, dy.dtype, architecture(dy.device))
+    s = mix(factors.z, factors, shape.out_blocks, drop, config) if needs.up else None
+    dx = dz = t = d_up = d_core = d_down = None
+    if needs_dz or needs.up or needs.core:
+        t, d_up = up_bwd(dy, s, factors, needs_dz or needs.core, needs.up, config)
+    if needs.core:
+        d_core = core_bwd(t, factors.z, factors, drop, config)
+    if needs_dz and not (any(through_down) and _makes_dz(factors, needs, config)):
+        dz = hidden_bwd(t, factors, drop, dy.dtype, config)
+    if any(through_down):
+        dx, d_down = down_bwd(x, t if dz is None else dz, factors, drop, through_down, config)
+    sums = [(parts, of) for parts, of in ((d_up, factors.up), (d_core, factors.core), (d_down, factors.down))]
+    d_up, d_core, d_down = sum_partials(sums)
+    return dx, d_down, d_up, d_core, dz if needs.z else None
+
+
+def _makes_dz(factors: Factors, needs: Needs, config: LowRankLinearConfig) -> bool:
+    """Does down_bwd make dz of the chunks?"""
+    if factors.core is not None or needs.z:
+        return False
+    return up_chunks(factors, config) * down_column_tiles(factors, config) <= MOST_CHUNK_READS
 
 
 def lowrank_hidden_fwd(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
     """-> z (M, I·R)"""
-    run = _hidden(lowrank_linear_config, x.dtype, x.device, *down.shape, input_blocks, down.dtype, _precise(x), None)
-    return run.shrink(x, down, KEEP, x.is_contiguous())
+    return shrink(x, down, input_blocks, drop_of(Dropout()), _hidden_config(x, down.shape[0], input_blocks))
 
 
 def lowrank_hidden_bwd(
     dz: Tensor, x: Tensor | None, down: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> dx, d_down; `needs` says which, in that order."""
-    blocks = dz.shape[1] // down.shape[0]
-    run = _hidden(lowrank_linear_config, dz.dtype, dz.device, *down.shape, blocks, down.dtype, _precise(dz), (*needs,))
-    plain = dz.is_contiguous() and (x is None or x.is_contiguous())
-    dx, d_down = run.down(x, dz, down, (NULL, 1.0), KEEP, plain)
-    return dx if needs[0] else None, run.sums([(d_down, down)])[0] if needs[1] else None
+    config = _hidden_config(dz, down.shape[0], dz.shape[1] // down.shape[0])
+    dx, d_down = down_bwd(x, dz, Factors(down, down), drop_of(Dropout()), tuple(needs), config)
+    return dx, sum_partials([(d_down, down)])[0]
 
 
-# ---- what is worked out once ----------------------------------------------------------------------------------------
+def _hidden_config(rows: Tensor, rank: int, in_blocks: int) -> LowRankLinearConfig:
+    return lowrank_linear_config(LowRankShape(0, 0, rank, in_blocks), rows.dtype, architecture(rows.device))
 
 
-class _Forward:
-    def __init__(self, to: Setting):
-        self.shrink, self.expand = Shrink(to), Expand(to)
-        self.mix = Mix(to) if _mixes(to) else None
-        self.fused = Fused(to) if to.config.design == "fused" else None
+def _shape(in_features: int, out_features: int, factors: Factors, place: str) -> LowRankShape:
+    out_blocks, in_blocks = factors.blocks
+    return LowRankShape(in_features, out_features, factors.rank, in_blocks, out_blocks, place == "input")
 
 
-class _Backward:
-    def __init__(self, to: Setting, needs: Needs):
-        through_down = needs.x and to.shape.in_features > 0
-        needs_dz, both = needs.down or needs.z or through_down, (through_down, needs.down)
-        self.mix = Mix(to) if needs.up and _mixes(to) else None
-        self.up = UpBwd(to, needs_dz or needs.core, needs.up) if needs_dz or needs.core or needs.up else None
-        self.core = CoreBwd(to) if needs.core else None
-        self.hidden, self.down = HiddenBwd(to) if needs_dz else None, DownBwd(to, *both) if any(both) else None
-        makes_dz = self.down is not None and not needs.z and to.core == "none"
-        if makes_dz and self.up.chunks * self.down.column_tiles <= MOST_CHUNK_READS:
-            self.hidden, self.down = None, DownBwd(to, *both, chunks=self.up.chunks)
-        self.sums = Sums(to.device)
-
-
-class _Hidden:
-    def __init__(self, to: Setting, needs: tuple[bool, ...] | None):
-        self.shrink = Shrink(to) if needs is None else None
-        self.down, self.sums = (None, None) if needs is None else (DownBwd(to, *needs), Sums(to.device))
-
-
-def _mixes(to: Setting) -> bool:
-    """Is S anything else than z?"""
-    return to.core != "none" or to.place in ("rank", "core")
-
-
-def _kind(x: Tensor, in_features: int, out_features: int, factors: Factors, dropout: Dropout) -> tuple:
-    """What kernels of one call depend on, as `_setting` takes it; the dtypes at the end decide what is compiled."""
-    down, up, core, scale, _ = factors
-    return (
-        x.dtype, x.device, in_features, out_features, up.shape[1], None if core is None else core.shape,
-        "none" if dropout.rng is None else dropout.on, _precise(x),
-        None if down is None else down.dtype, up.dtype, None if core is None else core.dtype, type(scale),
-    )  # fmt: skip
-
-
-def _setting(
-    choose: Callable, dtype: torch.dtype, device: torch.device, in_features: int, out_features: int, rank: int,
-    core: torch.Size | None, place: str, *_: Any, design: str | None = None,
-) -> Setting:  # fmt: skip
-    out_blocks, in_blocks = (1, 1) if core is None else core[:2]
-    shape = LowRankShape(in_features, out_features, rank, in_blocks, out_blocks, place == "input")
-    kind = "none" if core is None else "diagonal" if len(core) == 3 else "dense"
-    return Setting(shape, dtype, device, kind, place, choose(shape, dtype, architecture(device), design))
-
-
-@functools.lru_cache(maxsize=1024)
-def _forward(choose: Callable, *kind: Any) -> _Forward:
-    *kind, design, _ = kind
-    return _Forward(_setting(choose, *kind, design=design))
-
-
-@functools.lru_cache(maxsize=1024)
-def _backward(choose: Callable, *kind: Any) -> _Backward:
-    *kind, needs = kind
-    return _Backward(_setting(choose, *kind), needs)
-
-
-@functools.lru_cache(maxsize=1024)
-def _hidden(
-    choose: Callable, dtype: torch.dtype, device: torch.device, rank: int, columns: int, blocks: int, *rest: Any
-) -> _Hidden:
-    shape = LowRankShape(blocks * columns, 0, rank, blocks)
-    config = choose(shape, dtype, architecture(device), None)
-    return _Hidden(Setting(shape, dtype, device, "none", "none", config), rest[-1])
-
-
-def _precise(x: Tensor) -> bool:
-    """What `dot_constants` asks: does float32 stay float32?"""
-    return x.dtype is not torch.float32 or not allows_tf32()
-
-
-def _drop(dropout: Dropout) -> Drop:
-    return KEEP if dropout.rng is None else Drop(*dropout_arguments(dropout.rng, dropout.p))
+def _key(x: Tensor, factors: Factors) -> tuple:
+    """What a call's launches depend on beside what a memo's owner keeps the same."""
+    scale = factors.scale
+    return x.shape[0], scale if type(scale) is float else None, x.dtype is torch.float32 and allows_tf32()

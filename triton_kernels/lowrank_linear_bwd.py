@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import NULL, add_dot, keep_mask, load_rng, load_scale, programs
-from .config import strip_tiles
+from ..records import Factors
+from .common import add_dot, architecture, dot_constants, keep_mask, launch, load_rng, load_scale, scale_arguments
+from .config import LowRankLinearConfig, Tile, strip_tiles
 from .lowrank_linear_fwd import (
     Drop,
-    Setting,
+    blocks,
+    core_kind,
     keep_input,
     load_dense,
     load_diagonal,
@@ -25,7 +27,7 @@ def _up_bwd_kernel(
     O: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One read of dy: t[chunk] = dy_o B over this chunk of columns, d_up[o, strip] = s · dy_oᵀ S_o over this strip.
+    """One read of dy: t[chunk] = dy_o B over this chunk of columns, and s · dy_oᵀ S_o over this strip of rows.
 
     t (chunks, M, O·R) and d_up (O · strips, NB, R) are float32 partial sums; grid (O · chunks, strips).
     """
@@ -180,13 +182,13 @@ def _core_bwd_kernel(
 
 @triton.jit(do_not_specialize=["M", "R", "stride_dzm", "threshold", "tiles"])
 def _down_bwd_kernel(
-    x_ptr, dz_ptr, down_ptr, dx_ptr, d_down_ptr, rng_ptr, scale_ptr, scale, M, KB, R, stride_xm, stride_dzm, stride_dxm,
-    threshold, keep_scale, tiles,
+    x_ptr, dz_ptr, down_ptr, dx_ptr, d_down_ptr, rng_ptr, scale_ptr, scale,
+    M, KB, R, stride_xm, stride_dzm, stride_dxm, threshold, keep_scale, tiles,
     I: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One read of x: d_down[i, strip] = dz_iᵀ drop(x_i) over this strip of rows, and dx_i = mask ∘ (dz_i A).
+    """One read of x: dz_iᵀ drop(x_i) over this strip of rows, and dx_i = mask ∘ (dz_i A).
 
     CHUNKS: dz_ptr points to so many chunks of t, and dz is made of them as hidden_bwd makes it where there is no core.
     d_down (I · strips, R, KB) holds float32 partial sums; grid (I · column tiles, strips).
@@ -246,122 +248,115 @@ def _down_bwd_kernel(
         tl.store(pointers, tl.trans(acc) if FLIPPED else acc, mask=mask_r[:, None] & mask_k[None, :])
 
 
-class UpBwd:
-    def __init__(self, to: Setting, needs_t: bool, needs_up: bool):
-        self.tile, self.rank, self.columns = to.config.up_bwd, to.shape.rank, to.shape.block_rows
-        self.blocks, self.chunks = to.shape.out_blocks, -(-self.columns // self.tile.columns)
-        self.programs = programs(self.tile, to.device) // (self.blocks * self.chunks)
-        self.needs_t, self.needs_up = needs_t, needs_up
-        self.kernel = to.kernel(
-            _up_bwd_kernel, self.tile, "O",
-            NEEDS_T=needs_t, NEEDS_UP=needs_up, BLOCK_M=self.tile.rows, BLOCK_N=self.tile.columns,
-        )  # fmt: skip
-
-    def __call__(
-        self, dy: Tensor, s: Tensor | None, up: Tensor, scale: tuple[Tensor, float], plain: bool
-    ) -> tuple[Tensor, Tensor]:
-        """-> t (chunks, M, O·R) float32 with dy_o B = Σ_chunks t; d_up's sums (O · strips, NB, R) float32"""
-        rows, rank = dy.shape[0], self.rank
-        tiles = strip_tiles(rows, self.tile, self.programs)
-        strips = -(-rows // (tiles * self.tile.rows))
-        width, partials, t = self.blocks * rank, NULL, NULL
-        if self.needs_t:
-            t = dy.new_empty((self.chunks, rows, width), dtype=torch.float32)
-        if self.needs_up:
-            partials = dy.new_empty((self.blocks * strips, self.columns, rank), dtype=torch.float32)
-        stride_dy, stride_s = (dy.shape[1], width) if plain else (dy.stride(0), 0 if s is None else s.stride(0))
-        self.kernel.launch(
-            (self.blocks * self.chunks, strips, 1),
-            (dy, NULL if s is None else s, up, t, partials, scale[0]),
-            (scale[1], rows, self.columns, rank, stride_dy, stride_s, tiles),
-            plain,
-        )
-        return t, partials
+def up_bwd(
+    dy: Tensor, s: Tensor | None, factors: Factors, needs_t: bool, needs_up: bool, config: LowRankLinearConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> t (chunks, M, O·R) float32 with dy_o B = Σ_chunks t; partial sums of d_up"""
+    tile, up, rows = config.up_bwd, factors.up, dy.shape[0]
+    (columns, rank), chunks = up.shape, up_chunks(factors, config)
+    out_blocks = dy.shape[1] // columns
+    tiles, strips = _strips(rows, tile, out_blocks * chunks, dy.device)
+    t = dy.new_empty(chunks, rows, out_blocks * rank, dtype=torch.float32) if needs_t else None
+    partials = dy.new_empty(out_blocks * strips, columns, rank, dtype=torch.float32) if needs_up else None
+    launch(
+        _up_bwd_kernel,
+        (out_blocks * chunks, strips),
+        (
+            dy, s if needs_up else None, up, t, partials, *scale_arguments(factors.scale), rows, columns, rank,
+            dy.stride(0), s.stride(0) if needs_up else 0, tiles,
+        ),
+        {
+            "O": out_blocks, "NEEDS_T": needs_t, "NEEDS_UP": needs_up, **dot_constants(dy.dtype),
+            **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
+        },
+        tile,
+    )  # fmt: skip
+    return t, partials
 
 
-class HiddenBwd:
-    def __init__(self, to: Setting):
-        self.tile, self.rank, self.blocks = to.config.hidden_bwd, to.shape.rank, to.shape.in_blocks
-        self.dtype = to.dtype
-        self.kernel = to.kernel(
-            _hidden_bwd_kernel, self.tile, "O", "I", "CORE", "DROPOUT", "CHUNK_R", BLOCK_M=self.tile.rows
-        )
-
-    def __call__(self, t: Tensor, core: Tensor, scale: tuple[Tensor, float], drop: Drop) -> Tensor:
-        """-> dz (M, I·R)"""
-        chunks, rows, _ = t.shape
-        dz = t.new_empty((rows, self.blocks * self.rank), dtype=self.dtype)
-        rng, threshold, keep_scale = drop
-        self.kernel.launch(
-            (-(-rows // self.tile.rows), self.blocks, 1),
-            (t, core, dz, rng, scale[0]),
-            (scale[1], rows, self.rank, chunks, threshold, keep_scale),
-            True,
-        )
-        return dz
+def up_chunks(factors: Factors, config: LowRankLinearConfig) -> int:
+    """Into how many chunks of columns up_bwd divides an output block."""
+    return triton.cdiv(factors.up.shape[0], config.up_bwd.columns)
 
 
-class CoreBwd:
-    def __init__(self, to: Setting):
-        self.tile, self.rank, self.blocks = to.config.core_bwd, to.shape.rank, to.shape.out_blocks * to.shape.in_blocks
-        self.parts = 1 if to.core == "diagonal" else to.config.block_r // to.config.chunk_r
-        self.programs = programs(self.tile, to.device) // self.blocks
-        self.kernel = to.kernel(
-            _core_bwd_kernel, self.tile, "O", "I", "CORE", "DROPOUT", "CHUNK_R", BLOCK_M=self.tile.rows
-        )
-
-    def __call__(
-        self, t: Tensor, z: Tensor, core: Tensor, scale: tuple[Tensor, float], drop: Drop, plain: bool
-    ) -> Tensor:
-        """-> d_core's sums (strips, …) float32"""
-        chunks, rows, _ = t.shape
-        tiles = strip_tiles(rows, self.tile, self.programs)
-        strips = -(-rows // (tiles * self.tile.rows))
-        partials = t.new_empty((strips, *core.shape))
-        rng, threshold, keep_scale = drop
-        stride = z.shape[1] if plain else z.stride(0)
-        self.kernel.launch(
-            (self.blocks, strips, self.parts),
-            (t, z, partials, rng, scale[0]),
-            (scale[1], rows, self.rank, stride, chunks, threshold, keep_scale, tiles),
-            plain,
-        )
-        return partials
+def hidden_bwd(t: Tensor, factors: Factors, drop: Drop, dtype: torch.dtype, config: LowRankLinearConfig) -> Tensor:
+    """-> dz (M, I·R)"""
+    (chunks, rows, columns), rank, (_, in_blocks) = t.shape, factors.rank, factors.blocks
+    dz = t.new_empty(rows, in_blocks * rank, dtype=dtype)
+    rng, threshold, keep_scale, place = drop
+    launch(
+        _hidden_bwd_kernel,
+        (triton.cdiv(rows, config.hidden_bwd.rows), in_blocks),
+        (
+            t, factors.core, dz, rng, *scale_arguments(factors.scale), rows, rank, chunks, threshold, keep_scale,
+        ),
+        {
+            "O": columns // rank, "I": in_blocks, "CORE": core_kind(factors.core), "DROPOUT": place,
+            **dot_constants(dtype), **blocks(config, BLOCK_M=config.hidden_bwd.rows, CHUNK_R=config.chunk_r),
+        },
+        config.hidden_bwd,
+    )  # fmt: skip
+    return dz
 
 
-class DownBwd:
-    """chunks: of t, from which the kernel makes dz itself; 0: it reads dz"""
+def core_bwd(t: Tensor, z: Tensor, factors: Factors, drop: Drop, config: LowRankLinearConfig) -> Tensor:
+    """-> partial sums of d_core"""
+    core, (chunks, rows, _) = factors.core, t.shape
+    out_blocks, in_blocks, rank = core.shape[:3]
+    tiles, strips = _strips(rows, config.core_bwd, out_blocks * in_blocks, t.device)
+    partials = t.new_empty(strips, *core.shape)
+    rng, threshold, keep_scale, place = drop
+    scale = scale_arguments(factors.scale)
+    launch(
+        _core_bwd_kernel,
+        (out_blocks * in_blocks, strips, 1 if core.dim() == 3 else config.block_r // config.chunk_r),
+        (t, z, partials, rng, *scale, rows, rank, z.stride(0), chunks, threshold, keep_scale, tiles),
+        {
+            "O": out_blocks, "I": in_blocks, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(z.dtype),
+            **blocks(config, BLOCK_M=config.core_bwd.rows, CHUNK_R=config.chunk_r),
+        },
+        config.core_bwd,
+    )  # fmt: skip
+    return partials
 
-    def __init__(self, to: Setting, needs_x: bool, needs_down: bool, chunks: int = 0):
-        self.tile, self.rank, self.columns = to.config.down_bwd, to.shape.rank, to.shape.block_columns
-        self.blocks, self.column_tiles = to.shape.in_blocks, -(-self.columns // self.tile.columns)
-        self.programs = programs(self.tile, to.device) // (self.blocks * self.column_tiles)
-        self.needs_x, self.needs_down, self.dtype = needs_x, needs_down, to.dtype
-        self.kernel = to.kernel(
-            _down_bwd_kernel, self.tile, "I", "DROPOUT",
-            NEEDS_X=needs_x, NEEDS_DOWN=needs_down, CHUNKS=chunks, BLOCK_M=self.tile.rows, BLOCK_K=self.tile.columns,
-        )  # fmt: skip
 
-    def __call__(
-        self, x: Tensor | None, dz: Tensor, down: Tensor, scale: tuple[Tensor, float], drop: Drop, plain: bool
-    ) -> tuple[Tensor, Tensor]:
-        """dz (M, I·R), or t -> mask ∘ (dz A) (M, K); d_down's sums (I · strips, R, KB) float32"""
-        rows, width = dz.shape[-2:]
-        tiles = strip_tiles(rows, self.tile, self.programs)
-        strips = -(-rows // (tiles * self.tile.rows))
-        features, dx, partials = self.blocks * self.columns, NULL, NULL
-        if self.needs_x:
-            dx = dz.new_empty((rows, features), dtype=self.dtype)
-        if self.needs_down:
-            partials = dz.new_empty((self.blocks * strips, self.rank, self.columns), dtype=torch.float32)
-        rng, threshold, keep_scale = drop
-        stride_x, stride_dz = (features, width) if plain else (0 if x is None else x.stride(0), dz.stride(-2))
-        self.kernel.launch(
-            (self.blocks * self.column_tiles, strips, 1),
-            (NULL if x is None else x, dz, down, dx, partials, rng, scale[0]),
-            (
-                scale[1], rows, self.columns, self.rank, stride_x, stride_dz, features, threshold, keep_scale, tiles,
-            ),
-            plain,
-        )  # fmt: skip
-        return dx, partials
+def down_bwd(
+    x: Tensor | None, dz: Tensor, factors: Factors, drop: Drop, needs: tuple[bool, bool], config: LowRankLinearConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> mask ∘ (dz A) (M, K), partial sums of d_down; `needs` says which
+
+    dz: (M, I·R), or where there is no core t (chunks, M, R), of which the kernel makes dz itself
+    """
+    (needs_x, needs_down), chunks = needs, dz.shape[0] if dz.dim() == 3 else 0
+    tile, (rank, columns), (rows, width) = config.down_bwd, factors.down.shape, dz.shape[-2:]
+    in_blocks, column_tiles = width // rank, down_column_tiles(factors, config)
+    tiles, strips = _strips(rows, tile, in_blocks * column_tiles, dz.device)
+    dx = dz.new_empty(rows, in_blocks * columns, dtype=config.dtype) if needs_x else None
+    partials = dz.new_empty(in_blocks * strips, rank, columns, dtype=torch.float32) if needs_down else None
+    rng, threshold, keep_scale, place = drop
+    launch(
+        _down_bwd_kernel,
+        (in_blocks * column_tiles, strips),
+        (
+            x if needs_down else None, dz, factors.down, dx, partials, rng, *scale_arguments(factors.scale),
+            rows, columns, rank, x.stride(0) if needs_down else 0, dz.stride(-2), dx.stride(0) if needs_x else 0,
+            threshold, keep_scale, tiles,
+        ),
+        {
+            "I": in_blocks, "DROPOUT": place, "NEEDS_X": needs_x, "NEEDS_DOWN": needs_down, "CHUNKS": chunks,
+            **dot_constants(config.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
+        },
+        tile,
+    )  # fmt: skip
+    return dx, partials
+
+
+def down_column_tiles(factors: Factors, config: LowRankLinearConfig) -> int:
+    """Into how many tiles of columns down_bwd divides an input block."""
+    return triton.cdiv(factors.down.shape[1], config.down_bwd.columns)
+
+
+def _strips(rows: int, tile: Tile, column_tiles: int, device: torch.device) -> tuple[int, int]:
+    """Row tiles per strip, and the number of strips."""
+    tiles = strip_tiles(rows, tile, column_tiles, architecture(device))
+    return tiles, triton.cdiv(rows, tiles * tile.rows)

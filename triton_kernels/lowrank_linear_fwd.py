@@ -1,16 +1,14 @@
 """The forward kernels of `lowrank_linear`, what both directions load alike, and their launchers."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
-from ..records import Factors
-from .common import NULL, Kernel, add_dot, dot_constants, keep_mask, load_rng, load_scale
-from .config import LowRankLinearConfig, LowRankShape, Tile
+from ..records import Dropout, Factors
+from .common import add_dot, dot_constants, dropout_arguments, keep_mask, launch, load_rng, load_scale, scale_arguments
+from .config import LowRankLinearConfig
 
 
 @triton.jit(do_not_specialize=["M", "R", "stride_zm", "threshold"])
@@ -239,124 +237,99 @@ def _fused_kernel(
     tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-class Setting(NamedTuple):
-    """What all kernels of one kind of call agree on; rows and addresses are not in it."""
-
-    shape: LowRankShape
-    dtype: torch.dtype
-    device: torch.device
-    core: str  # "none" | "diagonal" | "dense"
-    place: str  # what is dropped: "none" | "input" | "rank" | "core"
-    config: LowRankLinearConfig
-
-    def kernel(self, kernel: JITFunction, tile: Tile, *names: str, **constants: Any) -> Kernel:
-        """names: which of the constants that are the same for every kernel this one has, beside DOT and PRECISION"""
-        shape, config = self.shape, self.config
-        common = {
-            "O": shape.out_blocks, "I": shape.in_blocks, "CORE": self.core, "DROPOUT": self.place,
-            "BLOCK_R": config.block_r, "CHUNK_R": config.chunk_r,
-        }  # fmt: skip
-        chosen = {name: common[name] for name in names} | {"BLOCK_R": config.block_r}
-        return Kernel(kernel, tile, self.device, **constants, **chosen, **dot_constants(self.dtype))
+def core_kind(core: Tensor | None) -> str:
+    return "none" if core is None else "diagonal" if core.dim() == 3 else "dense"
 
 
 class Drop(NamedTuple):
     """A call's dropout as kernels take it."""
 
-    rng: Tensor
+    rng: Tensor | None
     threshold: int
     keep_scale: float
+    place: str  # "none" | "input" | "rank" | "core"
 
 
-class Shrink:
-    def __init__(self, to: Setting):
-        self.tile, (self.columns, self.rank) = to.config.shrink, (to.shape.block_columns, to.shape.rank)
-        self.blocks = to.shape.in_blocks
-        rows, columns = self.tile.rows, self.tile.columns
-        self.kernel = to.kernel(_shrink_kernel, self.tile, "DROPOUT", BLOCK_M=rows, BLOCK_K=columns)
+def drop_of(dropout: Dropout) -> Drop:
+    return Drop(*dropout_arguments(dropout.rng, dropout.p), "none" if dropout.rng is None else dropout.on)
 
-    def __call__(self, x: Tensor, down: Tensor, drop: Drop, plain: bool) -> Tensor:
-        """-> z (M, I·R)"""
-        rows, width = x.shape[0], self.blocks * self.rank
-        z = x.new_empty(rows, width)
-        rng, threshold, keep_scale = drop
-        stride = x.shape[1] if plain else x.stride(0)
-        self.kernel.launch(
-            (-(-rows // self.tile.rows), self.blocks, 1),
-            (x, down, z, rng),
-            (rows, self.columns, self.rank, stride, width, threshold, keep_scale),
-            plain,
-        )
+
+def shrink(x: Tensor, down: Tensor, in_blocks: int, drop: Drop, config: LowRankLinearConfig) -> Tensor:
+    """-> z (M, I·R)"""
+    tile, rank = config.shrink, down.shape[0]
+    z = x.new_empty(x.shape[0], in_blocks * rank)
+    rng, threshold, keep_scale, place = drop
+    launch(
+        _shrink_kernel,
+        (triton.cdiv(x.shape[0], tile.rows), in_blocks),
+        (x, down, z, rng, x.shape[0], down.shape[1], rank, x.stride(0), z.stride(0), threshold, keep_scale),
+        {"DROPOUT": place, **dot_constants(x.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns)},
+        tile,
+    )
+    return z
+
+
+def mix(z: Tensor, factors: Factors, out_blocks: int, drop: Drop, config: LowRankLinearConfig) -> Tensor:
+    """-> S (M, O·R); without a core and a mask on z or S, that is z itself"""
+    rng, threshold, keep_scale, place = drop
+    core, rank = factors.core, factors.rank
+    if core is None and place not in ("rank", "core"):
         return z
+    tile = config.mix
+    s = z.new_empty(z.shape[0], out_blocks * rank)
+    launch(
+        _mix_kernel,
+        (triton.cdiv(z.shape[0], tile.rows), out_blocks),
+        (z, core, s, rng, z.shape[0], rank, z.stride(0), threshold, keep_scale),
+        {
+            "O": out_blocks, "I": z.shape[1] // rank, "CORE": core_kind(core), "DROPOUT": place,
+            **dot_constants(z.dtype), **blocks(config, BLOCK_M=tile.rows, CHUNK_R=config.chunk_r),
+        },
+        tile,
+    )  # fmt: skip
+    return s
 
 
-class Mix:
-    def __init__(self, to: Setting):
-        self.tile, self.rank, self.blocks = to.config.mix, to.shape.rank, to.shape.out_blocks
-        self.kernel = to.kernel(
-            _mix_kernel, self.tile, "O", "I", "CORE", "DROPOUT", "CHUNK_R", BLOCK_M=self.tile.rows
-        )
-
-    def __call__(self, z: Tensor, core: Tensor, drop: Drop, plain: bool) -> Tensor:
-        """-> S (M, O·R)"""
-        rows = z.shape[0]
-        s = z.new_empty(rows, self.blocks * self.rank)
-        rng, threshold, keep_scale = drop
-        stride = z.shape[1] if plain else z.stride(0)
-        self.kernel.launch(
-            (-(-rows // self.tile.rows), self.blocks, 1),
-            (z, core, s, rng),
-            (rows, self.rank, stride, threshold, keep_scale),
-            plain,
-        )
-        return s
+def expand(
+    s: Tensor, factors: Factors, bias: Tensor | None, out_features: int, config: LowRankLinearConfig
+) -> Tensor:
+    """-> y (M, N) without the frozen weight's part"""
+    tile, (columns, rank) = config.expand, factors.up.shape
+    y = s.new_empty(s.shape[0], out_features)
+    scale = scale_arguments(factors.scale)
+    launch(
+        _expand_kernel,
+        (triton.cdiv(s.shape[0], tile.rows), out_features // columns * triton.cdiv(columns, tile.columns)),
+        (s, factors.up, bias, y, *scale, s.shape[0], columns, rank, s.stride(0), y.stride(0)),
+        {**dot_constants(s.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns)},
+        tile,
+    )
+    return y
 
 
-class Expand:
-    def __init__(self, to: Setting):
-        self.tile, self.rank, self.columns = to.config.expand, to.shape.rank, to.shape.block_rows
-        self.out_features = to.shape.out_features
-        self.tiles = to.shape.out_blocks * -(-self.columns // self.tile.columns)
-        self.kernel = to.kernel(_expand_kernel, self.tile, BLOCK_M=self.tile.rows, BLOCK_N=self.tile.columns)
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, drop: Drop, config: LowRankLinearConfig
+) -> tuple[Tensor, Tensor]:
+    """-> y (M, N), z (M, R)"""
+    tile, (columns, rank), (down, up, core, scale, _) = config.fused, factors.up.shape, factors
+    rows, out_features = x.shape[0], weight.shape[0]
+    y, z = x.new_empty(rows, out_features), x.new_empty(rows, rank)
+    rng, threshold, keep_scale, place = drop
+    launch(
+        _fused_kernel,
+        (triton.cdiv(rows, tile.rows) * (out_features // columns) * triton.cdiv(columns, tile.columns),),
+        (
+            x, weight, bias, down, up, core, y, z, rng, *scale_arguments(scale), rows, x.shape[1], columns, rank,
+            x.stride(0), weight.stride(0), weight.stride(1), y.stride(0), z.stride(0), threshold, keep_scale,
+        ),
+        {
+            "O": out_features // columns, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(x.dtype),
+            **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth),
+        },
+        tile,
+    )  # fmt: skip
+    return y, z
 
-    def __call__(self, s: Tensor, up: Tensor, bias: Tensor, scale: tuple[Tensor, float], plain: bool) -> Tensor:
-        """-> y (M, N) without the frozen weight's part"""
-        rows = s.shape[0]
-        y = s.new_empty(rows, self.out_features)
-        stride = s.shape[1] if plain else s.stride(0)
-        self.kernel.launch(
-            (-(-rows // self.tile.rows), self.tiles, 1),
-            (s, up, bias, y, scale[0]),
-            (scale[1], rows, self.columns, self.rank, stride, self.out_features),
-            plain,
-        )
-        return y
 
-
-class Fused:
-    def __init__(self, to: Setting):
-        self.tile, self.rank, self.columns = to.config.fused, to.shape.rank, to.shape.block_rows
-        self.out_features = to.shape.out_features
-        self.tiles = to.shape.out_blocks * -(-self.columns // self.tile.columns)
-        self.kernel = to.kernel(
-            _fused_kernel, self.tile, "O", "CORE", "DROPOUT",
-            BLOCK_M=self.tile.rows, BLOCK_N=self.tile.columns, BLOCK_K=self.tile.depth,
-        )  # fmt: skip
-
-    def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor, factors: Factors, scale: tuple[Tensor, float], drop: Drop
-    ) -> tuple[Tensor, Tensor]:
-        """-> y (M, N), z (M, R)"""
-        rows, rank, (down, up, core, *_) = x.shape[0], self.rank, factors
-        y, z = x.new_empty(rows, self.out_features), x.new_empty(rows, rank)
-        rng, threshold, keep_scale = drop
-        self.kernel.launch(
-            (-(-rows // self.tile.rows) * self.tiles, 1, 1),
-            (x, weight, bias, down, up, NULL if core is None else core, y, z, rng, scale[0]),
-            (
-                scale[1], rows, x.shape[1], self.columns, rank,
-                x.stride(0), weight.stride(0), weight.stride(1), self.out_features, rank, threshold, keep_scale,
-            ),
-            x.is_contiguous() and weight.is_contiguous(),
-        )  # fmt: skip
-        return y, z
+def blocks(config: LowRankLinearConfig, **sizes: int) -> dict[str, int]:
+    return {**sizes, "BLOCK_R": config.block_r}

@@ -82,14 +82,16 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         """x: (..., in_features), hidden: None or (..., I·R) from `lowrank_hidden` -> (..., out_features)"""
-        if self.merged:
-            return F.linear(x, self.weight, self.bias)
+        own = self._parameters
+        weight, bias = (own["weight"], own["bias"]) if "weight" in own else (self.weight, self.bias)  # or parametrised
+        if self._original is not None:
+            return F.linear(x, weight, bias)
         return lowrank_linear(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             *self.factors(),
-            scale=self.scale,
+            scale=self._buffers["scale"],
             dropout_p=self.dropout_p,
             dropout_on=self.dropout_on,
             training=self.training,

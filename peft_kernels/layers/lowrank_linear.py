@@ -82,7 +82,10 @@ class LowRankLinear(AdaptedLinear):
         self.reset_adapter()
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.down, self.up, self.core
+        own = self._parameters  # past nn.Module's slow way to them, unless they are parametrised
+        if "down" not in own or "up" not in own:
+            return self.down, self.up, self.core
+        return own["down"], own["up"], self.core
 
     def reset_adapter(self) -> None:
         """Start `down`, `up` and `core` afresh."""

@@ -77,8 +77,8 @@ class _Plan(NamedTuple):
     design: str | None
     dtype: torch.dtype | None  # that autocast asks for
     drops: int  # columns of the mask; 0: nothing is dropped
-    flat_core: bool  # (R,) or (R, R), which kernels take as one block
-    ready: bool  # factors are contiguous, and a tensor scale is float32 for kernels
+    ready: bool  # nothing has to be cast, copied or reshaped before kernels can take it
+    memo: dict | None = None  # where the backend keeps its own: if no graph is made, autocast is off, x contiguous
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -86,39 +86,50 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, down, up, core, scale, z, dropout, plan):
         needs_x, needs_weight, _, needs_down, needs_up, needs_core, *_ = ctx.needs_input_grad
         factors = Factors(None if z is not None else down, up, core, scale, None if z is None else rows(z))
-        backend, design = plan[:2]
-        y, own_z = lowrank_linear_fwd(backend, rows(x), dense(weight, x.dtype), bias, factors, dropout, design)
+        backend, memo = plan.backend, plan.memo
+        if memo is None or not (z is None or z.is_contiguous()):
+            stored = dense(weight, x.dtype)
+            y, own_z = lowrank_linear_fwd(backend, rows(x), stored, bias, factors, dropout, plan.design)
+        else:
+            stored, x_rows = weight, x if x.ndim == 2 else rows(x)
+            y, own_z = lowrank_linear_fwd.direct(backend, memo, x_rows, weight, bias, factors, dropout, plan.design)
+        is_number, is_stored = type(scale) is float, stored is weight
         ctx.save_for_backward(
             x if needs_weight or (needs_down and z is None) else None,
-            weight if needs_x and isinstance(weight, Tensor) else None,
+            weight if needs_x and is_stored else None,
             factors.down,
             up,
             core,
-            scale if isinstance(scale, Tensor) else None,
+            None if is_number else scale,
             (own_z if z is None else z) if needs_up or needs_core else None,
             dropout.rng,
         )
-        ctx.scale = None if isinstance(scale, Tensor) else scale
-        ctx.quantized = None if isinstance(weight, Tensor) else weight
+        ctx.scale, ctx.quantized = scale if is_number else None, None if is_stored else weight
         ctx.x_shape, ctx.z_shape = x.shape, None if z is None else z.shape
-        ctx.dropout, ctx.backend = (dropout.p, dropout.on), plan.backend
+        ctx.dropout, ctx.plan = dropout[1:], plan
         return y if x.ndim == 2 else shaped(y, *x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):
-        refuse_second_derivative("lowrank_linear")
+        if torch.is_grad_enabled():
+            refuse_second_derivative("lowrank_linear")
         x, weight, down, up, core, scale, z, rng = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_down, needs_up, needs_core, _, needs_z, *_ = ctx.needs_input_grad
         needs = Needs(needs_x, needs_down and down is not None, needs_up, needs_core, needs_z)
+        plan, dy = ctx.plan, rows(dy)
         if needs_x and ctx.quantized is not None:
             weight = dense(ctx.quantized, dy.dtype)
-        dy = rows(dy)
-        x = None if x is None else rows(x)
+        if x is not None and (plan.memo is None or x.ndim > 2):
+            x = rows(x)
         dx = d_down = d_up = d_core = d_z = d_weight = d_bias = None
-        if any(needs):
-            factors = Factors(down, up, core, ctx.scale if scale is None else scale, None if z is None else rows(z))
-            dropout, own_x = Dropout(rng, *ctx.dropout), x if needs.down else None
-            grads = lowrank_linear_bwd(ctx.backend, dy, own_x, weight, factors, dropout, needs)
+        if True in needs:
+            z = z if z is None or ctx.z_shape is None else rows(z)
+            factors = Factors(down, up, core, ctx.scale if scale is None else scale, z)
+            dropout, own_x = KEEP_ALL if rng is None else Dropout(rng, *ctx.dropout), x if needs.down else None
+            if plan.memo is None or torch._C._is_any_autocast_enabled():
+                grads = lowrank_linear_bwd(plan.backend, dy, own_x, weight, factors, dropout, needs)
+            else:
+                grads = lowrank_linear_bwd.direct(plan.backend, plan.memo, dy, own_x, weight, factors, dropout, needs)
             dx, d_down, d_up, d_core, d_z = grads
         if needs_weight or needs_bias:
             with autocast_off(dy):
@@ -201,68 +212,83 @@ def lowrank_linear(
     if not torch.compiler.is_compiling():
         try:
             key = _signature(x, weight, bias, down, up, core, scale, hidden, options)
-            plan = _plans.get(key)
-        except (AttributeError, IndexError, TypeError):
-            pass  # an argument that the checks will name
+            plan = _plans[key]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+            pass  # another kind of call, or an argument that the checks will name
     if plan is None:
         plan = _checked(x, weight, bias, down, up, core, scale, hidden, options)
         if key is not None and _PLAIN.issuperset(key[:7]):
+            if plan.ready and x.is_contiguous() and x.device.type != "meta":
+                plan = plan._replace(memo={})
             if len(_plans) >= 4096:
                 _plans.clear()
             _plans[key] = plan
-    if type(scale) is float and not -_FINITE <= scale <= _FINITE:
+    if type(scale) in (float, int) and not -_LARGEST <= scale <= _LARGEST:
         check_scale(scale, x)
-    if plan.dtype is not None:
-        x, weight, bias, hidden = (t.to(plan.dtype) if isinstance(t, Tensor) else t for t in (x, weight, bias, hidden))
-    if plan.flat_core:
-        core = core[None, None]
     if not plan.ready:
-        bias, up, core = (None if t is None else t.contiguous() for t in (bias, up, core))
+        x, weight, bias, hidden = (_cast(t, plan.dtype) for t in (x, weight, bias, hidden))
+        core = core[None, None] if core is not None and core.dim() < 3 else core
+        bias, up, core = (t if t is None else t.contiguous() for t in (bias, up, core))
         down = down.contiguous() if hidden is None else down
-        scale = scale.to(torch.float32) if isinstance(scale, Tensor) and plan.backend != "torch" else scale
-    if hidden is not None:
-        down = down.detach()
+        if isinstance(scale, Tensor):
+            scale = scale if plan.backend == "torch" else scale.to(torch.float32)
+        elif not torch.compiler.is_compiling():
+            scale = float(scale)
     dropout = KEEP_ALL
     if plan.drops:
         dropout = Dropout(_draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on)
-    apply = _LowRankLinear.apply if key is None else _apply
+    apply = _LowRankLinear.apply if plan.memo is None else _apply
+    down = down if hidden is None else down.detach()
     return apply(x, weight, bias, down, up, core, scale, hidden, dropout, plan)
 
 
 _plans: dict[tuple, _Plan] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))  # what other types hide changes without a sign
-_FINITE = torch.finfo(torch.float64).max
+_LARGEST = torch.finfo(torch.float64).max
 _apply = super(torch.autograd.Function, _LowRankLinear).apply  # without unwrapping what functorch left
+
+
+def _cast(t: Tensor | QuantizedWeight | None, dtype: torch.dtype | None) -> Tensor | QuantizedWeight | None:
+    return t.to(dtype) if dtype is not None and isinstance(t, Tensor) else t
 
 
 def _signature(x, weight, bias, down, up, core, scale, hidden, options: tuple) -> tuple:
     """All that the checks of a call, and the choice of its backend, look at: calls with the same one go the same way.
 
-    Raises AttributeError, IndexError or TypeError for what is no tensor, or cannot be a key.
+    Raises for what is no tensor, and for what cannot be in a key.
     """
     dropout_p, dropout_on, training, backend, design = options
-    given = [t for t in (bias, down, up, core) if t is not None]
     if torch._C._are_functorch_transforms_active():
-        raise TypeError
+        raise TypeError("tensors of functorch's")
+    factors = (down, up) if bias is None else (bias, down, up)
+    factors = factors if core is None else (*factors, core)
     return (
         type(x), type(weight), type(bias), type(down), type(up), type(core), type(hidden), type(scale), type(dropout_p),
-        x.dtype, x.device, x.shape[-1], 0 in x.shape, linear_dtype(x),
+        x.dtype, x.device, x.shape[-1], 0 in x.shape, x.is_contiguous(),
+        linear_dtype(x) if torch._C._is_any_autocast_enabled() else None,
         weight.dtype, weight.device, weight.shape,
-        *((t.dtype, t.device, t.shape) for t in given),
+        None if bias is None else (bias.dtype, bias.device, bias.shape),
+        down.dtype, down.device, down.shape, up.dtype, up.device, up.shape,
+        None if core is None else (core.dtype, core.device, core.shape),
         None if hidden is None else (hidden.dtype, hidden.device, hidden.shape[-1], hidden.shape[:-1] == x.shape[:-1]),
-        (scale.dtype, scale.device, scale.shape, scale.requires_grad) if isinstance(scale, Tensor) else None,
-        all(map(Tensor.is_contiguous, given)),
-        dropout_p, dropout_on, bool(training), design, requested_by(backend),
+        None if type(scale) is float else _scale_signature(scale),
+        all(map(Tensor.is_contiguous, factors)),
+        dropout_p, dropout_on, bool(training), design, backend if backend != "auto" else requested_by(backend),
     )  # fmt: skip
+
+
+def _scale_signature(scale: float | Tensor) -> tuple | None:
+    if not isinstance(scale, Tensor):
+        return None
+    return scale.dtype, scale.device, scale.shape, scale.requires_grad
 
 
 def _checked(x, weight, bias, down, up, core, scale, hidden, options: tuple) -> _Plan:
     """Raises whatever is to be raised about a call, or says how it goes."""
     dropout_p, dropout_on, training, backend, design = options
     check_tensor("x", x)
-    dtype = linear_dtype(x) if autocasts(x) else None
+    dtype, own_core, quantized = linear_dtype(x) if autocasts(x) else None, core, not isinstance(weight, Tensor)
     x, weight, bias, hidden = check_linear(x, weight, bias, hidden)
-    flat_core = core is not None and isinstance(core, Tensor) and core.dim() < 3
     core = check_factors(core, x, weight, down, up)
     check_scale(scale, x)
     check_probability("dropout_p", dropout_p)
@@ -284,9 +310,13 @@ def _checked(x, weight, bias, down, up, core, scale, hidden, options: tuple) -> 
         raise ValueError(f"design: {design!r} does not exist on backend {choice.name!r} ({choice.reason})")
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
     columns = {"input": x.shape[-1], "rank": blocks[1] * rank, "core": blocks[0] * rank}[dropout_on]
-    ready = all(t is None or t.is_contiguous() for t in (bias, down, up, core))
-    ready = ready and (run == "torch" or not isinstance(scale, Tensor) or scale.dtype == torch.float32)
-    return _Plan(run, design if run == "triton" else None, dtype, columns if drops else 0, flat_core, ready)
+    ready = dtype is None and core is own_core and not quantized
+    ready = ready and all(t is None or t.is_contiguous() for t in (bias, down, up, core))
+    if isinstance(scale, Tensor):
+        ready = ready and (run == "torch" or scale.dtype == torch.float32)
+    else:
+        ready = ready and type(scale) is float
+    return _Plan(run, design if run == "triton" else None, dtype, columns if drops else 0, ready)
 
 
 def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str = "auto") -> Tensor:

@@ -13,7 +13,8 @@ from peft_kernels.records import Dropout, Factors, Needs, Scale
 
 
 def lowrank_linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None = None,
+    *, memo: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """-> y (M, N), z (M, I·R); z is None when factors.z was given."""
     down, up, core, scale, z = factors
@@ -29,7 +30,8 @@ def lowrank_linear_fwd(
 
 
 def lowrank_linear_bwd(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs,
+    *, memo: dict | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """-> dx, d_down, d_up, d_core, dz, as `needs` says in that order. factors.down is None if z came from outside."""
     down, up, core, scale, z = factors

@@ -1,0 +1,148 @@
+"""Calls made again: what launched kernels once launches them again from a list, at a tenth of the host's time.
+
+Triton's own launch works out at every call what it has compiled for such arguments, which takes 8 to 17 µs, and before
+it tiles, grids and constants are chosen. All that depends on kinds, sizes and numbers, and not on where tensors lie. So
+the first call of a kind is watched: which tensors it makes, and what it launches on which of them. The next call makes
+those tensors and launches the compiled kernels on the new addresses.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import reduce
+from operator import itemgetter, or_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+from . import common
+
+Memo = dict[Hashable, "Replay"]  # of one kind of call, by what else a launch depends on
+ALIGNED = 16  # bytes: Triton compiles another kernel for what does not begin at a multiple
+PART = 256  # bytes: parts of a workspace begin at multiples, as a GPU's allocations do
+MOST = 1024  # replays of one kind
+
+
+def replayed(memo: Memo | None, key: Hashable, function: Callable, tensors: tuple, settings: tuple) -> tuple:
+    """function(tensors, settings) -> a tuple of tensors and None, again from `memo` where that is possible.
+
+    function: only makes contiguous tensors, and launches kernels on them, on parts of them and on `tensors`
+    tensors: tensors, which are contiguous, numbers, which are in the key or the memo's, and None
+    memo: kept by the caller for as long as dtypes, device, sizes and presence of all tensors, and whatever else
+        `function` and compilation depend on, are the same, but for what is in the key. None: nothing is kept
+    """
+    if memo is None or common._record is not None or _HOOKS is not knobs.runtime.launch_enter_hook or _HOOKS.calls:
+        return function(tensors, settings)
+    again = memo.get(key)
+    if again is None:
+        return _recorded(memo, key, function, tensors, settings)
+    device, present, kinds, parts, launches, results = again
+    stream = 0
+    if device.type == "cuda":
+        stream = _raw_stream(device.index) if _current_device() == device.index else None
+    made = [empty(size, stride, dtype=dtype, device=device) for size, stride, dtype in kinds]
+    addresses = [*map(Tensor.data_ptr, (*present(tensors), *made))]
+    if stream is None or reduce(or_, addresses) % ALIGNED:
+        return function(tensors, settings)
+    for index, offset in parts:
+        addresses.append(addresses[index] + offset)
+    for run, grid, compiled, pick, rest in launches:
+        run(*grid, stream, *compiled, *pick(addresses), *rest)
+    return results((*made, None))
+
+
+class Replay(NamedTuple):
+    device: torch.device
+    present: Callable[[Sequence], tuple]  # those of the call's tensors that are not None
+    made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # what the call returns, and a workspace
+    parts: list[tuple[int, int]]  # of those tensors: its index, and bytes from where it begins
+    launches: list[tuple[Callable, tuple, tuple, Callable, tuple]]
+    results: Callable[[Sequence], tuple]  # of what is made, and None
+
+
+def _recorded(memo: Memo, key: Hashable, function: Callable, tensors: tuple, settings: tuple) -> tuple:
+    before, common._recording.launches = getattr(common._recording, "launches", None), []
+    try:
+        results = function(tensors, settings)
+        launches = common._recording.launches
+    finally:
+        common._recording.launches = before
+    if (again := _replay(launches, tensors, results)) is not None:
+        if len(memo) >= MOST:
+            memo.clear()
+        memo[key] = again
+    return results
+
+
+def _replay(launches: list[tuple], tensors: Sequence[Tensor | None], results: tuple) -> Replay | None:
+    """None if this call cannot be made again: nothing was compiled, or something lies where it may not always lie."""
+    if not launches or not all(isinstance(compiled, CompiledKernel) for _, compiled in launches):
+        return None
+    given, returned = ([t for t in each if isinstance(t, Tensor)] for each in (tensors, results))
+    pointers = [arg for launched, _ in launches for arg in launched.args if isinstance(arg, Tensor)]
+    if not all(_is_plain(t) for t in (*given, *pointers, *returned)) or any(_within(t, given) for t in returned):
+        return None
+    owners, inner = [*given, *returned], []
+    for t in sorted(pointers, key=Tensor.numel, reverse=True):
+        if not _within(t, [*owners, *inner]):
+            inner.append(t)
+    firsts, size = [], 0
+    for t in inner:
+        firsts.append(size)
+        size += -(-_span(t)[1] // PART) * PART
+    made = [(tuple(t.shape), t.stride(), t.dtype) for t in returned]
+    if inner:
+        made.append(((size,), (1,), torch.uint8))
+    count, parts, places = len(given) + len(made), [], {}
+    for t in pointers:
+        owner = next(each for each in (*owners, *inner) if _within(t, [each]))
+        index = next(i for i, each in enumerate((*owners, *inner)) if each is owner)
+        offset = t.data_ptr() - owner.data_ptr()
+        if index >= len(owners):
+            index, offset = count - 1, offset + firsts[index - len(owners)]
+        if offset or (index == count - 1 and inner):
+            parts.append((index, offset))
+            index = count + len(parts) - 1
+        places[id(t)] = index
+    present = _getter([index for index, t in enumerate(tensors) if isinstance(t, Tensor)])
+    steps = [_step(launched, compiled, places) for launched, compiled in launches]
+    index = {id(t): index for index, t in enumerate(returned)}
+    returns = _getter([-1 if t is None else index[id(t)] for t in results])
+    return Replay(given[0].device, present, made, parts, steps, returns)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.is_contiguous() and t.data_ptr() % ALIGNED == 0
+
+
+def _within(t: Tensor, others: Sequence[Tensor]) -> bool:
+    """Is its memory part of another's?"""
+    first, size = _span(t)
+    return any(o.data_ptr() <= first and first + size <= o.data_ptr() + _span(o)[1] for o in others)
+
+
+def _step(launched: common.Launch, compiled: CompiledKernel, places: dict[int, int]) -> tuple:
+    """Arguments in the kernel's order; None is compiled away, whatever is passed in its place."""
+    names, (grid, args, constants) = launched.kernel.arg_names, launched[1:4]
+    count = max(index for index, arg in enumerate(args) if arg is None or isinstance(arg, Tensor)) + 1
+    pick = _getter([0 if arg is None else places[id(arg)] for arg in args[:count]])
+    rest = (*args[count:], *(constants[name] for name in names[len(args) :]))
+    compiled_as = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
+    return compiled.run, (*grid, 1, 1)[:3], compiled_as, pick, rest
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """Address and bytes."""
+    return t.data_ptr(), t.numel() * t.element_size()
+
+
+def _getter(indices: list[int]) -> Callable[[Sequence], tuple]:
+    """itemgetter, which gives no tuple of one."""
+    return itemgetter(*indices) if len(indices) != 1 else lambda items: (items[indices[0]],)
+
+
+empty = torch.empty_strided
+_HOOKS = knobs.runtime.launch_enter_hook
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # both missing where torch has no CUDA
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
