@@ -2,12 +2,15 @@
 
     python -m peft_kernels bench [OPERATION …] [--against peft,eager,compile] [--shapes blip,vilt | M,K,N[,R]]
         [--save NEW.json] [--compare OLD.json] [--plot FOLDER]
+    python -m peft_kernels bench --host [layer qkv imitation blip vilt] [--save NEW.json]
 
 Each case is a table: the median time and half the distance between its quartiles, the least time possible beside it,
 and rates that count the compulsory work alone. Who does not run here is named with the reason, and so is who computes
 something wrong, which is not timed. On a GPU times are eager, calls issued back to back, and in a CUDA graph, too.
 Exit status: 1 if something was wrong, or faulted the GPU, which ends the run, or if --compare found one of ours slower
 by more than both spreads; 2 for arguments that make no sense. docs/measured.md shows whole runs, a CPU's --threads 1.
+
+--host asks instead what a call costs the host, GPU or none: process time, calls of functions and launches (host.py).
 """
 
 import argparse
@@ -23,7 +26,7 @@ from pathlib import Path
 import torch
 
 from . import __path__ as folder
-from . import compare, results, runner, terminal
+from . import compare, host, results, runner, terminal
 from .cases import Case
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(folder) if module.name.startswith("bench_"))
@@ -49,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add("--graph", action=argparse.BooleanOptionalAction, help="on a GPU: in a CUDA graph, too; it is, unless refused")
     add("--quick", action="store_true", help="two cases of each dtype, few rounds, compiled peers only by name")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    names = ", ".join((*host.QUESTIONS, *host.WHOLE))
+    add("--host", nargs="*", metavar="NAME", help=f"{names}; without a name all but the last two")
     add("--rounds", type=_positive, help="on a CPU: turns of every provider; usually what fits into seconds")
     add("--threads", type=_positive, help="on a CPU")
     add("--save", type=Path, metavar="FILE.json", help="written anew after every case, on a GPU after every provider")
@@ -163,6 +168,14 @@ def _shapes(bench: runner.Bench, each: tuple[int, ...] | list[str], alone: bool)
     return [each]
 
 
+def _check_host(given: argparse.Namespace) -> None:
+    _check("--host", given.host, (*host.QUESTIONS, *host.WHOLE))
+    taken = ("host", "quick", "device", "rounds", "threads", "save")
+    others = [name for name, value in vars(given).items() if name not in taken and value not in (None, False, [])]
+    if others:
+        raise ValueError(f"--host: goes with {', '.join(taken[1:])}, not with {', '.join(others)}")
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +186,8 @@ def main(argv: Sequence[str] | None = None, benches: Sequence[runner.Bench] = BE
     try:
         device = torch.device(given.device)
         torch.empty(1, device=device)
+        if given.host is not None:
+            _check_host(given)
         if given.graph and device.type == "cpu":
             raise ValueError("--graph: a CUDA graph needs a GPU")
         plan = planned(given, device, benches)
@@ -183,9 +198,13 @@ def main(argv: Sequence[str] | None = None, benches: Sequence[runner.Bench] = BE
         reader.error(str(error))
     except ImportError as error:
         reader.error(f"--plot: {error}; pip install matplotlib")
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    if given.threads or given.host is not None:
+        torch.set_num_threads(given.threads or 1)
     rounds = given.rounds or (3 if given.quick else None)
+    if given.host is not None:
+        if host.interpreted():
+            return host.elsewhere(sys.argv[1:] if argv is None else argv)
+        return host.main(given.host, device, rounds, given.save)
 
     run = results.provenance(device)
     print(results.describe(run), end="\n\n")

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ def time_on_cpu(steps: dict[str, Callable[[], object]], rounds: int | None = Non
     for step in steps.values():
         for _ in range(warmup):
             step()
-    return _in_turns({name: lambda step=step: _seconds_on_cpu(step) for name, step in steps.items()}, rounds)
+    return in_turns({name: lambda step=step: _seconds_on_cpu(step) for name, step in steps.items()}, rounds)
 
 
 def _seconds_on_cpu(step: Callable[[], object]) -> float:
@@ -44,7 +44,7 @@ def _seconds_on_cpu(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _in_turns(clocks: dict[str, Callable[[], float]], rounds: int | None) -> dict[str, Times]:
+def in_turns(clocks: dict[str, Callable[[], float]], rounds: int | None) -> dict[str, Times]:
     """A sample of every clock per round, so that whatever else the machine does strikes all alike: compare in a round.
 
     The order is drawn for every other round, and the next one runs backwards: nobody always follows the same neighbour,
@@ -67,6 +67,30 @@ def speed_against(times: Times, other: Times) -> float:
     if len(times.samples) != len(other.samples):
         return other.median / times.median
     return statistics.median(theirs / ours for ours, theirs in zip(times.samples, other.samples))
+
+
+# ---- the host --------------------------------------------------------------------------------------------------------
+
+HOST_SECONDS = 4e-3  # a sample is of as many calls as take that long
+
+
+def host_clock(
+    run: Callable[[], object], running: Callable[[], AbstractContextManager], device: torch.device
+) -> Callable[[], float]:
+    """For `in_turns`: seconds per call that this process's threads computed; running: what a sample takes place in."""
+
+    def seconds(calls: int) -> float:
+        with running():
+            start = time.process_time()
+            for _ in range(calls):
+                run()
+            spent = time.process_time() - start
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return spent / calls
+
+    calls = max(1, int(HOST_SECONDS / seconds(FEWEST_ROUNDS)))
+    return lambda: seconds(calls)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -116,7 +140,7 @@ def time_in_graphs(steps: dict[str, Callable[[], object]], samples: int = SAMPLE
         replay = _captured(step)
         count = max(1, int(GRAPH_SECONDS / _seconds_on_gpu(replay, FEWEST_CALLS)))
         clocks[name] = lambda replay=replay, count=count: _seconds_on_gpu(replay, count)
-    return _in_turns(clocks, samples)
+    return in_turns(clocks, samples)
 
 
 def _captured(step: Callable[[], object]) -> Callable[[], object]:

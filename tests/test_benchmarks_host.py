@@ -1,0 +1,127 @@
+"""`python -m peft_kernels bench --host`: its tables are whole, and what it counts repeats. No test looks at times."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from contextlib import nullcontext
+
+import pytest
+
+from peft_kernels.benchmarks import __main__ as bench
+from peft_kernels.benchmarks import host
+from peft_kernels.benchmarks.nothing import launching_nothing
+
+# Kernels that were decorated under the interpreter reach no launcher: another process counts.
+COUNT = """
+import json, torch
+from peft_kernels.benchmarks import host
+torch.set_num_threads(1)
+with host.stage(device := torch.device("cpu")) as launches:
+    asked = [("", "PEFT", host.providers(0.1))] * 2 + list(host.asked(["imitation"], device))
+    print(json.dumps([host.measure(found, against, launches, 1, device) for _, against, found in asked]))
+"""
+NEEDED = {"triton": "triton", "cuda": "peft_kernels._C"}
+KERNELS = [backend for backend, module in NEEDED.items() if importlib.util.find_spec(module) is not None]
+INTERPRETED = "triton" in KERNELS and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """{provider: its record} of one layer with dropout, two times, of an imitation step and of a weight distance."""
+    if importlib.util.find_spec("peft") is None:  # not imported: that takes seconds, and would not be used here
+        pytest.skip("peft is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [{record["provider"]: record for record in records} for records in json.loads(done.stdout)]
+
+
+def test_everybody_is_in_the_table(counted):
+    ours = ("PEFT accelerated", "LowRankLinear", "Aurora", "Aurora, one of three")
+    expected = {f"{name}, {backend}" for name in ours for backend in ("torch", *KERNELS)}
+    assert counted[0].keys() == {"frozen linear", "PEFT"} | expected
+    for records, against, columns in ((counted[0], "PEFT", 10), (counted[2], "authors' formula", 6)):
+        record = {"title": "", "against": against, "results": list(records.values()), "absent": {"cuda": "why"}}
+        shown = host.table(record)
+        assert shown.notes == ["cuda: why"] and all(len(row) == len(shown.headers) == columns for row in shown.rows)
+        assert not any(host.NOTHING in row for row in shown.rows)
+
+
+def test_calls_repeat(counted):
+    for kind in ("forward_calls", "step_calls", "kernels"):
+        first, second = ({name: record[kind] for name, record in records.items()} for records in counted[:2])
+        assert first == second
+    assert all(0 < record["forward_calls"] < record["step_calls"] for record in counted[0].values())
+
+
+def test_launches_are_the_kernels_of_the_backend(counted):
+    endings = {"triton": "_kernel", "cuda": ("_fwd", "_bwd")}
+    assert all({record["backend"] for record in records.values()} == {None, "torch", *KERNELS} for records in counted)
+    for record in (record for records in counted for record in records.values()):
+        ending = endings.get(record["backend"])
+        assert bool(record["kernels"]) == bool(record["launches"]) == (ending is not None), record
+        assert all(name.endswith(ending) for name in record["kernels"])
+
+
+# ---- without another process -----------------------------------------------------------------------------------------
+
+
+def test_what_is_measured_is_shown_and_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(host, "interpreted", lambda: False)
+    monkeypatch.setattr(host, "stage", lambda device: nullcontext(lambda step: Counter()))
+    monkeypatch.setattr(host, "absent", lambda: {"PEFT": "not looked for"})
+    tables = [(f"{question} of nobody else", "PEFT", host.providers(0.0, 1, [])) for question in host.QUESTIONS]
+    monkeypatch.setattr(host, "asked", lambda questions, device: tables if questions == host.QUESTIONS else [])
+    assert bench.main(["--host", "--device", "cpu", "--quick", "--save", str(tmp_path / "host.json")]) == 0
+    saved, shown = json.loads((tmp_path / "host.json").read_text())["host"], capsys.readouterr().out
+    assert [each["title"] for each in saved] == [title for title, *_ in tables]
+    assert all(str(host.table(each)) in shown for each in saved)
+
+
+def test_calls_are_those_of_python_and_of_c():
+    def inner():
+        return abs(-1)
+
+    def outer():
+        return inner(), len([])
+
+    before = sys.getprofile()
+    assert host.counted_calls(outer) == 4 and sys.getprofile() is before
+    seen = iter([*range(host.WARM)])
+    with pytest.raises(StopIteration):
+        host.counted_calls(lambda: next(seen))
+    assert sys.getprofile() is before
+
+
+def test_the_interpreter_is_left_behind(monkeypatch):
+    started = []
+
+    def start(command, env):
+        started.append((command, env))
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(host.subprocess, "run", start)
+    assert bench.main(["--host", "layer", "--device", "cpu"]) == 7
+    ((command, env),) = started
+    assert command[-4:] == ["--host", "layer", "--device", "cpu"] and "TRITON_INTERPRET" not in env
+    if INTERPRETED:
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), launching_nothing():
+            pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--host layers", "--host: got 'layers' (nearest: layer)"),
+        ("lowrank_linear --host", "--host: goes with quick, device, rounds, threads, save, not with op"),
+        ("--host --plot folder", "not with plot"),
+    ],
+)
+def test_what_makes_no_sense(arguments, told, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments.split())
+    assert told in capsys.readouterr().err
