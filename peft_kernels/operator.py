@@ -45,7 +45,8 @@ class Operator:
         self.name, self.reads, self.fake = launcher.__name__, reads, fake or launcher
         self.modules = _Modules(launcher.__module__.rpartition(".")[2])
         hints = typing.get_type_hints(launcher)
-        self.single = hints.pop("return") is Tensor
+        returned = hints.pop("return")
+        self.single, self.count = returned is Tensor, len(typing.get_args(returned))
         self.parameters = {name: hints[name] for name in inspect.getfullargspec(launcher).args}
         self.layout = [_fields(kind) for kind in self.parameters.values()]
         self.operator = torch.library.custom_op(
@@ -82,9 +83,11 @@ class Operator:
             results = self.operator(*flat, backend)
         if self.single:
             return results
-        needs = args[-1] if "needs" in self.parameters else (True,) * len(results) + (False,)
+        missing = [None] * (self.count - len(results))
+        if "needs" not in self.parameters:
+            return (*results, *missing)
         remaining = iter(results)
-        return tuple(next(remaining) if needed else None for needed in needs)
+        return tuple(next(remaining) if needed else None for needed in args[-1])
 
     def _run(self, *flat: Any) -> Tensor | list[Tensor]:
         *flat, backend = flat

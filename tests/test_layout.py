@@ -24,10 +24,11 @@ ORDER = (
     ("layers",),
     ("objectives", "presets", "environment", "cores", "imitation"),
     ("ops",),
-    ("dispatch",),
-    ("backend", "checks"),
+    ("operator", "checks", "quantized", "rows"),
+    ("autocast", "backend"),
     ("fastest", "kinds"),
     BACKENDS,
+    ("records", "devices"),
     ("_C",),
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
@@ -147,13 +148,14 @@ def flow_problems(root):
 
 
 def foreign_import_problems(root):
-    """Kernels know torch and triton; only kernels know triton; only integrations know peft and transformers."""
+    """Kernels know torch, triton and what is passed to them; only kernels know triton, only integrations peft."""
     for module, name, relative in every_import(root):
         part, top = part_of(module), name.split(".")[0]
         if part == "triton_kernels":
-            inside = relative and name.startswith("peft_kernels.triton_kernels")
+            below = ("peft_kernels.triton_kernels", "peft_kernels.records", "peft_kernels.devices")
+            inside = relative and name.startswith(below)
             if not inside and top not in {"torch", "triton", *sys.stdlib_module_names}:
-                yield f"{module} imports {name}: torch, triton and relative imports of itself only"
+                yield f"{module} imports {name}: torch, triton and relative imports of itself and records only"
         elif top == "triton" and part != "benchmarks":
             yield f"{module} imports triton"
         elif top in ("peft", "transformers") and part not in ("integrations", "benchmarks", "demo"):
