@@ -34,8 +34,8 @@ _SCHEMA = {
 class Operator:
     """Calls `launcher` of the named backend: `operator(backend, *arguments)`.
 
-    launcher: the torch backend's. Its last argument `needs`, if it has one, says which results are not None; without
-        it, only the last ones may be.
+    launcher: the torch backend's. Its first argument is a tensor, or a record that begins with one. Its last argument
+        `needs`, if it has one, says which results are not None; without it, only the last ones may be.
     reads: an operator on the torch backend, too, since what that does depends on what is in its tensors;  fake: its
         results' shapes, for a launcher that cannot say them without reading
     """
@@ -45,7 +45,8 @@ class Operator:
         self.op = launcher.__module__.rpartition(".")[2]
         self.modules = {"torch": importlib.import_module(launcher.__module__)}
         hints = typing.get_type_hints(launcher)
-        self.single = hints.pop("return") is Tensor
+        returned = hints.pop("return")
+        self.single, self.count = returned is Tensor, len(typing.get_args(returned))
         self.parameters = {name: hints[name] for name in inspect.signature(launcher).parameters}
         self.layout = [_fields(kind) for kind in self.parameters.values()]
         self.operator = torch.library.custom_op(
@@ -58,9 +59,10 @@ class Operator:
         if torch.compiler.is_compiling() and (self.reads or backend != "torch"):
             return self._in_graph(backend, args)
         launcher = getattr(self.modules.get(backend) or self._import(backend), self.name)
-        device = args[0].device.type
+        like = _first(args)
+        device = like.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            with autocast_off(args[0]):
+            with autocast_off(like):
                 return launcher(*args)
         return launcher(*args)
 
@@ -71,7 +73,7 @@ class Operator:
     # ---- in a graph ----
 
     def _in_graph(self, backend: str, args: tuple) -> Any:
-        like, flat = args[0], []
+        like, flat = _first(args), []
         for arg, scales in zip(args, self.layout):
             parts = (arg,) if len(scales) == 1 else arg
             flat += [_as_tensor(part, like) if is_scale else part for part, is_scale in zip(parts, scales)]
@@ -79,9 +81,10 @@ class Operator:
             results = self.operator(*flat, backend)
         if self.single:
             return results
-        needs = args[-1] if "needs" in self.parameters else (True,) * len(results) + (False,)
+        if "needs" not in self.parameters:
+            return (*results, *[None] * (self.count - len(results)))
         remaining = iter(results)
-        return tuple(next(remaining) if needed else None for needed in needs)
+        return tuple(next(remaining) if needed else None for needed in args[-1])
 
     def _run(self, *flat: Any) -> Tensor | list[Tensor]:
         *flat, backend = flat
@@ -116,6 +119,10 @@ def _fields(kind: Any) -> tuple[bool, ...]:
     """Of a record's fields, or of a lone argument: which are scales."""
     hints = typing.get_type_hints(kind).values() if hasattr(kind, "_fields") else (kind,)
     return tuple(hint == Scale for hint in hints)
+
+
+def _first(args: tuple) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
 
 
 def _as_tensor(scale: Scale, like: Tensor) -> Tensor:
