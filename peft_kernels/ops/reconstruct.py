@@ -33,12 +33,22 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.dispatch import reconstruct as dispatch
+from peft_kernels.operator import Operator
 from peft_kernels.ops.lowrank_linear import lowrank_hidden_bwd, lowrank_hidden_fwd
+from peft_kernels.records import Factors, Scale
 from peft_kernels.rows import contiguous, rows
+from peft_kernels.torch_kernels import reconstruct as launchers
+from peft_kernels.triton_kernels.config import MAX_RANK  # which no backend's `lowrank_hidden` falls short of
 
-_HIDDEN_RANK = 64  # what `lowrank_hidden` takes at once on every kernel backend
 _STRIP = 2**24  # elements of a half-precision gradient that are held in float32 at once
+
+
+def _shape(factors: Factors, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    out_blocks, in_blocks = factors.blocks
+    return factors.up.new_empty(out_blocks * factors.up.shape[0], in_blocks * factors.down.shape[1], dtype=dtype)
+
+
+reconstruct_fwd = Operator(launchers.reconstruct_fwd, fake=_shape)
 
 
 def reconstruct_reference(down, up, core=None, *, scale=1.0, base=None):
@@ -56,7 +66,7 @@ class _Reconstruct(torch.autograd.Function):
         ctx.save_for_backward(down, up, core, scale if isinstance(scale, Tensor) else None)
         ctx.scale, ctx.backend = None if isinstance(scale, Tensor) else scale, backend
         ctx.base_shape = None if base is None else base.shape
-        return dispatch.reconstruct_fwd(backend, down, up, core, scale, base, dtype)
+        return reconstruct_fwd(backend, Factors(down, up, core, scale), base, dtype)
 
     @staticmethod
     def backward(ctx, dw):
@@ -93,7 +103,7 @@ def _strips(dw: Tensor, factors: tuple[Tensor | None, ...]) -> list[Callable[[],
 
 def _hidden(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, in_blocks: int) -> Tensor:
     """Q (O·NB, I, R) in the strips' dtype"""
-    parts, q = [down] if backend == "torch" else down.split(_HIDDEN_RANK), []
+    parts, q = [down] if backend == "torch" else down.split(MAX_RANK), []
     for strip in strips:
         dw = strip()
         of_parts = [lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
@@ -102,7 +112,7 @@ def _hidden(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, in_b
 
 
 def _thin_adjoint(
-    q: Tensor, up: Tensor, core: Tensor | None, scale: float | Tensor, needs_up: bool, needs_core: bool
+    q: Tensor, up: Tensor, core: Tensor | None, scale: Scale, needs_up: bool, needs_core: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> d_up, d_core"""
     q = _wide(q).unflatten(0, (-1, up.shape[0])) * scale
@@ -114,7 +124,7 @@ def _thin_adjoint(
     return d_up, d_core
 
 
-def _fold(up: Tensor, core: Tensor | None, scale: float | Tensor) -> Tensor:
+def _fold(up: Tensor, core: Tensor | None, scale: Scale) -> Tensor:
     """s · F (O·NB, I, R), in float32 at least"""
     up = _wide(up) * scale
     if core is None:
@@ -124,7 +134,7 @@ def _fold(up: Tensor, core: Tensor | None, scale: float | Tensor) -> Tensor:
 
 
 def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, folded: Tensor) -> Tensor:
-    size = down.shape[0] if backend == "torch" else _HIDDEN_RANK
+    size = down.shape[0] if backend == "torch" else MAX_RANK
     total, first = None, 0
     for strip in strips:
         dw, grads = strip(), []
@@ -135,20 +145,20 @@ def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, fold
     return total
 
 
-def _reconstruct(op: str, down, up, core, scale, base, shape: tuple[int, ...], backend: str) -> Tensor:
-    factors = [t for t in (down, up, core) if t is not None]
+def _reconstruct(factors: Factors, base: Tensor | None, shape: tuple[int, ...], backend: str) -> Tensor:
+    down, up, core, scale, _ = factors
     dtype = base.dtype if base is not None else down.dtype
-    if base is None and any(t.dtype != dtype for t in factors):
+    if base is None and any(t is not None and t.dtype != dtype for t in (up, core)):
         dtype = torch.float32
         down, up, core = (None if t is None else t.to(dtype) for t in (down, up, core))
+    tensors, block = (down if base is None else base, down, up, core), (up.shape[0], down.shape[1])
     kind = kinds.core(None if core is None else core.dim() - 2)
-    choice = resolve(op, (down if base is None else base, down, up, core), backend, kind=kind)
+    choice = resolve("reconstruct", tensors, backend, kind=kind, blocks=factors.blocks, shape=block)
     run = choice.name if 0 not in shape else "torch"  # an empty stack: nothing to launch
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     base = None if base is None else base.reshape(-1, base.shape[-1]).contiguous()
-    factors = (down.contiguous(), up.contiguous(), contiguous(core))
-    return _Reconstruct.apply(*factors, scale, base, dtype, run).view(shape)
+    return _Reconstruct.apply(down.contiguous(), up.contiguous(), contiguous(core), scale, base, dtype, run).view(shape)
 
 
 def _check(down, up, core, scale, base) -> None:
@@ -196,11 +206,12 @@ def reconstruct(
     if core is not None:
         check_core(core, down.shape[0])
         core = core[None, None] if core.dim() < 3 else core
-    out_blocks, in_blocks = (1, 1) if core is None else core.shape[:2]
+    factors = Factors(down, up, core, scale)
+    out_blocks, in_blocks = factors.blocks
     shape = (out_blocks * up.shape[0], in_blocks * down.shape[1])
     if base is not None:
         check_shape("base", base, shape, "(out_features, in_features)")
-    return _reconstruct("reconstruct", down, up, core, scale, base, shape, backend)
+    return _reconstruct(factors, base, shape, backend)
 
 
 def reconstruct_stack(
@@ -234,4 +245,4 @@ def reconstruct_stack(
         raise ValueError(
             f"base: expected shape {matrix} or {shape} = ([N,] out_features, in_features), got {tuple(base.shape)}"
         )
-    return _reconstruct("reconstruct_stack", down, up, core[:, None], scale, base, shape, backend)
+    return _reconstruct(Factors(down, up, core[:, None], scale), base, shape, backend)
