@@ -36,11 +36,17 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.dispatch import gated_query as dispatch
+from peft_kernels.operator import Operator
+from peft_kernels.records import Gate, Modulated
 from peft_kernels.rows import contiguous, rows, shaped
+from peft_kernels.torch_kernels import gated_query as launchers
 
 MODES = ("additive", "gated")
 _SCALE = 0.1  # of the released code
+additive_query_fwd = Operator(launchers.additive_query_fwd)
+additive_query_bwd = Operator(launchers.additive_query_bwd)
+gated_query_fwd = Operator(launchers.gated_query_fwd)
+gated_query_bwd = Operator(launchers.gated_query_bwd)
 
 
 def gated_query_reference(
@@ -69,19 +75,22 @@ class _Additive(torch.autograd.Function):
             scale if isinstance(scale, Tensor) else None,
         )
         ctx.scale, ctx.shape, ctx.backend = None if isinstance(scale, Tensor) else scale, hidden.shape, backend
-        args = (rows(hidden), rows(text), gamma, beta, rows(cross), cross_gamma, cross_beta, scale)
-        return shaped(dispatch.additive_query_fwd(backend, *args), *hidden.shape)
+        moved = Modulated(rows(text), gamma, beta), Modulated(rows(cross), cross_gamma, cross_beta)
+        return shaped(additive_query_fwd(backend, rows(hidden), *moved, scale), *hidden.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("gated_query")
         text, gamma, beta, cross, cross_gamma, cross_beta, scale = ctx.saved_tensors
         text, cross = (None if t is None else rows(t) for t in (text, cross))
-        scale = ctx.scale if scale is None else scale
-        args = (rows(dy), text, gamma, beta, cross, cross_gamma, cross_beta, scale, ctx.needs_input_grad[1:7])
-        d_text, d_gamma, d_beta, d_cross, *others = dispatch.additive_query_bwd(ctx.backend, *args)
+        scale, (needs_hidden, *needs) = ctx.scale if scale is None else scale, ctx.needs_input_grad[:7]
+        grads = [None] * 6
+        if any(needs):
+            moved = Modulated(text, gamma, beta), Modulated(cross, cross_gamma, cross_beta)
+            grads = additive_query_bwd(ctx.backend, rows(dy), *moved, scale, tuple(needs))
+        d_text, d_gamma, d_beta, d_cross, *others = grads
         d_text, d_cross = (None if t is None else t.view(ctx.shape) for t in (d_text, d_cross))
-        return dy if ctx.needs_input_grad[0] else None, d_text, d_gamma, d_beta, d_cross, *others, None, None
+        return dy if needs_hidden else None, d_text, d_gamma, d_beta, d_cross, *others, None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -89,18 +98,18 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, hidden, text, gamma, beta, padding_mask, backend):
         positions = hidden.shape[-2] or 1  # of no sequences, where there are no positions
         padding_mask = None if padding_mask is None else padding_mask.reshape(-1, positions)
-        args = (rows(hidden), rows(text), gamma, beta, padding_mask, positions)
-        out, gate, total = dispatch.gated_query_fwd(backend, *args)
-        ctx.save_for_backward(hidden, text, gamma, beta, padding_mask, gate, total)
+        moved = Modulated(rows(text), gamma, beta)
+        out, *gate = gated_query_fwd(backend, rows(hidden), moved, padding_mask, positions)
+        ctx.save_for_backward(hidden, text, gamma, beta, padding_mask, *gate)
         ctx.backend = backend
         return shaped(out, *hidden.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("gated_query")
-        hidden, text, *others = ctx.saved_tensors
-        args = (rows(dy), rows(hidden), rows(text), *others, ctx.needs_input_grad[:4])
-        d_hidden, d_text, d_gamma, d_beta = dispatch.gated_query_bwd(ctx.backend, *args)
+        hidden, text, gamma, beta, padding_mask, *gate = ctx.saved_tensors
+        args = (rows(hidden), Modulated(rows(text), gamma, beta), padding_mask, Gate(*gate), ctx.needs_input_grad[:4])
+        d_hidden, d_text, d_gamma, d_beta = gated_query_bwd(ctx.backend, rows(dy), *args)
         d_hidden, d_text = (None if t is None else t.view(hidden.shape) for t in (d_hidden, d_text))
         return d_hidden, d_text, d_gamma, d_beta, None, None
 
@@ -178,7 +187,8 @@ def gated_query(
     dtype = _check_wide(wide, *((2, "(..., S, d)") if mode == "gated" else (1, "(..., d)")))
     hidden, text, *crosses = (t.to(dtype) for t in wide.values())
     gamma, beta = _check_vector("gamma", gamma, hidden), _check_vector("beta", beta, hidden)
-    choice = resolve("gated_query", (hidden,), backend, kind=mode)
+    shape = (hidden.numel() // hidden.shape[-1], hidden.shape[-1])
+    choice = resolve("gated_query", (hidden,), backend, kind=mode, shape=shape)
     run = choice.name if hidden.numel() else "torch"  # nothing to launch
     if mode == "gated":
         if padding_mask is not None:
