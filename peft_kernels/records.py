@@ -66,6 +66,15 @@ class Needs(NamedTuple):
     z: bool = False
 
 
+class AdapterSegments(NamedTuple):
+    """The rows of one batch in the order of their adapters; what `adapter_segments` returns, on the batch's device."""
+
+    order: Tensor  # (M,) row numbers, those without an adapter first
+    offsets: Tensor  # (L + 1,) adapter l has order[offsets[l] : offsets[l + 1]]
+    tile_adapter: Tensor  # (M // 64 + L + 1,) the adapter of each run of at most 64 places in `order`, −1 for none
+    tile_first: Tensor  # likewise, the first place; M for tiles that are not needed
+
+
 # ---- gated queries (docs/method.md, section 4) ----------------------------------------------------------------------
 
 

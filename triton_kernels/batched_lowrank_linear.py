@@ -12,18 +12,31 @@ Programs take a tile of rows of one adapter, which they gather and scatter throu
 a fixed order: gradients repeat bit for bit.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from .common import add_dot, architecture, dot_constants, launch, scale_arguments, sum_partials
-from .config import SEGMENT_ROWS, BatchedConfig, adapter_strips, batched_config
-from .lowrank_linear_fwd import Scale, load_up
-
-Segments = Sequence[Tensor]  # order, offsets, tile_adapter, tile_first
+from ..records import AdapterSegments, Factors, Scale
+from .common import (
+    Kernel,
+    Kind,
+    add_dot,
+    architecture,
+    chosen,
+    dot_constants,
+    kind_of,
+    programs,
+    scale_arguments,
+    sum_partials,
+    with_nulls,
+)
+from .config import SEGMENT_ROWS, Tile, adapter_strips, batched_config
+from .lowrank_linear_fwd import load_up
 
 
 @triton.jit
@@ -63,8 +76,8 @@ def _load_factor(
 
 @triton.jit(do_not_specialize=["R", "stride_tm"])
 def _batched_shrink_kernel(
-    wide_ptr, factor_ptr, thin_ptr, scale_ptr, scale, order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr,
-    W, R, stride_wm, stride_tm,
+    wide_ptr, factor_ptr, thin_ptr, scale_ptr, order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr,
+    scale, W, R, stride_wm, stride_tm,
     UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -95,8 +108,8 @@ def _load_thin(thin_ptr, rows, mask_m, R, stride_tm, DOT: tl.constexpr, BLOCK_R:
 
 @triton.jit(do_not_specialize=["R", "stride_tm"])
 def _batched_expand_kernel(
-    thin_ptr, factor_ptr, bias_ptr, wide_ptr, scale_ptr, scale,
-    order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr, W, R, stride_tm, stride_wm,
+    thin_ptr, factor_ptr, bias_ptr, wide_ptr, scale_ptr, order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr,
+    scale, W, R, stride_tm, stride_wm,
     UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +130,7 @@ def _batched_expand_kernel(
 
 @triton.jit(do_not_specialize=["R", "stride_tm", "adapters", "strips"])
 def _gram_kernel(
-    thin_ptr, wide_ptr, out_ptr, scale_ptr, scale, order_ptr, offsets_ptr, W, R, stride_tm, stride_wm, adapters, strips,
+    thin_ptr, wide_ptr, out_ptr, scale_ptr, order_ptr, offsets_ptr, scale, W, R, stride_tm, stride_wm, adapters, strips,
     UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -152,114 +165,85 @@ def _gram_kernel(
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_w[:, None] & (offs_r < R)[None, :])
 
 
-def _shrink(
-    wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: Segments, config: BatchedConfig
-) -> Tensor:  # fmt: skip
+@functools.lru_cache(maxsize=1024)
+def _kept(
+    kernel: JITFunction, name: str, choose: Callable, up: bool, shape: tuple[int, int], kind: Kind
+) -> Kernel:  # fmt: skip
+    """Of calls that differ in rows and adapters only. name: of its tile;  shape: R, W"""
+    config = choose(shape[0], kind.dtype, kind.arch)
+    tile, segment = getattr(config, name), {} if name == "gram" else {"SEGMENT": SEGMENT_ROWS}
+    sizes = {"BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r}
+    return Kernel(kernel, tile, kind.device, UP=up, **segment, **sizes, **dot_constants(kind.dtype))
+
+
+def _shrink(wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> thin (M, R)"""
-    tile, rank = config.shrink, factor.shape[2 if up else 1]
-    thin = wide.new_empty(wide.shape[0], rank)
-    launch(
-        _batched_shrink_kernel,
-        (_row_tiles(segments, tile.rows),),
-        (
-            wide, factor, thin, *scale_arguments(scale), *segments,
-            wide.shape[1], rank, wide.stride(0), thin.stride(0),
-        ),
-        {
-            "UP": up, **dot_constants(wide.dtype), "SEGMENT": SEGMENT_ROWS,
-            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
-        },
-        tile,
-    )  # fmt: skip
+    (rows, columns), rank, (scale_ptr, scale) = wide.shape, factor.shape[2 if up else 1], scale_arguments(scale)
+    thin, plain = wide.new_empty(rows, rank), wide.is_contiguous()
+    tensors = (wide, factor, thin, scale_ptr, *segments)
+    run = _kept(_batched_shrink_kernel, "shrink", batched_config, up, (rank, columns), kind_of(wide, tensors))
+    numbers = scale, columns, rank, columns if plain else wide.stride(0), rank
+    run.launch((_row_tiles(segments, run.tile), 1, 1), tensors, numbers, plain)
     return thin
 
 
 def _expand(
-    thin: Tensor, factor: Tensor, up: bool, bias: Tensor | None, scale: Scale, segments: Segments, config: BatchedConfig
-) -> Tensor:  # fmt: skip
+    thin: Tensor, factor: Tensor, up: bool, bias: Tensor | None, scale: Scale, segments: AdapterSegments
+) -> Tensor:
     """-> wide (M, W) without the frozen weight's part"""
-    tile, columns = config.expand, factor.shape[1 if up else 2]
-    wide = thin.new_empty(thin.shape[0], columns)
-    launch(
-        _batched_expand_kernel,
-        (_row_tiles(segments, tile.rows), triton.cdiv(columns, tile.columns)),
-        (
-            thin, factor, bias, wide, *scale_arguments(scale), *segments,
-            columns, thin.shape[1], thin.stride(0), wide.stride(0),
-        ),
-        {
-            "UP": up, **dot_constants(thin.dtype), "SEGMENT": SEGMENT_ROWS,
-            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
-        },
-        tile,
-    )  # fmt: skip
+    (rows, rank), columns, (scale_ptr, scale) = thin.shape, factor.shape[1 if up else 2], scale_arguments(scale)
+    wide = thin.new_empty(rows, columns)
+    tensors = with_nulls(thin, factor, bias, wide, scale_ptr, *segments)
+    run = _kept(_batched_expand_kernel, "expand", batched_config, up, (rank, columns), kind_of(thin, tensors))
+    grid = (_row_tiles(segments, run.tile), -(-columns // run.tile.columns), 1)
+    run.launch(grid, tensors, (scale, columns, rank, rank, columns), plain=True)
     return wide
 
 
-def _gram(
-    thin: Tensor, wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: Segments, config: BatchedConfig
-) -> Tensor:  # fmt: skip
+def _gram(thin: Tensor, wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> the gradient of `factor`"""
-    tile, adapters, (rows, columns) = config.gram, factor.shape[0], wide.shape
-    column_tiles = triton.cdiv(columns, tile.columns)
-    strips = adapter_strips(rows, adapters, tile, column_tiles, architecture(wide.device))
-    out = torch.empty_like(factor) if strips == 1 else wide.new_empty(strips, *factor.shape, dtype=torch.float32)
-    launch(
-        _gram_kernel,
-        (strips * adapters * column_tiles,),
-        (
-            thin, wide, out, *scale_arguments(scale), *segments[:2],
-            columns, thin.shape[1], thin.stride(0), wide.stride(0), adapters, strips,
-        ),
-        {
-            "UP": up, **dot_constants(wide.dtype),
-            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
-        },
-        tile,
-    )  # fmt: skip
+    (rows, columns), rank, adapters, plain = wide.shape, thin.shape[1], factor.shape[0], wide.is_contiguous()
+    tile = chosen(batched_config, rank, wide.dtype, architecture(wide.device)).gram
+    column_tiles = -(-columns // tile.columns)
+    strips = adapter_strips(rows, tile, programs(tile, wide.device) // (adapters * column_tiles))
+    out = torch.empty_like(factor) if strips == 1 else wide.new_empty((strips, *factor.shape), dtype=torch.float32)
+    scale_ptr, scale = scale_arguments(scale)
+    tensors = (thin, wide, out, scale_ptr, segments.order, segments.offsets)
+    run = _kept(_gram_kernel, "gram", batched_config, up, (rank, columns), kind_of(wide, tensors))
+    numbers = scale, columns, rank, thin.stride(0), columns if plain else wide.stride(0), adapters, strips
+    run.launch((strips * adapters * column_tiles, 1, 1), tensors, numbers, plain)
     return out if strips == 1 else sum_partials(out, factor)
 
 
-def _row_tiles(segments: Segments, tile_rows: int) -> int:
-    return segments[2].shape[0] * (SEGMENT_ROWS // tile_rows)
+def _row_tiles(segments: AdapterSegments, tile: Tile) -> int:
+    return segments.tile_adapter.shape[0] * (SEGMENT_ROWS // tile.rows)
 
 
 def batched_lowrank_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: Scale,
-    segments: Segments,
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, segments: AdapterSegments
 ) -> tuple[Tensor, Tensor]:
     """-> y (M, N), z (M, R); rows of z without an adapter are not written"""
-    config = batched_config(up.shape[2], x.dtype, architecture(x.device))
-    z = _shrink(x, down, False, 1.0, segments, config)
-    return _expand(z, up, True, bias, scale, segments, config).addmm_(x, weight.t()), z
+    z = _shrink(x, factors.down, False, 1.0, segments)
+    return _expand(z, factors.up, True, bias, factors.scale, segments).addmm_(x, weight.t()), z
 
 
 def batched_lowrank_linear_bwd(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: Scale,
-    z: Tensor | None,
-    segments: Segments,
-    needs: tuple[bool, bool, bool],
+    factors: Factors,
+    segments: AdapterSegments,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """-> dx, d_down, d_up; `needs` says which, in that order."""
-    needs_x, needs_down, needs_up = needs
-    config = batched_config(up.shape[2], dy.dtype, architecture(dy.device))
+    (needs_x, needs_down, needs_up), (down, up, _, scale, z) = needs, factors
     dx = d_down = d_up = None
     if needs_up:
-        d_up = _gram(z, dy, up, True, scale, segments, config)
+        d_up = _gram(z, dy, up, True, scale, segments)
     if needs_x or needs_down:
-        dz = _shrink(dy, up, True, scale, segments, config)
+        dz = _shrink(dy, up, True, scale, segments)
         if needs_down:
-            d_down = _gram(dz, x, down, False, 1.0, segments, config)
+            d_down = _gram(dz, x, down, False, 1.0, segments)
         if needs_x:
-            dx = _expand(dz, down, False, None, 1.0, segments, config).addmm_(dy, weight)
+            dx = _expand(dz, down, False, None, 1.0, segments).addmm_(dy, weight)
     return dx, d_down, d_up

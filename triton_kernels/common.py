@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -140,6 +140,12 @@ def kind_of(like: Tensor, tensors: tuple[Tensor, ...]) -> Kind:
 
 def with_nulls(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple([NULL if t is None else t for t in tensors])
+
+
+@functools.lru_cache(maxsize=1024)
+def chosen(choose: Callable, *case: Any) -> Any:
+    """choose(*case), once for each case: a choice of tiles takes longer than a launch."""
+    return choose(*case)
 
 
 def programs(tile: Tile, device: torch.device) -> int:
@@ -317,7 +323,12 @@ class Sums(Kernel):
 
 
 def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
-    return Sums(like.device)([(partials, like)])[0]
+    return _sums(config.SUM, like.device, like.dtype, like.numel())([(partials, like)])[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _sums(tile: Tile, device: torch.device, *_: Any) -> Sums:
+    return Sums(device)
 
 
 # ---- tables in device memory: kernels that work on many tensors of different shapes find them there -----------------

@@ -184,13 +184,12 @@ def batched_config(rank: int, dtype: torch.dtype, arch: int) -> BatchedConfig:
     return BatchedConfig(block_r, **_fitted({"shrink": shrink, "expand": wide, "gram": gram}, arch))
 
 
-def adapter_strips(rows: int, adapters: int, tile: Tile, column_tiles: int, arch: int) -> int:
-    """Strips of one adapter's rows, so that all programs run at a time.
+def adapter_strips(rows: int, tile: Tile, programs: int) -> int:
+    """Strips of one adapter's rows, so that all programs run at a time; as many programs as may share its rows.
 
     The number never depends on how the rows are spread over the adapters, which the host does not know.
     """
-    wanted = programs(tile, arch) // (adapters * column_tiles)
-    return max(1, min(wanted, -(-rows // tile.rows)))
+    return max(1, min(programs, -(-rows // tile.rows)))
 
 
 def programs(tile: Tile, arch: int) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ..records import Gate, Modulated, Scale
-from .common import NULL, Kernel, Kind, kind_of, programs, scale_arguments, with_nulls
-from .config import GatedQueryConfig, gated_query_config, strip_tiles
+from .common import NULL, Kernel, Kind, chosen, kind_of, programs, scale_arguments, with_nulls
+from .config import gated_query_config, strip_tiles
 from .gated_query_kernels import (
     additive_bwd_kernel,
     additive_fwd_kernel,
@@ -43,7 +43,7 @@ def additive_query_bwd(
     """-> d_text, d_gamma, d_beta, d_cross, d_cross_gamma, d_cross_beta, as `needs` says in that order"""
     needs_text, needs_gamma, needs_beta, needs_cross, needs_cross_gamma, needs_cross_beta = needs
     (rows, columns), (scale_ptr, scale) = dy.shape, scale_arguments(scale)
-    tile = _tiles(gated_query_config, columns).additive
+    tile = chosen(gated_query_config, columns).additive
     column_tiles = -(-columns // tile.columns)
     tiles = strip_tiles(rows, tile, programs(tile, dy.device) // column_tiles)
     strips = -(-rows // (tiles * tile.rows))
@@ -89,11 +89,6 @@ def gated_query_bwd(
     unneeded = (text.beta, False)
     grads = _finish(partials, (text.gamma, needs[2]), (text.beta, needs[3]), unneeded, unneeded)
     return d_hidden, d_text, *grads[:2]
-
-
-@functools.lru_cache(maxsize=1024)
-def _tiles(choose: Callable, columns: int) -> GatedQueryConfig:
-    return choose(columns)
 
 
 @functools.lru_cache(maxsize=1024)
