@@ -18,6 +18,7 @@ the rest. Nothing of the size of a whole stack exists besides ΔW (forward) and 
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from peft_kernels.checks import (
 from peft_kernels.operator import Operator
 from peft_kernels.ops.lowrank_linear import lowrank_hidden_bwd, lowrank_hidden_fwd
 from peft_kernels.records import Factors, Scale
+from peft_kernels.remembered import remembered
 from peft_kernels.rows import contiguous, rows
 from peft_kernels.torch_kernels import reconstruct as launchers
 from peft_kernels.triton_kernels.config import MAX_RANK  # which no backend's `lowrank_hidden` falls short of
@@ -145,39 +147,80 @@ def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, fold
     return total
 
 
-def _reconstruct(factors: Factors, base: Tensor | None, shape: tuple[int, ...], backend: str) -> Tensor:
+def _reconstruct(factors: Factors, base: Tensor | None, stack: bool, backend: str) -> Tensor:
+    run, dtype, shape = _checked(factors, base, stack, backend)
     down, up, core, scale, _ = factors
-    dtype = base.dtype if base is not None else down.dtype
-    if base is None and any(t is not None and t.dtype != dtype for t in (up, core)):
-        dtype = torch.float32
+    check_scale(scale, down)
+    core = _blocks(core, stack)
+    if base is None:
         down, up, core = (None if t is None else t.to(dtype) for t in (down, up, core))
-    tensors, block = (down if base is None else base, down, up, core), (up.shape[0], down.shape[1])
-    kind = kinds.core(None if core is None else core.dim() - 2)
-    choice = resolve("reconstruct", tensors, backend, kind=kind, blocks=factors.blocks, shape=block)
-    run = choice.name if 0 not in shape else "torch"  # an empty stack: nothing to launch
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     base = None if base is None else base.reshape(-1, base.shape[-1]).contiguous()
     return _Reconstruct.apply(down.contiguous(), up.contiguous(), contiguous(core), scale, base, dtype, run).view(shape)
 
 
-def _check(down, up, core, scale, base) -> None:
-    factors = {"down": down, "up": up} | ({} if core is None else {"core": core})
-    for name, factor in factors.items():
+def _blocks(core: Tensor | None, stack: bool) -> Tensor | None:
+    """core[o, i], as kernels take it"""
+    if core is None or (core.dim() > 2 and not stack):
+        return core
+    return core[:, None] if stack else core[None, None]
+
+
+class _Plan(NamedTuple):
+    """What the checks of calls that look alike came to."""
+
+    backend: str
+    dtype: torch.dtype  # of the result
+    shape: tuple[int, ...]
+
+
+@remembered
+def _checked(factors: Factors, base: Tensor | None, stack: bool, backend: str) -> _Plan:
+    """Raises whatever is to be raised about a call, but for its scale."""
+    (down, up, core, *_), dtype = factors, _check_factors(factors, base)
+    rank, block = down.shape[0], (up.shape[0], down.shape[1])
+    if stack:
+        if core.dim() not in (2, 3) or tuple(core.shape[1:]) not in ((rank,), (rank, rank)):
+            raise ValueError(f"core: expected (N, R) or (N, R, R) with R = {rank}, got {tuple(core.shape)}")
+    elif core is not None:
+        check_core(core, rank)
+    core = _blocks(core, stack)
+    out_blocks, in_blocks = blocks = factors._replace(core=core).blocks
+    if stack:
+        shape = (out_blocks, *block)
+        if base is not None and tuple(base.shape) not in (block, shape):
+            expected = f"{block} or {shape} = ([N,] out_features, in_features)"
+            raise ValueError(f"base: expected shape {expected}, got {tuple(base.shape)}")
+    else:
+        shape = (out_blocks * block[0], in_blocks * block[1])
+        if base is not None:
+            check_shape("base", base, shape, "(out_features, in_features)")
+    kind = kinds.core(None if core is None else core.dim() - 2)
+    like = next(t for t in (base, down, up, core) if t is not None and t.dtype == dtype)
+    choice = resolve("reconstruct", (like,), backend, kind=kind, blocks=blocks, shape=block)
+    return _Plan(choice.name if 0 not in shape else "torch", dtype, shape)  # an empty stack: nothing to launch
+
+
+def _check_factors(factors: Factors, base: Tensor | None) -> torch.dtype:
+    """-> the result's"""
+    named = {name: t for name, t in zip(("down", "up", "core"), factors) if t is not None or name != "core"}
+    for name, factor in named.items():
         check_tensor(name, factor)
-    given = [*factors.values()] if base is None else [base]
     if base is not None:
         check_tensor("base", base)
+    given = [*named.values()] if base is None else [base]
     like = next((t for t in given if t.dtype != torch.float32), given[0])
-    for name, factor in factors.items():
+    for name, factor in named.items():
         check_factor(name, factor, like)
+    down, up, *_ = factors
     for name in ("down", "up"):
-        if factors[name].dim() != 2 or 0 in factors[name].shape:
-            raise ValueError(f"{name}: expected 2 dimensions, none of them 0, got shape {tuple(factors[name].shape)}")
+        if named[name].dim() != 2 or 0 in named[name].shape:
+            raise ValueError(f"{name}: expected 2 dimensions, none of them 0, got shape {tuple(named[name].shape)}")
     if up.shape[1] != down.shape[0]:
         expected = f"(out_features / output blocks, R) with R = {down.shape[0]}"
         raise ValueError(f"up: expected shape {expected}, got {tuple(up.shape)}")
-    check_scale(scale, down)
+    return torch.float32 if any(t.dtype != given[0].dtype for t in given) else given[0].dtype
 
 
 def reconstruct(
@@ -202,16 +245,7 @@ def reconstruct(
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
     if a backend asked for by name cannot run.
     """
-    _check(down, up, core, scale, base)
-    if core is not None:
-        check_core(core, down.shape[0])
-        core = core[None, None] if core.dim() < 3 else core
-    factors = Factors(down, up, core, scale)
-    out_blocks, in_blocks = factors.blocks
-    shape = (out_blocks * up.shape[0], in_blocks * down.shape[1])
-    if base is not None:
-        check_shape("base", base, shape, "(out_features, in_features)")
-    return _reconstruct(factors, base, shape, backend)
+    return _reconstruct(Factors(down, up, core, scale), base, False, backend)
 
 
 def reconstruct_stack(
@@ -235,14 +269,4 @@ def reconstruct_stack(
     Raises as `reconstruct` does.
     """
     check_tensor("core", core)
-    _check(down, up, core, scale, base)
-    rank = down.shape[0]
-    if core.dim() not in (2, 3) or tuple(core.shape[1:]) not in ((rank,), (rank, rank)):
-        raise ValueError(f"core: expected (N, R) or (N, R, R) with R = {rank}, got {tuple(core.shape)}")
-    matrix = (up.shape[0], down.shape[1])
-    shape = (core.shape[0], *matrix)
-    if base is not None and tuple(base.shape) not in (matrix, shape):
-        raise ValueError(
-            f"base: expected shape {matrix} or {shape} = ([N,] out_features, in_features), got {tuple(base.shape)}"
-        )
-    return _reconstruct(Factors(down, up, core[:, None], scale), base, shape, backend)
+    return _reconstruct(Factors(down, up, core, scale), base, True, backend)
