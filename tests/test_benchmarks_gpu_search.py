@@ -10,7 +10,7 @@ from peft_kernels.benchmarks.__main__ import BENCHES
 from peft_kernels.benchmarks.gpu import replay
 from peft_kernels.benchmarks.gpu import search as gpu_search
 from peft_kernels.benchmarks.gpu import work as gpu_work
-from peft_kernels.triton_kernels import common
+from peft_kernels.triton_kernels import reconstruct
 from peft_kernels.triton_kernels.common import record_launches
 from peft_kernels.triton_kernels.config import Tile, reconstruct_tile
 
@@ -143,17 +143,17 @@ def test_a_gain_within_the_spread_is_none(monkeypatch):
 def test_what_is_wrong_or_does_not_fit_is_left_out_however_fast(broken, told, monkeypatch):
     """In a record that names the candidate and says why; the tile in use stays."""
     bench, case = small("reconstruct")
-    launch = common.launch
+    launch = reconstruct.launch
 
     def breaking(kernel, grid, args, constants, tile):
         if tile.rows == 16 and broken == "raises":
             raise OutOfResources("out of resource: shared memory\nReducing block sizes may help")
-        launch(kernel, (grid[0] - (tile.rows == 16 and broken == "short"), *grid[1:]), args, constants, tile)
+        launch(kernel, (grid[0] - (tile.rows == 16 and broken == "short"),), args, constants, tile)
 
     def spills(recorder, runs):
         return 7 * (broken == "spills" and any(launch.tile.rows == 16 for launch in runs[0]))
 
-    monkeypatch.setattr(common, "launch", breaking)
+    monkeypatch.setattr(reconstruct, "launch", breaking)
     monkeypatch.setattr(gpu_search, "SIZES", {"rows": (16, 64)})
     monkeypatch.setattr(replay.Recorder, "spills", spills)
     monkeypatch.setattr(replay.Recorder, "times", by_tiles(lambda launch: launch.tile.rows))

@@ -12,30 +12,16 @@ Programs take a tile of rows of one adapter, which they gather and scatter throu
 a fixed order: gradients repeat bit for bit.
 """
 
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from ..records import AdapterSegments, Factors, Scale
-from .common import (
-    Kernel,
-    Kind,
-    add_dot,
-    architecture,
-    chosen,
-    dot_constants,
-    kind_of,
-    programs,
-    scale_arguments,
-    sum_partials,
-    with_nulls,
-)
-from .config import SEGMENT_ROWS, Tile, adapter_strips, batched_config
+from .common import add_dot, architecture, dot_constants, launch, programs, scale_arguments, sum_partials
+from .config import SEGMENT_ROWS, BatchedConfig, Tile, adapter_strips, batched_config
 from .lowrank_linear_fwd import load_up
 
 
@@ -165,25 +151,20 @@ def _gram_kernel(
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_w[:, None] & (offs_r < R)[None, :])
 
 
-@functools.lru_cache(maxsize=1024)
-def _kept(
-    kernel: JITFunction, name: str, choose: Callable, up: bool, shape: tuple[int, int], kind: Kind
-) -> Kernel:  # fmt: skip
-    """Of calls that differ in rows and adapters only. name: of its tile;  shape: R, W"""
-    config = choose(shape[0], kind.dtype, kind.arch)
-    tile, segment = getattr(config, name), {} if name == "gram" else {"SEGMENT": SEGMENT_ROWS}
-    sizes = {"BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r}
-    return Kernel(kernel, tile, kind.device, UP=up, **segment, **sizes, **dot_constants(kind.dtype))
-
-
 def _shrink(wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> thin (M, R)"""
-    (rows, columns), rank, (scale_ptr, scale) = wide.shape, factor.shape[2 if up else 1], scale_arguments(scale)
-    thin, plain = wide.new_empty(rows, rank), wide.is_contiguous()
-    tensors = (wide, factor, thin, scale_ptr, *segments)
-    run = _kept(_batched_shrink_kernel, "shrink", batched_config, up, (rank, columns), kind_of(wide, tensors))
-    numbers = scale, columns, rank, columns if plain else wide.stride(0), rank
-    run.launch((_row_tiles(segments, run.tile), 1, 1), tensors, numbers, plain)
+    rank, config = factor.shape[2 if up else 1], _config(factor, up, wide)
+    thin, (scale_ptr, scale) = wide.new_empty(wide.shape[0], rank), scale_arguments(scale)
+    launch(
+        _batched_shrink_kernel,
+        (_row_tiles(segments, config.shrink.rows),),
+        (
+            wide, factor, thin, scale_ptr, *segments,
+            scale, wide.shape[1], rank, wide.stride(0), thin.stride(0),
+        ),
+        _constants(config, config.shrink, up, wide.dtype, SEGMENT=SEGMENT_ROWS),
+        config.shrink,
+    )  # fmt: skip
     return thin
 
 
@@ -191,32 +172,52 @@ def _expand(
     thin: Tensor, factor: Tensor, up: bool, bias: Tensor | None, scale: Scale, segments: AdapterSegments
 ) -> Tensor:
     """-> wide (M, W) without the frozen weight's part"""
-    (rows, rank), columns, (scale_ptr, scale) = thin.shape, factor.shape[1 if up else 2], scale_arguments(scale)
-    wide = thin.new_empty(rows, columns)
-    tensors = with_nulls(thin, factor, bias, wide, scale_ptr, *segments)
-    run = _kept(_batched_expand_kernel, "expand", batched_config, up, (rank, columns), kind_of(thin, tensors))
-    grid = (_row_tiles(segments, run.tile), -(-columns // run.tile.columns), 1)
-    run.launch(grid, tensors, (scale, columns, rank, rank, columns), plain=True)
+    columns, config = factor.shape[1 if up else 2], _config(factor, up, thin)
+    wide, (scale_ptr, scale) = thin.new_empty(thin.shape[0], columns), scale_arguments(scale)
+    launch(
+        _batched_expand_kernel,
+        (_row_tiles(segments, config.expand.rows), triton.cdiv(columns, config.expand.columns)),
+        (
+            thin, factor, bias, wide, scale_ptr, *segments,
+            scale, columns, thin.shape[1], thin.stride(0), wide.stride(0),
+        ),
+        _constants(config, config.expand, up, thin.dtype, SEGMENT=SEGMENT_ROWS),
+        config.expand,
+    )  # fmt: skip
     return wide
 
 
 def _gram(thin: Tensor, wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> the gradient of `factor`"""
-    (rows, columns), rank, adapters, plain = wide.shape, thin.shape[1], factor.shape[0], wide.is_contiguous()
-    tile = chosen(batched_config, rank, wide.dtype, architecture(wide.device)).gram
-    column_tiles = -(-columns // tile.columns)
-    strips = adapter_strips(rows, tile, programs(tile, wide.device) // (adapters * column_tiles))
+    config, adapters, (rows, columns) = _config(factor, up, wide), factor.shape[0], wide.shape
+    column_tiles = triton.cdiv(columns, config.gram.columns)
+    strips = adapter_strips(rows, config.gram, programs(config.gram, wide.device) // (adapters * column_tiles))
     out = torch.empty_like(factor) if strips == 1 else wide.new_empty((strips, *factor.shape), dtype=torch.float32)
     scale_ptr, scale = scale_arguments(scale)
-    tensors = (thin, wide, out, scale_ptr, segments.order, segments.offsets)
-    run = _kept(_gram_kernel, "gram", batched_config, up, (rank, columns), kind_of(wide, tensors))
-    numbers = scale, columns, rank, thin.stride(0), columns if plain else wide.stride(0), adapters, strips
-    run.launch((strips * adapters * column_tiles, 1, 1), tensors, numbers, plain)
+    launch(
+        _gram_kernel,
+        (strips * adapters * column_tiles,),
+        (
+            thin, wide, out, scale_ptr, segments.order, segments.offsets,
+            scale, columns, thin.shape[1], thin.stride(0), wide.stride(0), adapters, strips,
+        ),
+        _constants(config, config.gram, up, wide.dtype),
+        config.gram,
+    )  # fmt: skip
     return out if strips == 1 else sum_partials(out, factor)
 
 
-def _row_tiles(segments: AdapterSegments, tile: Tile) -> int:
-    return segments.tile_adapter.shape[0] * (SEGMENT_ROWS // tile.rows)
+def _config(factor: Tensor, up: bool, like: Tensor) -> BatchedConfig:
+    return batched_config(factor.shape[2 if up else 1], like.dtype, architecture(like.device))
+
+
+def _constants(config: BatchedConfig, tile: Tile, up: bool, dtype: torch.dtype, **others: int) -> dict[str, Any]:
+    sizes = {"BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r}
+    return {"UP": up, **dot_constants(dtype), **sizes, **others}
+
+
+def _row_tiles(segments: AdapterSegments, tile_rows: int) -> int:
+    return segments.tile_adapter.shape[0] * (SEGMENT_ROWS // tile_rows)
 
 
 def batched_lowrank_linear_fwd(

@@ -1,8 +1,7 @@
 """What every Triton operation shares: one way to launch, operand types, and the dropout mask."""
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -122,38 +121,11 @@ _current_device = getattr(torch._C, "_cuda_getDevice", None)  # both missing whe
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-class Kind(NamedTuple):
-    """What a call's kernels depend on, beside the widths of its tensors and its options."""
-
-    dtype: torch.dtype
-    device: torch.device
-    arch: int
-    precise: bool  # float32 stays float32: what `dot_constants` asks
-    types: tuple[torch.dtype | None, ...]  # of the kernel's pointers, None for one that is NULL
-
-
-def kind_of(like: Tensor, tensors: tuple[Tensor, ...]) -> Kind:
-    dtype, device = like.dtype, like.device
-    types = tuple([None if t is NULL else t.dtype for t in tensors])
-    return Kind(dtype, device, architecture(device), dtype is not torch.float32 or not allows_tf32(), types)
-
-
-def with_nulls(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple([NULL if t is None else t for t in tensors])
-
-
-@functools.lru_cache(maxsize=1024)
-def chosen(choose: Callable, *case: Any) -> Any:
-    """choose(*case), once for each case: a choice of tiles takes longer than a launch."""
-    return choose(*case)
-
-
 def programs(tile: Tile, device: torch.device) -> int:
     """How many of a kernel run on `device` at a time."""
     return config.programs(tile, architecture(device))
 
 
-@functools.lru_cache
 def architecture(device: torch.device) -> int:
     """80 for sm_80, 90 for sm_90 and so on; the interpreter on a CPU takes sm_90's choices."""
     if device.type != "cuda":
@@ -323,12 +295,7 @@ class Sums(Kernel):
 
 
 def sum_partials(partials: Tensor, like: Tensor) -> Tensor:
-    return _sums(config.SUM, like.device, like.dtype, like.numel())([(partials, like)])[0]
-
-
-@functools.lru_cache(maxsize=1024)
-def _sums(tile: Tile, device: torch.device, *_: Any) -> Sums:
-    return Sums(device)
+    return Sums(like.device)([(partials, like)])[0]
 
 
 # ---- tables in device memory: kernels that work on many tensors of different shapes find them there -----------------

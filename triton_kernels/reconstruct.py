@@ -3,28 +3,15 @@
 The mathematics and every shape: peft_kernels/ops/reconstruct.py. O × I blocks of (NB, KB); rank R of any size.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from ..records import Factors
-from .common import (
-    DOT_TYPES,
-    Kernel,
-    Kind,
-    add_dot,
-    dot_constants,
-    kind_of,
-    load_scale,
-    scale_arguments,
-    with_nulls,
-)
+from .common import DOT_TYPES, add_dot, architecture, dot_constants, launch, load_scale, scale_arguments
 from .config import reconstruct_tile
 from .lowrank_linear_fwd import load_dense
 
@@ -117,45 +104,44 @@ def _reconstruct_kernel(
 
 
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # how many bfloat16 numbers hold one
-_CORES = {None: "none", 3: "diagonal", 4: "dense"}  # by dimensions
 
 
-def _products(kind: Kind, core: str) -> dict[str, Any]:
-    """How operands are multiplied: the sum is to be float32's, so that only its rounding to the result is lost.
+def _core_kind(core: Tensor | None) -> str:
+    return "none" if core is None else "diagonal" if core.dim() == 3 else "dense"
+
+
+def _products(down: Tensor, up: Tensor, core: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+    """How operands are multiplied: the sum is to be float32's, so that only its rounding to `dtype` is lost.
 
     Two factors of one half type multiply exactly into float32. For any other half-precision result each operand becomes
     a sum of bfloat16 numbers, 8 bits each, which have float32's range: three for a float32, and two for the product of
     two bfloat16. Two for a float32 would round wrongly too often: 17 bits are few where an update cancels its base.
     """
-    (down, up, of_core, *_), dtype, parts = kind.types, kind.dtype, [1, 1, 1, 1]
-    if dtype != torch.float32 and not (core == "none" and down == up == dtype):
-        dtype, parts = torch.bfloat16, [_PARTS[each] for each in (down, up, of_core or up)]
-        exact_mixed = core == "diagonal" and up == of_core == dtype
-        parts.append(parts[1] if core == "none" else 2 if exact_mixed else 3)
+    kind, parts = dtype, [1, 1, 1, 1]
+    if dtype != torch.float32 and not (core is None and down.dtype == up.dtype == dtype):
+        kind, parts = torch.bfloat16, [_PARTS[t.dtype] for t in (down, up, up if core is None else core)]
+        exact_mixed = _core_kind(core) == "diagonal" and up.dtype == core.dtype == kind
+        parts.append(parts[1] if core is None else 2 if exact_mixed else 3)
     names = "DOWN_PARTS", "UP_PARTS", "CORE_PARTS", "MIXED_PARTS"
-    return {"KIND": DOT_TYPES[dtype], **dot_constants(dtype), **dict(zip(names, parts))}
-
-
-@functools.lru_cache(maxsize=1024)
-def _kept(kernel: JITFunction, choose: Callable, kind: Kind, shape: torch.Size, core: str, shared: bool) -> Kernel:
-    """Of calls that differ in their blocks' number and rows only; shape: of A, (R, KB)."""
-    products = _products(kind, core)
-    split = max(products["DOWN_PARTS"], products["UP_PARTS"], products["CORE_PARTS"]) > 1
-    tile = choose(shape[0], core, kind.dtype, split, kind.arch)
-    sizes = {"BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "CHUNK_R": tile.depth}
-    return Kernel(kernel, tile, kind.device, CORE=core, SHARED_BASE=shared, **products, **sizes)
+    return {"KIND": DOT_TYPES[kind], **dot_constants(kind), **dict(zip(names, parts))}
 
 
 def reconstruct_fwd(factors: Factors, base: Tensor | None, dtype: torch.dtype) -> Tensor:
     """-> (O·NB, I·KB) in `dtype`; base (NB, KB) under every block of a stack, or as large as the result"""
     down, up, core, scale, _ = factors
     rows, (rank, columns), (out_blocks, in_blocks) = up.shape[0], down.shape, factors.blocks
+    products = _products(down, up, core, dtype)
+    split = max(products["DOWN_PARTS"], products["UP_PARTS"], products["CORE_PARTS"]) > 1
+    tile = reconstruct_tile(rank, _core_kind(core), dtype, split, architecture(down.device))
     out = down.new_empty((out_blocks * rows, in_blocks * columns), dtype=dtype)
-    scale_ptr, scale = scale_arguments(scale)
-    tensors = with_nulls(down, up, core, base, out, scale_ptr)
-    of_core, shared = _CORES[None if core is None else core.ndim], base is not None and base.shape != out.shape
-    run = _kept(_reconstruct_kernel, reconstruct_tile, kind_of(out, tensors), down.shape, of_core, shared)
-    tiles = -(-rows // run.tile.rows) * -(-columns // run.tile.columns)
-    numbers = scale, rows, columns, rank, out_blocks, in_blocks
-    run.launch((out_blocks * in_blocks * tiles, 1, 1), tensors, numbers, plain=True)
+    launch(
+        _reconstruct_kernel,
+        (out_blocks * in_blocks * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),),
+        (down, up, core, base, out, *scale_arguments(scale), rows, columns, rank, out_blocks, in_blocks),
+        {
+            "CORE": _core_kind(core), "SHARED_BASE": base is not None and base.shape != out.shape,
+            **products, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "CHUNK_R": tile.depth,
+        },
+        tile,
+    )  # fmt: skip
     return out

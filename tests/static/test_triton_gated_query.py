@@ -104,5 +104,5 @@ def test_one_launch_forward_and_two_backward(mode):
 def test_programs():
     """Of "gated" one for each sequence; of "additive" as many as an H100 runs at a time, or nearly."""
     gated, additive = ([launch.grid for launch in Call(mode).launches()[:2]] for mode in ("gated", "additive"))
-    assert gated == [(8, 1, 1), (8, 1, 1)]
-    assert additive == [(120, 1, 1), (3, 40, 1)]
+    assert gated == [(8,), (8,)]
+    assert additive == [(120,), (3, 40)]

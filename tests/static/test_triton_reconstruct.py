@@ -58,7 +58,7 @@ SWEEP = {
 
 
 def check(call: Call, arch: int, monkeypatch) -> None:
-    monkeypatch.setattr(common, "architecture", lambda device: arch)
+    monkeypatch.setattr(reconstruct, "architecture", lambda device: arch)
     [launch] = call.launches()
     kernel = compile_launch(launch, arch)
     where = check_resources(kernel, arch)
