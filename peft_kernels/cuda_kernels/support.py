@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from peft_kernels.devices import constant_in_graphs, importable, no_gpu_for_kernels
+from peft_kernels.devices import constant_in_graphs, no_gpu_for_kernels
 from peft_kernels.records import Case
 
 from . import extension
@@ -24,7 +24,7 @@ def unsupported(case: Case) -> str | None:
         return f"its kernels compute weight distances in float32, not {case.dtype}"
     if problem := missing(case.device.type):
         return problem
-    return _too_large(case) or _too_much_shared_memory(case.op, case.dtype, case.rank, case.device.type)
+    return _too_large(case) or _too_much_shared_memory(case.op, case.dtype, case.rank, case.device)
 
 
 def _too_large(case: Case) -> str | None:
@@ -58,7 +58,9 @@ def _limits() -> dict[str, int]:
 
 @constant_in_graphs
 @functools.lru_cache(maxsize=1024)
-def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device_type: str) -> str | None:
+def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
     module = extension()
     needed = {
         "lowrank_linear": lambda: module.lowrank_linear_shared_bytes(DTYPES[dtype], rank),
@@ -67,7 +69,7 @@ def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device_type:
         "reconstruct": lambda: module.reconstruct_shared_bytes(DTYPES[dtype]),
         "gated_query": lambda: 0,
     }.get(op, module.weight_distance_shared_bytes)()
-    available = torch.cuda.get_device_properties().shared_memory_per_block_optin if device_type == "cuda" else needed
+    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     if needed > available:
         return f"rank {rank} in {dtype} takes {needed} bytes of shared memory, this GPU has {available}"
     return None
@@ -83,8 +85,10 @@ def missing(device_type: str) -> str:
 def _missing(device_type: str) -> str:
     if problem := no_gpu_for_kernels(device_type):
         return problem
-    if not importable("peft_kernels._C"):
-        return "peft_kernels was built without its CUDA kernels (reinstall with nvcc on the PATH)"
-    if device_type == "cpu" and not extension().build_info()["emulated"]:
+    try:
+        emulated = extension().build_info()["emulated"]
+    except ImportError as error:
+        return str(error)
+    if device_type == "cpu" and not emulated:
         return "the tensors are on the CPU"
-    return ""
+    return "this build of its kernels runs on a CPU" if device_type == "cuda" and emulated else ""
