@@ -148,17 +148,30 @@ def installed(module):
     """Inside, `peft_kernels._C` is this module."""
     before = sys.modules.get("peft_kernels._C")
     sys.modules["peft_kernels._C"] = module
+    forget()
     try:
         yield module
     finally:
+        forget()
         if before is None:
             del sys.modules["peft_kernels._C"]
         else:
             sys.modules["peft_kernels._C"] = before
 
 
+def forget():
+    """What launchers and operations keep for a kind of call is of the module that was there when they first saw one."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("peft_kernels.cuda_kernels", "peft_kernels.ops")):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+            getattr(module, "_plans", {}).clear()
+
+
 def controls(path):
-    """The emulation's own functions in that module: emulation_seed, emulation_skip and emulation_reached."""
+    """The emulation's own functions in that module: emulation_seed, emulation_skip, emulation_reached and
+    emulation_launched."""
     library = ctypes.CDLL(path)
     library.emulation_reached.restype = ctypes.c_char_p
     return library
