@@ -1,9 +1,11 @@
 """The CUDA kernels of the low-rank linear against the float64 definition: compiled for the CPU on csrc/host_emulation.h
 everywhere, and as built for the GPU where there is one."""
 
+import contextlib
 import itertools
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cuda_emulation
 import pytest
@@ -184,6 +186,19 @@ def test_a_warm_call_is_one_call_of_the_module():
     assert len(calls) <= 9, calls
 
 
+@pytest.mark.kernels(run=False)
+@pytest.mark.parametrize("current", [0, 1])
+def test_launches_go_to_the_tensors_device_and_its_stream(current, monkeypatch):
+    """Which becomes the current device only where another one is."""
+    entered, launched = [], []
+    monkeypatch.setattr(common, "_current_device", lambda: current)
+    monkeypatch.setattr(common, "_raw_stream", lambda index: 100 + index)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device.index)))
+    like = SimpleNamespace(device=torch.device("cuda", 1))
+    common.launch(lambda *arguments: launched.append(arguments), "params", like, 2, 3)
+    assert launched == [("params", 101, 2, 3)] and entered == [1] * (current != 1)
+
+
 def _frames(frame):
     while frame is not None:
         yield frame
@@ -191,6 +206,21 @@ def _frames(frame):
 
 
 # ---- bits, masks, limits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected")
+def test_in_a_graph_bits_are_the_same(device):
+    """And what the kernels cannot run is asked there, too."""
+    layer = LowRankLinear(torch.nn.Linear(64, 96, device=device), 8, core="dense", out_blocks=3, backend="cuda")
+    torch.nn.init.normal_(layer.up)
+    x = torch.randn(5, 64, device=device, requires_grad=True)
+    leaves = [x, layer.down, layer.up, layer.core]
+    torch._dynamo.reset()
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        y = call(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)

@@ -29,27 +29,30 @@ def unsupported(case: Case) -> str | None:
 
 def _too_large(case: Case) -> str | None:
     (rows, columns), (out_blocks, in_blocks) = case.shape, case.blocks
-    limits = _limits()
     if case.op in _LOWRANK:
-        if case.rank > limits["LOWRANK_LINEAR_MAX_RANK"]:
-            return f"its kernels take ranks up to {limits['LOWRANK_LINEAR_MAX_RANK']}, not {case.rank}"
-        if (hidden := case.rank * max(out_blocks, in_blocks)) > limits["LOWRANK_LINEAR_MAX_HIDDEN"]:
-            return f"its kernels take rank × blocks up to {limits['LOWRANK_LINEAR_MAX_HIDDEN']}, not {hidden}"
+        if case.rank > _limit("LOWRANK_LINEAR_MAX_RANK"):
+            return f"its kernels take ranks up to {_limit('LOWRANK_LINEAR_MAX_RANK')}, not {case.rank}"
+        if (hidden := case.rank * max(out_blocks, in_blocks)) > _limit("LOWRANK_LINEAR_MAX_HIDDEN"):
+            return f"its kernels take rank × blocks up to {_limit('LOWRANK_LINEAR_MAX_HIDDEN')}, not {hidden}"
         return f"its kernels take fewer than 2³¹ rows, not {rows}" if rows >= _MOST else None
     if case.op == "gated_query":
-        if rows * -(-columns // limits["GATED_QUERY_COLUMNS"]) >= _MOST:
+        if rows * -(-columns // _limit("GATED_QUERY_COLUMNS")) >= _MOST:
             return f"its kernels take fewer than 2³¹ pieces of 256 columns, not those of {rows} x {columns}"
         return None
     if max(rows, columns) > _MOST - 256:  # 32-bit counts, up to the last tile's end
         return f"its kernels take blocks of fewer than 2³¹ rows and columns, not {rows} x {columns}"
     if case.op == "reconstruct":
-        tiles = out_blocks * -(-rows // limits["RECONSTRUCT_ROWS"]) * in_blocks
-        if (tiles := tiles * -(-columns // limits["RECONSTRUCT_COLUMNS"])) >= _MOST:
+        tiles = out_blocks * -(-rows // _limit("RECONSTRUCT_ROWS")) * in_blocks
+        if (tiles := tiles * -(-columns // _limit("RECONSTRUCT_COLUMNS"))) >= _MOST:
             return f"its kernels take results of fewer than 2³¹ tiles, not {tiles}"
     return None
 
 
 @constant_in_graphs
+def _limit(name: str) -> int:
+    return _limits()[name]
+
+
 @functools.lru_cache
 def _limits() -> dict[str, int]:
     names = ("LOWRANK_LINEAR_MAX_RANK", "LOWRANK_LINEAR_MAX_HIDDEN", "GATED_QUERY_COLUMNS", "RECONSTRUCT_ROWS")
@@ -57,8 +60,12 @@ def _limits() -> dict[str, int]:
 
 
 @constant_in_graphs
-@functools.lru_cache(maxsize=1024)
 def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device: torch.device) -> str | None:
+    return _shared_memory_problem(op, dtype, rank, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared_memory_problem(op: str, dtype: torch.dtype, rank: int, device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     module = extension()
