@@ -22,9 +22,14 @@ from pathlib import Path
 
 import torch
 
+from peft_kernels.triton_kernels import config
+
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
-DEFINES = "PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'
+DEFINES = (
+    *("PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'),
+    *(f"PEFT_KERNELS_{name}={getattr(config, name)}" for name in ("LONGEST_CHAIN", "SEGMENT_ROWS")),
+)
 FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 
 # Kernels for float32, bfloat16 and one range of ranks: a third of the time to compile all of them.
