@@ -5,12 +5,12 @@ Backward: one read of dY gives T and dB, hidden_bwd turns T into dz, one read of
 one launch adds all partial sums, dx0 += dY W. Where there is no core and few chunks of T, the pass over x makes dz of
 them itself: a LoRA layer takes five launches for both directions. Shapes: peft_kernels/ops/lowrank_linear.py.
 
-What does not depend on rows or addresses is worked out once for each kind of call and kept: `_kind`. What follows from
-that and the rows, strips and the places in the backward's workspace, csrc/lowrank_linear_bwd.cu works out.
+What does not depend on rows or addresses is worked out once for each kind of call and kept: `_kind`, and nearer in the
+caller's memo. What follows from that and the rows, strips and the places in the backward's workspace, csrc works out.
 """
 
 import functools
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,24 +19,23 @@ from torch import Tensor
 from peft_kernels.records import Dropout, Factors, Needs
 
 from . import common, extension
-from .common import CORES, DTYPES, NULL, launch
+from .common import CORES, DTYPES, NULL, floats, launch
 
 _NO_NEEDS = Needs()
 
 
 def lowrank_linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None = None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None = None,
+    *, memo: dict | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """-> y (M, N), z (M, I·R); z is None when factors.z was given."""
     down, up, core, scale, z = factors
-    out_features, in_features = weight.shape
-    kind = _kind(
-        common.PROCESSORS, x.dtype, in_features if z is None else 0, out_features, up.shape[1],
-        None if core is None else core.shape, None if dropout.rng is None else (dropout.on, dropout.p), _NO_NEEDS,
-        None if down is None else down.dtype, up.dtype, None if core is None else core.dtype,
-    )  # fmt: skip
-    rows = x.shape[0]
-    y = x.new_empty(rows, out_features)
+    memo, key = {} if memo is None else memo, common.PROCESSORS
+    if key not in memo:
+        columns = weight.shape[1] if z is None else 0
+        memo[key] = _kind_of(x, columns, weight.shape[0], factors, dropout, _NO_NEEDS)
+    kind, rows = memo[key], x.shape[0]
+    y = x.new_empty(rows, weight.shape[0])
     hidden = x.new_empty(rows, kind.z_columns) if z is None else z
     mixed = x.new_empty(rows, kind.s_columns) if kind.mixes else NULL
     scale, scale_ptr = (1.0, scale) if isinstance(scale, Tensor) else (scale, NULL)
@@ -45,30 +44,29 @@ def lowrank_linear_fwd(
         hidden, mixed, y, NULL if dropout.rng is None else dropout.rng, scale_ptr,
     )  # fmt: skip
     strides = x.stride(0), kind.z_columns if z is None else z.stride(0)
-    launch(kind.fwd, kind.params, x, rows, scale, *strides, *map(Tensor.data_ptr, tensors))
+    launch(kind.module.lowrank_linear_fwd, kind.params, x, rows, scale, *strides, *map(Tensor.data_ptr, tensors))
     return y.addmm_(x, weight.t()), hidden if z is None else None
 
 
 def lowrank_linear_bwd(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs,
+    *, memo: dict | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """-> dx, d_down, d_up, d_core, dz, as `needs` says in that order. factors.down is None if z came from outside; then
     dx has no part through z.
     """
     down, up, core, scale, z = factors
     columns = 0 if down is None else down.shape[1] * (1 if core is None else core.shape[1])
-    kind = _kind(
-        common.PROCESSORS, dy.dtype, columns, dy.shape[1], up.shape[1],
-        None if core is None else core.shape, None if dropout.rng is None else (dropout.on, dropout.p), needs,
-        None if down is None else down.dtype, up.dtype, None if core is None else core.dtype,
-    )  # fmt: skip
-    rows = dy.shape[0]
+    memo, key = {} if memo is None else memo, (common.PROCESSORS, needs)
+    if key not in memo:
+        memo[key] = _kind_of(dy, columns, dy.shape[1], factors, dropout, needs)
+    kind, rows = memo[key], dy.shape[0]
     dx = dy.new_empty(rows, columns) if needs.x and columns else NULL
     d_down = torch.empty_like(down) if needs.down else NULL
     d_up = torch.empty_like(up) if needs.up else NULL
     d_core = torch.empty_like(core) if needs.core else NULL
     dz = dy.new_empty(rows, kind.z_columns) if needs.z else NULL
-    workspace = torch.empty(kind.floats(kind.params, rows), dtype=torch.float32, device=dy.device)
+    workspace = floats(dy, kind.module.lowrank_linear_bwd_floats(kind.params, rows))
     scale, scale_ptr = (1.0, scale) if isinstance(scale, Tensor) else (scale, NULL)
     tensors = (
         dy, NULL if x is None else x, NULL if down is None else down, up, NULL if core is None else core,
@@ -76,7 +74,7 @@ def lowrank_linear_bwd(
         scale_ptr, workspace,
     )  # fmt: skip
     strides = dy.stride(0), 0 if x is None else x.stride(0), 0 if z is None else z.stride(0), kind.z_columns
-    launch(kind.bwd, kind.params, dy, rows, scale, *strides, *map(Tensor.data_ptr, tensors))
+    launch(kind.module.lowrank_linear_bwd, kind.params, dy, rows, scale, *strides, *map(Tensor.data_ptr, tensors))
     if needs.x:
         dx = dx.addmm_(dy, weight) if columns else dy @ weight
     return (
@@ -94,7 +92,7 @@ def lowrank_hidden_fwd(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
     z = x.new_empty(x.shape[0], kind.z_columns)
     tensors = x, NULL, down, NULL, NULL, z, NULL, NULL, NULL, NULL
     strides = x.stride(0), kind.z_columns
-    launch(kind.fwd, kind.params, x, x.shape[0], 1.0, *strides, *map(Tensor.data_ptr, tensors))
+    launch(kind.module.lowrank_linear_fwd, kind.params, x, x.shape[0], 1.0, *strides, *map(Tensor.data_ptr, tensors))
     return z
 
 
@@ -106,10 +104,10 @@ def lowrank_hidden_bwd(
     kind = _hidden_kind(dz, down, blocks, needs)
     dx = dz.new_empty(rows, blocks * down.shape[1]) if needs[0] else NULL
     d_down = torch.empty_like(down) if needs[1] else NULL
-    workspace = torch.empty(kind.floats(kind.params, rows), dtype=torch.float32, device=dz.device)
+    workspace = floats(dz, kind.module.lowrank_linear_bwd_floats(kind.params, rows))
     tensors = NULL, NULL if x is None else x, down, *[NULL] * 3, dx, d_down, NULL, NULL, dz, NULL, NULL, workspace
     strides = 0, 0 if x is None else x.stride(0), 0, dz.stride(0)
-    launch(kind.bwd, kind.params, dz, rows, 1.0, *strides, *map(Tensor.data_ptr, tensors))
+    launch(kind.module.lowrank_linear_bwd, kind.params, dz, rows, 1.0, *strides, *map(Tensor.data_ptr, tensors))
     return dx if needs[0] else None, d_down if needs[1] else None
 
 
@@ -117,10 +115,8 @@ def lowrank_hidden_bwd(
 
 
 class _Kind(NamedTuple):
+    module: ModuleType
     params: Any  # csrc's LowRankKind
-    fwd: Callable
-    bwd: Callable
-    floats: Callable
     z_columns: int
     s_columns: int
     mixes: bool  # is S anything else than z?
@@ -149,8 +145,18 @@ def _kind(
     for name, needed in zip(Needs._fields, needs):
         setattr(params, f"needs_{name}", needed)
     mixes = core is not None or params.drop_rank or params.drop_core
-    launchers = module.lowrank_linear_fwd, module.lowrank_linear_bwd, module.lowrank_linear_bwd_floats
-    return _Kind(params, *launchers, params.in_blocks * rank, params.out_blocks * rank, mixes)
+    return _Kind(module, params, params.in_blocks * rank, params.out_blocks * rank, mixes)
+
+
+def _kind_of(
+    like: Tensor, in_features: int, out_features: int, factors: Factors, dropout: Dropout, needs: Needs
+) -> _Kind:
+    down, up, core, _, _ = factors
+    return _kind(
+        common.PROCESSORS, like.dtype, in_features, out_features, up.shape[1],
+        None if core is None else core.shape, None if dropout.rng is None else (dropout.on, dropout.p), needs,
+        None if down is None else down.dtype, up.dtype, None if core is None else core.dtype,
+    )  # fmt: skip
 
 
 def _hidden_kind(like: Tensor, down: Tensor, blocks: int, needs: tuple[bool, ...]) -> _Kind:
