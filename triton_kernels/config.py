@@ -7,9 +7,9 @@ import torch
 MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
-LONGEST_CHAIN = 64  # float32 products that are added one after another; the same number as kLongestChain in csrc
+LONGEST_CHAIN = 64  # float32 products that are added one after another; csrc is compiled with it
 LONGEST_RUN = 128  # tiles that one program adds up: 512 of 16 rows err more than torch, whose sums are sliced
-SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; the same number as kSegmentRows in csrc
+SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; csrc is compiled with it
 
 
 @dataclass(frozen=True)
