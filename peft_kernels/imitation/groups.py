@@ -9,7 +9,7 @@ from peft_kernels.checks import check_shape, check_tensor
 from peft_kernels.imitation.factors import Transform, check_student
 from peft_kernels.ops.weight_distance import LIVE
 
-_LISTS = ("live", "teacher", "weight0", "live_bias", "teacher_bias", "bias0", "down", "up")
+LISTS = ("live", "teacher", "weight0", "live_bias", "teacher_bias", "bias0", "down", "up")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ImitationGroup:
     plan: object = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        for name in _LISTS:
+        for name in LISTS:
             value = getattr(self, name)
             if value is not None:
                 if isinstance(value, Tensor) or not hasattr(value, "__iter__"):
@@ -52,7 +52,7 @@ class ImitationGroup:
 
     def lists(self) -> dict[str, Sequence[Tensor]]:
         """The sequences that have one tensor for each projection."""
-        return {name: getattr(self, name) for name in _LISTS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in LISTS if getattr(self, name) is not None}
 
     def tensors(self) -> Iterator[Tensor]:
         for each in self.lists().values():
