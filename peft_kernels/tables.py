@@ -72,8 +72,8 @@ class Table:
         starts = torch.frombuffer(array("q", (0, *addresses)), dtype=torch.int64)
         copied = device.type == "cuda"
         host = self.numbers.pin_memory() if copied else torch.empty_like(self.numbers).copy_(self.numbers)
-        host[: len(self.owners)] += starts.index_select(0, self.owners)
-        return host.to(device, non_blocking=True).split(self.sizes)
+        host[: self.owners.numel()].add_(starts.index_select(0, self.owners))
+        return host.to(device, non_blocking=True).split_with_sizes(self.sizes)
 
 
 class Part(Protocol):

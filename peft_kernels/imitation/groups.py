@@ -65,9 +65,16 @@ class ImitationGroup:
             yield from () if name.startswith("teacher") else each
         yield from self.transform or ()
 
+    def teachers(self) -> list[Tensor]:
+        """What follows."""
+        return [*self.teacher, *(self.teacher_bias or ())]
+
+    def learners(self) -> list[Tensor]:
+        return [*(self.down or ()), *(self.up or ()), *(self.transform or ())]
+
     def adapters(self) -> list[Tensor]:
         """What gets gradients."""
-        return [t for t in (*(self.down or ()), *(self.up or ()), *(self.transform or ())) if t.requires_grad]
+        return [t for t in self.learners() if t.requires_grad]
 
 
 def check_group(where: str, group: ImitationGroup, like: Tensor) -> None:

@@ -102,7 +102,7 @@ class Plan:
         self.kernels, self.like, self.memory = kernels(backend), groups[0].weight0[0], memory
         memory.begin()
         self.adapters = list({id(t): t for group in groups for t in group.adapters()}.values())
-        self.teachers = [t for group in groups for t in (*group.teacher, *(group.teacher_bias or ()))]
+        self.teachers = [t for group in groups for t in group.teachers()]
         self.one = torch.ones(1, 1, dtype=self.like.dtype, device=self.like.device)
         self.results: Results = new_results(sum(len(group.live) for group in groups), self.like)
         self.before: list[list[Product]] = [[], []]
@@ -190,10 +190,10 @@ class Plan:
     def find_gradients(self) -> None:
         """Where `.grad` is missing, one of the plan's own takes its place; products are made anew if any moved."""
         gradients = [*map(_GRAD, self.adapters)]
-        if missing := [index for index, grad in enumerate(gradients) if grad is None]:
-            self._set_own(missing)
-            gradients = [*map(_GRAD, self.adapters)]
-        if not (len(gradients) == len(self.gradients) and all(map(operator.is_, gradients, self.gradients))):
+        if len(gradients) != len(self.gradients) or not all(map(operator.is_, gradients, self.gradients)):
+            if missing := [index for index, grad in enumerate(gradients) if grad is None]:
+                self._set_own(missing)
+                gradients = [*map(_GRAD, self.adapters)]
             for grad in gradients:
                 if grad.layout != torch.strided or grad.is_inference():
                     raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")

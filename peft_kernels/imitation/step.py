@@ -24,7 +24,9 @@ class _Prepared:
     def __init__(self, groups: list[ImitationGroup], requested: tuple[str, str], plans: list[Plan]):
         self.asked, self.plans = (requested, [*map(type, groups)]), plans
         self.structure, self.tensors = _structure(groups)
-        self.facts = _facts(self.tensors)
+        self.differentiated = [t for group in groups for t in (*group.learners(), *group.teachers())]
+        self.strided = [t for t in self.tensors if not t.is_contiguous()]
+        self.facts = self._facts()
 
     def fits(self, groups: list[ImitationGroup], requested: tuple[str, str]) -> bool:
         """Same tensors in the same places of groups, none of them elsewhere or of another kind."""
@@ -35,21 +37,26 @@ class _Prepared:
         except TypeError:  # which the checks will name
             return False
         same = structure == self.structure and all(map(operator.is_, tensors, self.tensors))
-        return same and self.facts == _facts(tensors)
+        return same and self.facts == self._facts()
+
+    def _facts(self) -> dict[str, list]:
+        """What may change about these tensors; but for their numbers."""
+        return {
+            "addresses": [*map(Tensor.data_ptr, self.tensors)],
+            "sizes": [*map(Tensor.size, self.tensors)],
+            "dtypes": [*map(_DTYPE, self.tensors)],
+            "contiguous": [*map(Tensor.is_contiguous, self.tensors)],
+            "strides": [*map(Tensor.stride, self.strided)],  # of the others they follow from the sizes
+            "gradients": [*map(_NEEDS, self.differentiated)],
+        }
 
 
 def _structure(groups: list[ImitationGroup]) -> tuple[tuple, list[Tensor]]:
     """Placements, how many tensors there are of each kind, None where there are none of it; and all of them."""
     parts = [*chain.from_iterable(map(_PARTS, groups))]
-    given = [part for part in parts if part is not None]
-    tensors, absent = [*chain.from_iterable(given)], [part is None for part in parts]
+    given, absent = [part for part in parts if part is not None], [part is None for part in parts]
+    tensors = [*chain.from_iterable(given)]
     return (len(tensors), absent, [*map(len, given)], [*map(_PLACEMENT, groups)]), tensors
-
-
-def _facts(tensors: list[Tensor]) -> tuple[list, ...]:
-    """What may change about a tensor; but for its numbers."""
-    each = (Tensor.data_ptr, Tensor.size, Tensor.stride, _DTYPE, _NEEDS)
-    return tuple([*map(fact, tensors)] for fact in each)
 
 
 def _plans(groups: list[ImitationGroup], backend: str) -> list[Plan]:

@@ -16,8 +16,9 @@ import functools
 import importlib
 import operator
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, compress
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +83,16 @@ class _Plan:
     """How calls with one signature go. It keeps neither a tensor nor an address.
 
     inputs: matrices, and stacks of them: lives, targets, bases, lefts and rights, as many of each as `kinds` says
-    needs: which of them require a gradient, which lives do not get
+    needs: which of them require a gradient, which lives do not get;  shown: lets autograd see the others, too
     """
 
-    def __init__(self, inputs: list[Tensor], kinds: Sequence[int], needs: Sequence[bool], backend: str):
+    def __init__(self, inputs: list[Tensor], kinds: Sequence[int], needs: Sequence[bool], backend: str, shown: bool):
         follows, ends = kinds[0] > 0, [sum(kinds[: end + 1]) for end in range(5)]
         self.targets, self.bases, self.thin = (range(*ends[:2]), range(*ends[1:3]), range(ends[2], ends[4]))
         self.backend, self.kinds, self.tables = backend, kinds, None
-        self.needs = [need and index not in range(kinds[0]) for index, need in enumerate(needs)]
-        self.passed = [index for index, need in enumerate(self.needs) if need]
+        self.needs = [need and index >= kinds[0] for index, need in enumerate(needs)]
+        self.passed = [index >= kinds[0] and (shown or need) for index, need in enumerate(needs)]
+        self.answered = [index if self.needs[index] else None for index, passed in enumerate(self.passed) if passed]
         self.stacked = [len(t) if t.dim() == 3 else 0 for t in inputs]
         self.copied = [i for i, t in enumerate(inputs) if t.stride(-1) != 1 and not (follows and i in self.targets)]
         self.followed, self.starts = False, []  # the input of every matrix, and how many bytes lie before it there
@@ -100,7 +102,8 @@ class _Plan:
         shapes = [[*map(Tensor.size, matrices)] for matrices in self.by_kind(map(_matrices_of, inputs))]
         self.count = len(shapes[3])
         self.errors = _Shapes([torch.Size((left[0], right[1])) for left, right in zip(*shapes[3:])])
-        self.gradients = _Shapes([inputs[index].shape for index in self.thin if self.needs[index]])
+        self.learned = [index for index in self.thin if self.needs[index]]
+        self.gradients = _Shapes([inputs[index].shape for index in self.learned])
         self.wide = any(self.needs[index] for index in (*self.targets, *self.bases))
         n = self.count
         self.sizes = [self.gradients.size, -(-n // 4) * 4, -(-6 * n // 4) * 4, n]  # gradients, factors, sums, losses
@@ -110,11 +113,11 @@ class _Plan:
         matrices = iter(matrices)
         return [[each for _ in range(count) for each in next(matrices)] for count in self.kinds]
 
-    def run(self, inputs: list[Tensor], addresses: list[int], decay: float | None, reduction: str) -> tuple:
-        """-> the loss, and what the backward needs"""
+    def run(self, inputs: list[Tensor], addresses: list[int] | None, decay: float | None, reduction: str) -> tuple:
+        """-> the loss, and what the backward needs;  addresses: of the inputs, None for calls without a signature"""
         like, module = inputs[-1], kernels(self.backend)
         errors, kept = like.new_empty(self.errors.size), like.new_empty(sum(self.sizes))
-        gradients, factors, sums, losses = kept.split(self.sizes)
+        gradients, factors, sums, losses = kept.split_with_sizes(self.sizes)
         results = Results(sums, losses, factors)
         with autocast_off(like):
             if self.tables is None:
@@ -159,9 +162,7 @@ class _Plan:
 
     def scaled(self, d_loss: Tensor, gradients: Tensor, factors: Tensor | None = None, errors: Tensor | None = None):
         """The gradients by what was passed."""
-        found: dict[int, Tensor] = dict(
-            zip((i for i in self.thin if self.needs[i]), self.gradients.split(gradients * d_loss))
-        )
+        found = dict(zip(self.learned, self.gradients.split(gradients * d_loss)))
         if self.wide:
             d_bases = [error * (factor * d_loss) for error, factor in zip(self.errors.split(errors), factors)]
             for indices, grads in ((self.targets, [-grad for grad in d_bases]), (self.bases, d_bases)):
@@ -172,7 +173,7 @@ class _Plan:
                 for index in indices:
                     stack = [next(remaining) for _ in range(self.stacked[index] or 1)]
                     found[index] = torch.stack(stack) if self.stacked[index] else stack[0]
-        return [found[index] if self.needs[index] else None for index in self.passed]
+        return [*map(found.get, self.answered)]
 
 
 def _matrices_of(t: Tensor) -> Sequence[Tensor]:
@@ -195,7 +196,22 @@ class _WeightDistance(torch.autograd.Function):
         return None, None, None, None, None, *ctx.plan.scaled(d_loss, *ctx.saved_tensors)
 
 
-_plans: dict[tuple, _Plan] = {}
+class _Signature(NamedTuple):
+    """All that the checks of a call, the choice of its backend and its tables look at, but for addresses."""
+
+    op: str
+    requested: tuple[str, str]
+    kinds: tuple
+    sizes: tuple
+    strides: tuple | None  # None: contiguous tensors
+    alignment: tuple | None  # None: multiples of 16 bytes
+    dtypes: tuple
+    devices: frozenset
+    needs: tuple | None  # None: no gradients are recorded
+
+
+MOST_PLANS = 256  # then all of them go
+_plans: dict[_Signature, _Plan] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter))  # what other types hide changes without a sign
 _apply = super(torch.autograd.Function, _WeightDistance).apply  # without unwrapping what functorch left
 _DTYPE, _DEVICE, _NEEDS = map(operator.attrgetter, ("dtype", "device", "requires_grad"))
@@ -209,28 +225,27 @@ def _distance(op: str, given: dict[str, object], decay: float | None, reduction:
     key = plan = addresses = None
     try:
         inputs = [*chain.from_iterable(parts)]
-        addresses = [*map(Tensor.data_ptr, inputs)]
-        key = _signature(op, parts, inputs, addresses, backend)
-        plan = _plans.get(key)
+        if _PLAIN.issuperset(map(type, inputs)):
+            addresses = [*map(Tensor.data_ptr, inputs)]
+            key = _signature(op, parts, inputs, addresses, backend)
+            plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):
         pass  # an argument that the checks will name
     if plan is None:
-        plan = _checked(op, given, parts, backend)
-        if key is None:
-            plan.passed = [*range(plan.targets.start, len(inputs))]
-        else:
-            if len(_plans) >= 256:
+        plan = _checked(op, given, parts, backend, key is None)
+        if key is not None:
+            if len(_plans) >= MOST_PLANS:
                 _plans.clear()
             _plans[key] = plan
-    if plan.copied or addresses is None:
-        for index in plan.copied:
-            inputs[index] = inputs[index].contiguous()
-        addresses = [*map(Tensor.data_ptr, inputs)]
+    for index in plan.copied:
+        inputs[index] = inputs[index].contiguous()
+        if key is not None:
+            addresses[index] = inputs[index].data_ptr()
     if given["live"] is not None:
         _check_teachers(plan, inputs, addresses)
-    if plan.passed:
+    if any(plan.passed):
         apply = _WeightDistance.apply if key is None else _apply
-        loss = apply(plan, inputs, addresses, decay, reduction, *(inputs[index] for index in plan.passed))
+        loss = apply(plan, inputs, addresses, decay, reduction, *compress(inputs, plan.passed))
     else:
         with torch.no_grad():
             loss, _ = plan.run(inputs, addresses, decay, reduction)
@@ -243,27 +258,25 @@ def _is_list(value: object) -> bool:
     return hasattr(value, "__iter__") and not isinstance(value, str | Tensor)
 
 
-def _signature(op: str, parts: Sequence, inputs: list[Tensor], addresses: list[int], backend: str) -> tuple:
-    """All that the checks of a call, the choice of its backend and its tables look at, but for addresses.
-
-    Raises TypeError for what cannot have one.
-    """
+def _signature(op: str, parts: Sequence, inputs: list[Tensor], addresses: list[int], backend: str) -> _Signature:
+    """Raises TypeError where tensors are more than they show."""
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         raise TypeError
-    if not _PLAIN.issuperset(map(type, inputs)):
-        raise TypeError
     together = functools.reduce(operator.or_, addresses)
-    return (
-        op, requested_by(backend), *map(len, parts), *map(type, parts),
+    return _Signature(
+        op,
+        requested_by(backend),
+        (*map(len, parts), *map(type, parts)),
         tuple(map(Tensor.size, inputs)),
         None if all(map(Tensor.is_contiguous, inputs)) else tuple(map(Tensor.stride, inputs)),
-        tuple(map(_DTYPE, inputs)), frozenset(map(_DEVICE, inputs)),
-        tuple(map(_NEEDS, inputs)) if torch.is_grad_enabled() else None,
         None if together % 16 == 0 else tuple(address % 16 for address in addresses),
-    )  # fmt: skip
+        tuple(map(_DTYPE, inputs)),
+        frozenset(map(_DEVICE, inputs)),
+        tuple(map(_NEEDS, inputs)) if torch.is_grad_enabled() else None,
+    )
 
 
-def _checked(op: str, given: dict[str, object], parts: Sequence[Sequence[Tensor]], backend: str) -> _Plan:
+def _checked(op: str, given: dict[str, object], parts: Sequence[Sequence[Tensor]], backend: str, shown: bool) -> _Plan:
     """Raises whatever is to be raised about a call, or says how it goes."""
     target_name = [*given][1]
     lefts, rights = _matrices("left", given["left"], WIDE), _matrices("right", given["right"], WIDE)
@@ -284,20 +297,21 @@ def _checked(op: str, given: dict[str, object], parts: Sequence[Sequence[Tensor]
     widest = max((live.dtype for live in lives), key=lambda dtype: dtype.itemsize, default=None)
     name = resolve(op, (first, *rights), backend, shape=largest, live=widest).name
     inputs, needs_any = [*chain.from_iterable(parts)], torch.is_grad_enabled()  # without it no gradient is computed
-    return _Plan(inputs, [*map(len, parts)], [t.requires_grad and needs_any for t in inputs], name)
+    return _Plan(inputs, [*map(len, parts)], [t.requires_grad and needs_any for t in inputs], name, shown)
 
 
-def _check_teachers(plan: _Plan, inputs: list[Tensor], addresses: list[int]) -> None:
-    """`check_changed`, which all that a signature says has passed once: what is left is where the tensors are."""
-    starts, n = [addresses[index] + offset for index, offset in plan.starts], plan.count
-    teachers, own = {*starts[n : 2 * n]}, inputs[plan.targets.start : plan.targets.stop]
-    apart = len(teachers) == n and teachers.isdisjoint(starts[:n]) and teachers.isdisjoint(starts[2 * n :])
-    if not (plan.followed and apart) or any(map(Tensor.is_inference, own)):
-        own = own if torch.is_grad_enabled() else [t.detach() for t in own]
-        lives, _, *others = plan.by_kind(map(_matrices_of, inputs))
-        teachers = [("teacher", teacher) for t in own for teacher in _matrices_of(t)]
-        check_changed(teachers, chain(lives, *others))
-        plan.followed = True
+def _check_teachers(plan: _Plan, inputs: list[Tensor], addresses: list[int] | None) -> None:
+    """`check_changed`; where that has passed for this signature, only what a signature does not say."""
+    own, n = inputs[plan.targets.start : plan.targets.stop], plan.count
+    if plan.followed and not any(map(Tensor.is_inference, own)):
+        starts = [addresses[index] + offset for index, offset in plan.starts]
+        teachers = {*starts[n : 2 * n]}
+        if len(teachers) == n and teachers.isdisjoint(starts[:n]) and teachers.isdisjoint(starts[2 * n :]):
+            return
+    own = own if torch.is_grad_enabled() else [t.detach() for t in own]
+    lives, _, *others = plan.by_kind(map(_matrices_of, inputs))
+    check_changed((("teacher", teacher) for t in own for teacher in _matrices_of(t)), chain(lives, *others))
+    plan.followed = True
 
 
 def _matrices(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
