@@ -228,7 +228,7 @@ def _nearest(arch: int, table: dict[int, int]) -> int:
 
 @dataclass(frozen=True)
 class WeightDistanceConfig:
-    """One tile per kernel of `weight_distance`; `depth` of a rank, or of a product's inner dimension, at a time."""
+    """One tile per kernel of `weight_distance`; `depth` of a rank, or of what is added up, at a time."""
 
     distance: Tile
     finish: Tile
@@ -242,12 +242,12 @@ def weight_distance_config(arch: int) -> WeightDistanceConfig:
     another multiplies. Steps of 32 terms were 4 % faster on an H200, but their sums err more. Tiles have the 64 rows
     that Hopper's tensor cores want, and 32 columns, which divide the common ranks.
     distance: the tile decides the order of sums, so it is the same where rows are not aligned.
-    finish: one program for each matrix, with as many rows as threads.
+    finish: one program for each matrix, with as many rows as threads; `depth` partial sums at a time.
     """
     long, short = Tile(64, 32, warps=4, depth=32), Tile(64, 32, warps=4, depth=16)
     return WeightDistanceConfig(
         distance=long if arch >= 90 else replace(short, stages=2),
-        finish=Tile(256, 32, stages=1),
+        finish=Tile(256, 32, stages=1, depth=512),
         product=replace(short, stages=4),
     )
 
