@@ -179,8 +179,8 @@ def _span(t: Tensor) -> tuple[int, int]:
 
 
 def _getter(indices: list[int]) -> Callable[[Sequence], tuple]:
-    """itemgetter, which gives no tuple of one."""
-    return itemgetter(*indices) if len(indices) != 1 else lambda items: (items[indices[0]],)
+    """itemgetter, which gives no tuple of one or none."""
+    return itemgetter(*indices) if len(indices) > 1 else lambda items: tuple(items[index] for index in indices)
 
 
 empty = torch.empty_strided

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..records import Distance, Product
 from ..tables import Tables
-from .common import NULL, Kernel, architecture, load_pointer, load_scale, load_size, scale_arguments
+from .common import architecture, launch, load_pointer, load_scale, load_size, scale_arguments
 from .config import weight_distance_config
+from .replay import replayed
 from .weight_distance_product import ProductTables, make_products, multiply
 from .weight_distance_records import (
     BASE,
@@ -45,7 +46,6 @@ from .weight_distance_records import (
     TARGET,
     TARGET_BIAS,
     TILES,
-    Distances,
     DistanceTables,
     load_live,
     load_tile,
@@ -232,25 +232,42 @@ def weight_distance_fwd(
 ) -> None:  # fmt: skip
     """Targets, errors, sums, losses, factors and bias gradients of all matrices."""
     run, records, tiles, partial, results = tables
-    follow, moving = decay is not None, (1.0, 0.0) if decay is None else (float(decay), 1.0 - decay)
     scale_ptr, scale = scale_arguments(loss_scale)
-    kind = follow, reduction, scale_ptr is NULL
-    distance, finish = run.kernels.get(kind) or run.kernels.setdefault(kind, _kernels(run, records, follow, reduction))
-    distance.launch((run.programs, 1, 1), (records, tiles, partial), moving, True)
-    finish.launch((run.count, 1, 1), (records, partial, *results, scale_ptr), (scale, *moving), True)
+    replayed(
+        run.memo,
+        (decay, reduction, None if scale_ptr is not None else scale),
+        lambda: _launch(tables, decay, reduction, (scale_ptr, scale)),
+        (records, tiles, partial, *results, scale_ptr),
+    )
 
 
-def _kernels(run: Distances, records: Tensor, follow: bool, reduction: str) -> tuple[Kernel, Kernel]:
+def _launch(
+    tables: DistanceTables, decay: float | None, reduction: str, scale: tuple[Tensor | None, float]
+) -> tuple[()]:
+    run, records, tiles, partial, results = tables
+    follow, moving = decay is not None, (1.0, 0.0) if decay is None else (float(decay), 1.0 - decay)
     wide, short = run.config.distance, run.config.finish
-    distance = Kernel(
-        _distance_kernel, wide, records.device, FOLLOW=follow, ALIGNED=run.aligned, THIN_ALIGNED=run.thin_aligned,
-        BLOCK_M=wide.rows, BLOCK_N=wide.columns, BLOCK_R=wide.depth,
+    launch(
+        _distance_kernel,
+        (run.programs,),
+        (records, tiles, partial, *moving),
+        {
+            "FOLLOW": follow, "ALIGNED": run.aligned, "THIN_ALIGNED": run.thin_aligned,
+            "BLOCK_M": wide.rows, "BLOCK_N": wide.columns, "BLOCK_R": wide.depth,
+        },
+        wide,
     )  # fmt: skip
-    finish = Kernel(
-        _finish_kernel, short, records.device, FOLLOW=follow, REDUCTION=reduction,
-        BLOCK_M=short.rows, BLOCK_K=short.columns, BLOCK=short.depth,
+    launch(
+        _finish_kernel,
+        (run.count,),
+        (records, partial, *results, *scale, *moving),
+        {
+            "FOLLOW": follow, "REDUCTION": reduction,
+            "BLOCK_M": short.rows, "BLOCK_K": short.columns, "BLOCK": short.depth,
+        },
+        short,
     )  # fmt: skip
-    return distance, finish
+    return ()
 
 
 def product_fwd(tables: ProductTables) -> None:

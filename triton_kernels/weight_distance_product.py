@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..records import Product, Results, Term
 from ..tables import Address, Rows, place
-from .common import Kernel, add_afresh, allows_tf32, load_pointer, load_size
+from .common import add_afresh, allows_tf32, launch, load_pointer, load_size
 from .config import Tile
+from .replay import Memo, replayed
 from .weight_distance_records import is_aligned
 
 _FORMS = {"nn": 0, "nt": 1, "tn": 2}
@@ -198,11 +199,11 @@ class ProductTables(NamedTuple):
 
 
 class Products:
-    """How many programs, what tile and which promise; and the kernels, once they have been launched."""
+    """How many programs, what tile and which promise; and the launch, once it has been made."""
 
     def __init__(self, tile: Tile, programs: int, aligned: bool):
         self.tile, self.programs, self.aligned = tile, programs, aligned
-        self.kernels: dict[bool, Kernel] = {}
+        self.memo: Memo = {}
 
     def at(self, sections: Sequence[Tensor], results: Results | None) -> ProductTables:
         return ProductTables(self, *sections)
@@ -265,13 +266,11 @@ def _is_aligned(term: Term, form: str, M: int, N: int) -> bool:
 def multiply(tables: ProductTables) -> None:
     """All products of the tables in one launch."""
     run, tf32 = tables.products, allows_tf32()
-    kernel = run.kernels.get(tf32) or run.kernels.setdefault(tf32, _kernel(run, tables.tiles, tf32))
-    kernel.launch((run.programs, 1, 1), tables[1:], (), True)
+    replayed(run.memo, tf32, lambda: _launch(tables, tf32), tables[1:])
 
 
-def _kernel(run: Products, tiles: Tensor, tf32: bool) -> Kernel:
-    tile = run.tile
-    return Kernel(
-        _product_kernel, tile, tiles.device, ALIGNED=run.aligned, PRECISION="tf32" if tf32 else "tf32x3",
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
-    )  # fmt: skip
+def _launch(tables: ProductTables, tf32: bool) -> tuple[()]:
+    run, tile = tables.products, tables.products.tile
+    constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "ALIGNED": run.aligned}
+    launch(_product_kernel, (run.programs,), tables[1:], constants | {"PRECISION": "tf32" if tf32 else "tf32x3"}, tile)
+    return ()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..records import Distance, Results
 from ..tables import Address, Rows, place
-from .common import Kernel, load_pointer, load_size
+from .common import load_pointer, load_size
 from .config import WeightDistanceConfig
+from .replay import Memo
 
 _LIVE_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
@@ -64,12 +65,12 @@ class DistanceTables(NamedTuple):
 
 
 class Distances:
-    """How many matrices and programs, what tiles and which promises; and the kernels, once they have been launched."""
+    """How many matrices and programs, what tiles and which promises; and the launches, once they have been made."""
 
     def __init__(self, distances: Sequence[Distance], config: WeightDistanceConfig, programs: int):
         self.count, self.programs, self.config = len(distances), programs, config
         self.aligned, self.thin_aligned = all(map(_is_aligned, distances)), all(map(_is_thin_aligned, distances))
-        self.kernels: dict[tuple[bool, str, bool], tuple[Kernel, Kernel]] = {}
+        self.memo: Memo = {}
 
     def at(self, sections: Sequence[Tensor], results: Results) -> DistanceTables:
         partial = torch.empty(self.programs, 3, dtype=torch.float32, device=results.losses.device)
