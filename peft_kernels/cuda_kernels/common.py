@@ -1,4 +1,4 @@
-"""What the launchers share: which calls can run at all, and how tensors reach csrc's params structs and its kernels."""
+"""What the launchers share: how tensors reach csrc's params structs and its kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,34 +12,6 @@ from .support import DTYPES
 CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
 NULL = torch.empty(0)  # in the place of a tensor that is not there: its address is 0
 PROCESSORS = 132  # as an H200 has; strips are planned for it everywhere, so that sums repeat
-
-
-def unsupported_dtype(dtype: torch.dtype) -> str | None:
-    """Why there are no CUDA kernels, or none for results of this dtype, or None."""
-    try:
-        extension()
-    except ImportError as error:
-        return str(error)
-    return None if dtype in DTYPES else f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
-
-
-def unsupported_device(like: Tensor, shared_bytes: int, what: str) -> str | None:
-    """Why these kernels cannot run where this tensor lies; one of them has blocks with so much shared memory."""
-    if like.device.type != ("cpu" if extension().build_info()["emulated"] else "cuda"):
-        return f"the CUDA kernels need a tensor on a CUDA device, not on {like.device}"
-    if like.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(like.device)
-        if gpu.major < 8:
-            return f"the CUDA kernels need compute capability 8.0 or later, not {gpu.major}.{gpu.minor}"
-        available = gpu.shared_memory_per_block_optin
-        if shared_bytes > available:
-            return f"{what} takes {shared_bytes} bytes of shared memory, this GPU has {available}"
-    return None
-
-
-def require(problem: str | None) -> None:
-    if problem:
-        raise ValueError(f"backend: 'cuda' cannot run this call: {problem}")
 
 
 def hand_over(params, **tensors: Tensor | None) -> None:
