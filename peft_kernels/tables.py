@@ -70,8 +70,11 @@ class Table:
         if addresses is None:
             addresses = map(Tensor.data_ptr, self.tensors)
         starts = torch.frombuffer(array("q", (0, *addresses)), dtype=torch.int64)
-        copied = device.type == "cuda"
-        host = self.numbers.pin_memory() if copied else torch.empty_like(self.numbers).copy_(self.numbers)
+        if device.type == "cuda":
+            host = torch.empty(len(self.numbers), dtype=torch.int64, pin_memory=True)
+        else:
+            host = torch.empty_like(self.numbers)
+        host.copy_(self.numbers)
         host[: self.owners.numel()].add_(starts.index_select(0, self.owners))
         return host.to(device, non_blocking=True).split_with_sizes(self.sizes)
 

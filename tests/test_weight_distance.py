@@ -20,6 +20,7 @@ SHAPES = {  # (out, in, rank) of each matrix
     "wide": [(16, 760, 33)],
     "rank of a hybrid": [(96, 96, 192)],
     "different shapes": [(40, 24, 5), (24, 40, 2), (63, 96, 8)],
+    "shapes in turn": [(40, 24, 5), (24, 40, 5), (40, 24, 5), (24, 40, 5), (8, 8, 8)],
     "36 of them": [(63, 40, 8)] * 36,
 }
 

@@ -191,13 +191,14 @@ class Plan:
     def find_gradients(self) -> None:
         """Where `.grad` is missing, one of the plan's own takes its place; products are made anew if any moved."""
         gradients = [*map(_GRAD, self.adapters)]
-        if len(gradients) != len(self.gradients) or not all(map(operator.is_, gradients, self.gradients)):
+        if not self._are_known(gradients):
             if missing := [index for index, grad in enumerate(gradients) if grad is None]:
                 self._set_own(missing)
                 gradients = [*map(_GRAD, self.adapters)]
-            for grad in gradients:
-                if grad.layout != torch.strided or grad.is_inference():
-                    raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
+            if not self._are_known(gradients):
+                for grad in gradients:
+                    if grad.layout != torch.strided or grad.is_inference():
+                        raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
         places = [*map(Tensor.data_ptr, gradients)], [*map(Tensor.stride, gradients)]
         if places != self.gradient_places:
             check_changed([("groups: an adapter's .grad", grad) for grad in gradients], self.teachers)
@@ -208,6 +209,9 @@ class Plan:
             self.then = self._tables([], self.after).at(None).stages if any(self.after) else ()
             self.gradient_places = places
         self.gradients = gradients
+
+    def _are_known(self, gradients: list[Tensor | None]) -> bool:
+        return len(gradients) == len(self.gradients) and all(map(operator.is_, gradients, self.gradients))
 
     def _set_own(self, missing: list[int]) -> None:
         if self.own_gradients is None:

@@ -1,7 +1,7 @@
 """One call per optimizer step: teachers, loss and adapter gradients of a whole model, without autograd."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -26,7 +26,7 @@ class _Prepared:
         self.structure, self.tensors = _structure(groups)
         self.differentiated = [t for group in groups for t in (*group.learners(), *group.teachers())]
         self.strided = [t for t in self.tensors if not t.is_contiguous()]
-        self.facts = self._facts()
+        self.values = {name: [*map(fact, tensors)] for name, (fact, tensors) in self._facts().items()}
 
     def fits(self, groups: list[ImitationGroup], requested: tuple[str, str]) -> bool:
         """Same tensors in the same places of groups, none of them elsewhere or of another kind."""
@@ -36,18 +36,22 @@ class _Prepared:
             structure, tensors = _structure(groups)
         except TypeError:  # which the checks will name
             return False
-        same = structure == self.structure and all(map(operator.is_, tensors, self.tensors))
-        return same and self.facts == self._facts()
+        if structure != self.structure or not all(map(operator.is_, tensors, self.tensors)):
+            return False
+        for name, (fact, those) in self._facts().items():  # one value at a time: lists of them would wake the collector
+            if not all(map(operator.eq, map(fact, those), self.values[name])):
+                return False
+        return True
 
-    def _facts(self) -> dict[str, list]:
-        """What may change about these tensors; but for their numbers."""
+    def _facts(self) -> dict[str, tuple[Callable, list[Tensor]]]:
+        """What may change about which tensors; but for their numbers."""
         return {
-            "addresses": [*map(Tensor.data_ptr, self.tensors)],
-            "sizes": [*map(Tensor.size, self.tensors)],
-            "dtypes": [*map(_DTYPE, self.tensors)],
-            "contiguous": [*map(Tensor.is_contiguous, self.tensors)],
-            "strides": [*map(Tensor.stride, self.strided)],  # of the others they follow from the sizes
-            "gradients": [*map(_NEEDS, self.differentiated)],
+            "addresses": (Tensor.data_ptr, self.tensors),
+            "sizes": (Tensor.size, self.tensors),
+            "dtypes": (_DTYPE, self.tensors),
+            "contiguous": (Tensor.is_contiguous, self.tensors),
+            "strides": (Tensor.stride, self.strided),  # of the others they follow from the sizes
+            "gradients": (_NEEDS, self.differentiated),
         }
 
 

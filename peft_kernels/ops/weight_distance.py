@@ -69,7 +69,7 @@ class _Shapes:
             self.size += len(those) * step
             order += those
         places = sorted(range(len(order)), key=order.__getitem__)
-        self.in_order = tuple if places == order else operator.itemgetter(*places)
+        self.in_order = tuple if order == [*range(len(order))] else operator.itemgetter(*places)
 
     def split(self, buffer: Tensor) -> Sequence[Tensor]:
         """The tensors; those of one shape are made together."""

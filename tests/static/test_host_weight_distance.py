@@ -102,7 +102,7 @@ for name, follows in (("weight_distance", False), ("momentum_weight_distance", T
     found[name] = [counted(distance(matrices, follows)) for matrices in (6, 36)]
 print(json.dumps(found))
 '''
-MOST = {"step": 150, "weight_distance": 170, "momentum_weight_distance": 185}  # 140, 156, 170 with torch 2.13
+MOST = {"step": 160, "weight_distance": 170, "momentum_weight_distance": 185}  # 148, 156, 170 with torch 2.13
 
 
 @pytest.fixture(scope="module")
