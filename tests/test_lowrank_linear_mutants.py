@@ -38,7 +38,7 @@ def plain_x_in_d_down(fwd, bwd):
         grads = dict(zip(Needs._fields, bwd(dy, x, weight, factors, dropout, needs, **named)))
         dz = (dy @ factors.up) * factors.scale
         assert dropout.rng is not None and needs.down and factors.down is not None
-        return *(grads | {"down": dz.t() @ x}).values(),
+        return tuple((grads | {"down": dz.t() @ x}).values())
 
     return fwd, broken
 
