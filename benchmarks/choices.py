@@ -1,4 +1,4 @@
-"""What "auto" takes on a GPU, as fastest.py has it: the fastest of ours by operation, kind, dtype and architecture.
+"""What "auto" takes on a GPU, as peft_kernels/fastest.py has it: the fastest of ours by operation, kind and dtype.
 
 By the time in a CUDA graph, which is the device's: eager calls wait for the host, whoever computes. Where an operation
 cannot be captured, by the eager one. A kind's cases count if Triton and whoever is compared with it are in them.

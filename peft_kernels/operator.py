@@ -35,8 +35,8 @@ _SCHEMA = {
 class Operator:
     """Calls `launcher` of the named backend: `operator(backend, *arguments)`.
 
-    launcher: the torch backend's. Its last argument `needs`, if it has one, says which results are not None; without
-        it, only the last ones may be.
+    launcher: the torch backend's. Its first argument is a tensor, or a record that begins with one. Its last argument
+        `needs`, if it has one, says which results are not None; without it, only the last ones may be.
     reads: an operator on the torch backend, too, since what that does depends on what is in its tensors;  fake: its
         results' shapes, for a launcher that cannot say them without reading
     """
@@ -58,10 +58,10 @@ class Operator:
         """Every dtype has been chosen before; autocast, which would choose others, is off in here."""
         if torch.compiler.is_compiling() and (self.reads or backend != "torch"):
             return self._in_graph(backend, args)
-        launcher = getattr(self.modules[backend], self.name)
-        device = args[0].device.type
+        launcher, like = getattr(self.modules[backend], self.name), _first(args)
+        device = like.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            with autocast_off(args[0]):
+            with autocast_off(like):
                 return launcher(*args)
         return launcher(*args)
 
@@ -75,7 +75,7 @@ class Operator:
     # ---- in a graph ----
 
     def _in_graph(self, backend: str, args: tuple) -> Any:
-        like, flat = args[0], []
+        like, flat = _first(args), []
         for arg, scales in zip(args, self.layout):
             parts = (arg,) if len(scales) == 1 else arg
             flat += [_as_tensor(part, like) if is_scale else part for part, is_scale in zip(parts, scales)]
@@ -83,9 +83,8 @@ class Operator:
             results = self.operator(*flat, backend)
         if self.single:
             return results
-        missing = [None] * (self.count - len(results))
         if "needs" not in self.parameters:
-            return (*results, *missing)
+            return (*results, *[None] * (self.count - len(results)))
         remaining = iter(results)
         return tuple(next(remaining) if needed else None for needed in args[-1])
 
@@ -134,6 +133,10 @@ def _fields(kind: Any) -> tuple[bool, ...]:
     """Of a record's fields, or of a lone argument: which are scales."""
     hints = typing.get_type_hints(kind).values() if hasattr(kind, "_fields") else (kind,)
     return tuple(hint == Scale for hint in hints)
+
+
+def _first(args: tuple) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
 
 
 def _as_tensor(scale: Scale, like: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 Scale = float | Tensor  # a number, or a 0-d tensor whose changes recompile nothing
 
 
-
 class Case(NamedTuple):
     """A call, as its backends are asked about it."""
 
@@ -65,6 +64,33 @@ class Needs(NamedTuple):
     up: bool = False
     core: bool = False
     z: bool = False
+
+
+class AdapterSegments(NamedTuple):
+    """The rows of one batch in the order of their adapters; what `adapter_segments` returns, on the batch's device."""
+
+    order: Tensor  # (M,) row numbers, those without an adapter first
+    offsets: Tensor  # (L + 1,) adapter l has order[offsets[l] : offsets[l + 1]]
+    tile_adapter: Tensor  # (M // 64 + L + 1,) the adapter of each run of at most 64 places in `order`, −1 for none
+    tile_first: Tensor  # likewise, the first place; M for tiles that are not needed
+
+
+# ---- gated queries (docs/method.md, section 4) ----------------------------------------------------------------------
+
+
+class Modulated(NamedTuple):
+    """values ∘ γ + β: what a gated query takes up of an attention block's output."""
+
+    values: Tensor | None  # (M, d), unit column stride; None in a backward that does not read them
+    gamma: Tensor | None  # (d,), likewise;  both vectors in values' dtype or float32
+    beta: Tensor  # (d,)
+
+
+class Gate(NamedTuple):
+    """What the backward of a gate keeps of the forward, of B sequences of S rows; float32 at least."""
+
+    weights: Tensor  # g (B, S)
+    total: Tensor  # τ (B, d)
 
 
 # ---- distances of weights, and products of many matrices (docs/method.md, section 3) --------------------------------

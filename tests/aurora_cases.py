@@ -4,10 +4,10 @@ import re
 
 import torch
 from adapter_models import build
+from per_pass_cases import watch
 from torch import Tensor, nn
 
 from peft_kernels import Aurora, AuroraConfig
-from peft_kernels.ops import lowrank_linear as op
 
 RANK = 3
 CORES = [("cp", "blocks"), ("tucker", "blocks"), ("tucker", "released")]
@@ -91,19 +91,15 @@ class Products:
 
     def __init__(self, monkeypatch):
         self.hidden, self.alone, self.masks = 0, 0, []
-        hidden_fwd, linear_fwd = op.dispatch.lowrank_hidden_fwd, op.dispatch.lowrank_linear_fwd
+        watch(monkeypatch, "lowrank_hidden_fwd", self._count_hidden)
+        watch(monkeypatch, "lowrank_linear_fwd", self._count_linear)
 
-        def count_hidden(*args):
-            self.hidden += 1
-            return hidden_fwd(*args)
+    def _count_hidden(self, *args):
+        self.hidden += 1
 
-        def count_linear(backend, x, weight, bias, down, up, core, scale, hidden, rng, *options):
-            self.alone += hidden is None
-            self.masks.append((rng, *options[:2]))
-            return linear_fwd(backend, x, weight, bias, down, up, core, scale, hidden, rng, *options)
-
-        monkeypatch.setattr(op.dispatch, "lowrank_hidden_fwd", count_hidden)
-        monkeypatch.setattr(op.dispatch, "lowrank_linear_fwd", count_linear)
+    def _count_linear(self, x, weight, bias, factors, dropout, *design):
+        self.alone += factors.z is None
+        self.masks.append(dropout)
 
     def take(self) -> tuple[int, int]:
         """(shared, alone) since the last time."""

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from peft_kernels.cuda_kernels import support
+
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 DEFINES = "PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'
@@ -148,13 +150,21 @@ def installed(module):
     """Inside, `peft_kernels._C` is this module."""
     before = sys.modules.get("peft_kernels._C")
     sys.modules["peft_kernels._C"] = module
+    _ask_anew()
     try:
         yield module
     finally:
+        _ask_anew()
         if before is None:
             del sys.modules["peft_kernels._C"]
         else:
             sys.modules["peft_kernels._C"] = before
+
+
+def _ask_anew():
+    """What another module could not run is forgotten."""
+    for answer in (support._missing, support._limits, support._too_much_shared_memory):
+        answer.cache_clear()
 
 
 def controls(path):
@@ -216,9 +226,11 @@ def guarded(shape, dtype, at_end):
 
 
 def fenced(value, at_end):
-    """Tensors, alone or in a tuple, a list or a dictionary, as copies that are guarded; the rest as it is."""
+    """Tensors, alone or in a tuple, a record, a list or a dictionary, as copies that are guarded; the rest as it is."""
     if isinstance(value, torch.Tensor):
         return guarded(value.shape, value.dtype, at_end).copy_(value)
+    if hasattr(value, "_fields"):
+        return type(value)(*(fenced(one, at_end) for one in value))
     if isinstance(value, dict):
         return {name: fenced(one, at_end) for name, one in value.items()}
     return type(value)(fenced(one, at_end) for one in value) if isinstance(value, (tuple, list)) else value

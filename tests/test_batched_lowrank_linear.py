@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_kernels import adapter_segments, batched_lowrank_linear, lowrank_linear, stack_adapters
 from peft_kernels.ops import batched_lowrank_linear as op
+from peft_kernels.records import Factors
 from peft_kernels.torch_kernels import batched_lowrank_linear as torch_kernels
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -86,12 +87,12 @@ def test_the_way_for_gpus_on_the_torch_backend(mixture, dtype, device, monkeypat
     segments = adapter_segments(torch.tensor(problem.index, device=device), problem.adapters)
     scale, dy = problem.scales(device), problem.gradient(device)
     z, own = torch_kernels._own(t["x"] @ t["down"].flatten(0, 1).t(), segments)
-    y = torch_kernels.batched_lowrank_linear_fwd(*(t[name] for name in NAMES), scale, segments)[0]
+    factors = Factors(t["down"], t["up"], None, scale, z)
+    y = torch_kernels.batched_lowrank_linear_fwd(t["x"], t["weight"], t["bias"], factors, segments)[0]
     at_once = t["x"] @ t["weight"].t() + t["bias"]
     at_once.addmm_(torch_kernels._spread(z, own, scale), t["up"].transpose(1, 2).flatten(0, 1))
-    dx, d_down, d_up = torch_kernels._bwd_at_once(
-        dy, t["x"], dy @ t["weight"], t["down"], t["up"], scale, z, segments, (True, True, True)
-    )
+    args = (dy, t["x"], dy @ t["weight"], factors, segments, (True, True, True))
+    dx, d_down, d_up = torch_kernels._bwd_at_once(*args)
     assert error(at_once, y.double()) <= 4 * torch.finfo(dtype).eps
     assert d_down.is_contiguous() and d_up.is_contiguous()  # as operators promise
     overflowing = t["x"] @ t["down"].index_fill(0, torch.tensor(0, device=device), torch.inf).flatten(0, 1).t()
@@ -172,8 +173,6 @@ def test_segments_are_shared_between_layers(backend, device):
 
 
 def test_kernels_agree_on_a_tiles_rows():
-    config = pytest.importorskip("peft_kernels.triton_kernels.config")
-    assert config.SEGMENT_ROWS == op.SEGMENT_ROWS
     C = pytest.importorskip("peft_kernels._C")
     assert C.SEGMENT_ROWS == op.SEGMENT_ROWS
 
@@ -321,13 +320,14 @@ def test_compiles_as_one_graph_for_any_number_of_rows_and_any_index(backend, dev
 def test_operators(backend, device):
     problem = Problem()
     t = [tensor.detach() for tensor in problem.tensors(device).values()]
-    segments = list(adapter_segments(torch.tensor(problem.index, device=device), problem.adapters))
+    segments = adapter_segments(torch.tensor(problem.index, device=device), problem.adapters)
     scale, dy = torch.ones(4, device=device), problem.gradient(device)
     z = torch.randn(len(problem.index), problem.rank, device=device)
-    ops = torch.ops.peft_kernels
+    ops, factors = torch.ops.peft_kernels, Factors(*t[3:], scale=scale)
     checks = ("test_schema", "test_faketensor")
     # rows of z without an adapter stay as they were allocated, and opcheck compares them: give every row one
-    whole = list(adapter_segments(torch.tensor(problem.index, device=device).clamp_min(0), problem.adapters))
-    torch.library.opcheck(ops.batched_lowrank_linear_fwd.default, (*t, scale, whole, backend), test_utils=checks)
-    arguments = (dy, t[0], t[1], t[3], t[4], scale, z, segments, [True, True, True], backend)
+    whole = adapter_segments(torch.tensor(problem.index, device=device).clamp_min(0), problem.adapters)
+    arguments = (*t[:3], *factors, *whole, backend)
+    torch.library.opcheck(ops.batched_lowrank_linear_fwd.default, arguments, test_utils=checks)
+    arguments = (dy, *t[:2], *factors._replace(z=z), *segments, [True, True, True], backend)
     torch.library.opcheck(ops.batched_lowrank_linear_bwd.default, arguments, test_utils=checks)

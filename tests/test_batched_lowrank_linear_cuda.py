@@ -11,9 +11,12 @@ import torch
 from cuda_cases import BF16, FLOAT, HALF, compare, laid_out
 from cuda_emulation import fenced
 
+from peft_kernels import adapter_segments, batched_lowrank_linear, records
+from peft_kernels.backend import BackendUnavailableError
 from peft_kernels.cuda_kernels import batched_lowrank_linear as kernels
-from peft_kernels.cuda_kernels import common
-from peft_kernels.ops.batched_lowrank_linear import adapter_segments, batched_lowrank_linear_reference
+from peft_kernels.cuda_kernels import common, support
+from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear_reference
+from peft_kernels.records import AdapterSegments, Factors
 
 NAMES = "x", "weight", "bias", "down", "up"
 
@@ -89,7 +92,7 @@ class Problem:
     dy: torch.Tensor
     scale: object
     index: torch.Tensor
-    segments: tuple
+    segments: AdapterSegments
 
 
 def problem(case, device):
@@ -115,18 +118,17 @@ def problem(case, device):
     elif case.index == "gaps":
         index[index % 2 == 0] = -1
     index = index.to(device)
-    return Problem(values, dy, scale, index, tuple(adapter_segments(index, L)))
+    return Problem(values, dy, scale, index, adapter_segments(index, L))
 
 
 def through_kernels(p, needs=(True, True, True)):
     """-> {"y", "x", "down", "up"}, the gradients None where not needed."""
-    t = p.tensors
-    y, z = kernels.batched_lowrank_linear_fwd(*t.values(), p.scale, p.segments)
+    t, factors = p.tensors, Factors(p.tensors["down"], p.tensors["up"], scale=p.scale)
+    y, z = kernels.batched_lowrank_linear_fwd(t["x"], t["weight"], t["bias"], factors, p.segments)
     assert z[p.index < 0].isnan().all() and not z[p.index >= 0].isnan().any()  # never written: poisoned
-    grads = kernels.batched_lowrank_linear_bwd(
-        *(p.dy, t["x"] if needs[1] else None, t["weight"] if needs[0] else None, t["down"], t["up"], p.scale),
-        *(z if needs[2] else None, p.segments, needs),
-    )
+    factors = factors._replace(z=z if needs[2] else None)
+    args = (p.dy, t["x"] if needs[1] else None, t["weight"] if needs[0] else None, factors, p.segments, needs)
+    grads = kernels.batched_lowrank_linear_bwd(*args) if any(needs) else (None,) * 3
     assert [g is not None for g in grads] == list(needs)
     return dict(zip(("y", "x", "down", "up"), (y, *grads)))
 
@@ -182,20 +184,20 @@ def test_a_row_does_not_depend_on_its_batch(device):
     some = torch.arange(0, case.rows, 3, device=device)
     tensors = p.tensors | {"x": p.tensors["x"][some]}
     alone = replace(p, tensors=tensors, dy=p.dy[some], index=p.index[some])
-    assert through_kernels(replace(alone, segments=tuple(adapter_segments(alone.index, 5))))["y"].equal(y[some])
+    assert through_kernels(replace(alone, segments=adapter_segments(alone.index, 5)))["y"].equal(y[some])
 
 
 @pytest.mark.kernels(run=False)
 def test_limits(device):
-    x = torch.zeros(2, 8, device=device)
-    assert kernels.unsupported(x, 128) is None
-    assert "128" in kernels.unsupported(x, 129)
-    assert "float64" in kernels.unsupported(x.double(), 4)
-    assert "device" in kernels.unsupported(x.to("meta"), 4)
-    assert "2³¹ rows" in kernels.unsupported(x[:1].expand(2**31, 8), 4)
+    asked = records.Case("batched_lowrank_linear", torch.device(device), FLOAT, rank=128, shape=(2, 8))
+    assert support.unsupported(asked) is None
+    assert "128" in support.unsupported(asked._replace(rank=129))
+    assert "float64" in support.unsupported(asked._replace(dtype=torch.float64))
+    assert "device" in support.unsupported(asked._replace(device=torch.device("meta")))
+    assert "2³¹ rows" in support.unsupported(asked._replace(shape=(2**31, 8)))
     p = problem(Case(rank=129, rows=4), device)
-    with pytest.raises(ValueError, match=r"'cuda' cannot run this call: .* not 129"):
-        through_kernels(p)
+    with pytest.raises(BackendUnavailableError, match=r"'cuda' .* cannot run: .* not 129"):
+        batched_lowrank_linear(*p.tensors.values(), p.index, backend="cuda")
 
 
 # ---- the tests' own teeth --------------------------------------------------------------------------------------------

@@ -58,15 +58,16 @@ def test_flops_of_each_design_are_those_of_its_matmuls(case):
 
 @pytest.mark.parametrize(("M", "L"), [(256, 2), (24, 400)])
 def test_launches_of_the_kernels(M, L):
+    from peft_kernels.records import Factors
     from peft_kernels.triton_kernels import batched_lowrank_linear as kernels
     from peft_kernels.triton_kernels.common import record_launches
 
     case = bench.Case(1, M, 24, 40, L, 4, adapter_of="row")
     x, weight, bias, down, up, index, dy = (t.detach() for t in bench.make_tensors(case, CPU))
-    x, dy, segments = x[0], dy[0], adapter_segments(index[0], L)
+    x, dy, factors, segments = x[0], dy[0], Factors(down, up, scale=2.0), adapter_segments(index[0], L)
     with record_launches(run=False) as launches:
-        _, z = kernels.batched_lowrank_linear_fwd(x, weight, bias, down, up, 2.0, segments)
-        kernels.batched_lowrank_linear_bwd(dy, x, weight, down, up, 2.0, z, segments, (True,) * 3)
+        _, z = kernels.batched_lowrank_linear_fwd(x, weight, bias, factors, segments)
+        kernels.batched_lowrank_linear_bwd(dy, x, weight, factors._replace(z=z), segments, (True,) * 3)
     forward, backward = bench.passes(case, "segments", "cuda")
     gemms, sums = 2, 2 if L == 400 else 0  # a gram of one strip needs no sum
     assert len(launches) == len(forward + backward) - gemms - sums

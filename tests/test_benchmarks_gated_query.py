@@ -51,6 +51,7 @@ def test_bytes_of_the_floor_are_those_of_its_tensors(mode):
 
 @pytest.mark.parametrize("mode", bench.MODES)
 def test_kernels_launch_as_often_as_the_model_says(mode):
+    from peft_kernels.records import Gate, Modulated
     from peft_kernels.triton_kernels import gated_query as kernels
     from peft_kernels.triton_kernels.common import record_launches
 
@@ -59,14 +60,15 @@ def test_kernels_launch_as_often_as_the_model_says(mode):
     hidden, text, gamma, beta, cross, cross_gamma, cross_beta, mask, dy = (
         each if each is None or each.dim() < 3 else each.flatten(0, 1) for each in t
     )
+    moved = Modulated(text, gamma, beta)
     with record_launches(run=False) as launches:
         if mode == "additive":
-            args = (text, gamma, beta, cross, cross_gamma, cross_beta, 0.1)
+            args = (moved, Modulated(cross, cross_gamma, cross_beta), 0.1)
             kernels.additive_query_fwd(hidden, *args)
             kernels.additive_query_bwd(dy, *args, (True,) * 6)
         else:
-            _, gate, total = kernels.gated_query_fwd(hidden, text, gamma, beta, mask, 40)
-            kernels.gated_query_bwd(dy, hidden, text, gamma, beta, mask, gate, total, (True,) * 4)
+            _, *gate = kernels.gated_query_fwd(hidden, moved, mask, 40)
+            kernels.gated_query_bwd(dy, hidden, moved, mask, Gate(*gate), (True,) * 4)
     assert len(launches) == sum(map(len, bench.passes(case, "fused", "cuda")))
     finish = launches[-1]
     count = next(t.shape[0] for t in finish.args if isinstance(t, torch.Tensor))

@@ -309,14 +309,18 @@ def test_launches_are_counted_by_backend_and_device():
 def test_all_rows_are_one_strip_while_a_sanitizer_watches():
     """So that the loop over rows goes round more than once, on every processor that the tiles know."""
     sizes = [(130, Tile(64, 64), 3), (520, Tile(32, 64), 6), (120, Tile(8, 64), 5)]  # rows, tile, column tiles
-    usual = [config.strip_tiles(*each, 90) for each in sizes]
+
+    def tiles(rows, tile, columns, arch=90):
+        return config.strip_tiles(rows, tile, config.programs(tile, arch) // columns)
+
+    usual = [tiles(*each) for each in sizes]
     with gpu_work.one_strip():
         for (rows, tile, columns), before in zip(sizes, usual):
-            for arch in config.PROCESSORS:
-                assert config.strip_tiles(rows, tile, columns, arch) * tile.rows >= rows
-            assert config.adapter_strips(rows, 2, tile, columns, 90) == 1 and before * tile.rows < rows
+            assert all(tiles(rows, tile, columns, arch) * tile.rows >= rows for arch in config.PROCESSORS)
+            strips = config.adapter_strips(rows, tile, config.programs(tile, 90) // (2 * columns))
+            assert strips == 1 and before * tile.rows < rows
         assert cuda_common.PROCESSORS == cuda_gated_query.PROCESSORS == 0  # one strip, whatever the shape
-    assert [config.strip_tiles(*each, 90) for each in sizes] == usual
+    assert [tiles(*each) for each in sizes] == usual
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -70,14 +70,15 @@ def test_flops_of_each_design_are_those_of_its_matmuls(case, dtype):
 
 @pytest.mark.parametrize("core", SHAPES)
 def test_kernels_launch_once(core):
+    from peft_kernels.records import Factors
     from peft_kernels.triton_kernels.common import record_launches
     from peft_kernels.triton_kernels.reconstruct import reconstruct_fwd
 
     case = bench.Case(*SHAPES[core], core, base=True, backward=False)
     t = cases.converted(bench.make_tensors(case, CPU), torch.bfloat16)
-    core_blocks = None if t.core is None else t.core.detach()[:, None]
+    factors = Factors(t.down.detach(), t.up.detach(), None if t.core is None else t.core.detach()[:, None], 2.0)
     with record_launches(run=False) as launches:
-        reconstruct_fwd(t.down.detach(), t.up.detach(), core_blocks, 2.0, t.base.flatten(0, -2), torch.bfloat16)
+        reconstruct_fwd(factors, t.base.flatten(0, -2), torch.bfloat16)
     assert len(launches) == len(bench.passes(case, "fused", "cuda")[0]) == 1
 
 

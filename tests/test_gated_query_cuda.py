@@ -11,10 +11,15 @@ from cuda_cases import laid_out
 from cuda_emulation import fenced
 from gated_query_cases import MODES, Problem, assert_as_accurate_as_torch
 
+from peft_kernels import gated_query
+from peft_kernels.backend import BackendUnavailableError
 from peft_kernels.cuda_kernels import gated_query as kernels
+from peft_kernels.cuda_kernels import support
+from peft_kernels.records import Case, Gate, Modulated
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 WIDE = ("hidden", "text", "cross")
+NAMES = ("hidden", "text", "gamma", "beta", "cross", "cross_gamma", "cross_beta")
 PROBLEMS = [
     *(
         Problem(mode, 2, positions, width, padding, dtype)
@@ -48,19 +53,19 @@ def arguments(problem, device, layout="dense"):
 
 def through_kernels(problem, tensors, options, dy, needs=(True,) * 7):
     """-> {"y", and every gradient asked for}; `needs` in the order of the tensors, and of hidden first."""
-    t, names = tensors, list(tensors)
+    t = tensors
     if problem.mode == "additive":
-        vectors, cross = (t["gamma"], t["beta"]), (t["cross"], t["cross_gamma"], t["cross_beta"])
-        y = kernels.additive_query_fwd(t["hidden"], t["text"], *vectors, *cross, options["scale"])
-        text, cross_rows = t["text"] if needs[2] else None, t["cross"] if needs[5] else None
-        args = (dy, text, *vectors, cross_rows, *cross[1:], options["scale"], needs[1:])
-        grads = (dy if needs[0] else None, *kernels.additive_query_bwd(*args))
+        text, cross = (Modulated(*(t[name] for name in each)) for each in (NAMES[1:4], NAMES[4:]))
+        y = kernels.additive_query_fwd(t["hidden"], text, cross, options["scale"])
+        text, cross = (m if needed else m._replace(values=None) for m, needed in ((text, needs[2]), (cross, needs[5])))
+        grads = kernels.additive_query_bwd(dy, text, cross, options["scale"], needs[1:])
+        grads = (dy if needs[0] else None, *grads)
     else:
-        mask, needs = options.get("padding_mask"), needs[:4]
-        y, gate, total = kernels.gated_query_fwd(*t.values(), mask, problem.positions)
-        grads = kernels.gated_query_bwd(dy, *t.values(), mask, gate, total, needs)
+        (hidden, *text), mask, needs = t.values(), options.get("padding_mask"), needs[:4]
+        y, *gate = kernels.gated_query_fwd(hidden, Modulated(*text), mask, problem.positions)
+        grads = kernels.gated_query_bwd(dy, hidden, Modulated(*text), mask, Gate(*gate), needs)
     assert [grad is not None for grad in grads] == list(needs)
-    return {"y": y} | dict(zip(names, grads))
+    return {"y": y} | dict(zip(NAMES, grads))
 
 
 def verify(problem, device, layout="dense"):
@@ -108,12 +113,13 @@ def test_tensor_scale(device):
 
 @pytest.mark.kernels(run=False)
 def test_limits(device):
-    assert kernels.unsupported(torch.zeros(2, 3, 8, device=device)) is None
-    assert "pieces of 256 columns" in kernels.unsupported(torch.zeros(1, 1, device=device).expand(2**30, 257))
-    assert "device" in kernels.unsupported(torch.zeros(2, 3, device="meta"))
+    asked = Case("gated_query", torch.device(device), FLOAT, shape=(6, 8))
+    assert support.unsupported(asked) is None
+    assert "pieces of 256 columns" in support.unsupported(asked._replace(shape=(2**30, 257)))
+    assert "device" in support.unsupported(asked._replace(device=torch.device("meta")))
     double = torch.zeros(2, 3, device=device, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"'cuda' cannot run this call: .* not torch.float64"):
-        kernels.gated_query_fwd(double, double, double[0], double[0], None, 1)
+    with pytest.raises(BackendUnavailableError, match=r"'cuda' .* cannot run: .* not torch.float64"):
+        gated_query("gated", double, double, double[0], double[0], backend="cuda")
 
 
 # ---- the tests' own teeth --------------------------------------------------------------------------------------------

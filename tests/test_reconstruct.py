@@ -12,6 +12,7 @@ from reconstruct_cases import Problem, assert_as_accurate_as_torch, expected, ru
 from peft_kernels import reconstruct, reconstruct_stack
 from peft_kernels.ops import reconstruct as op
 from peft_kernels.ops.reconstruct import reconstruct_reference
+from peft_kernels.records import Factors
 from peft_kernels.torch_kernels import reconstruct as torch_kernels
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -165,7 +166,7 @@ def test_torch_in_batches(layout, batch, dtype, monkeypatch):
     if core is not None:
         core = core[:, None] if problem.stack else core[None, None] if "flat" in problem.core else core
     base = base if base is None else base.flatten(0, -2)
-    one = torch_kernels.reconstruct_fwd(t["down"], t["up"], core, problem.scale, base, dtype)
+    one = torch_kernels.reconstruct_fwd(Factors(t["down"], t["up"], core, problem.scale), base, dtype)
     batched = torch.full_like(one, torch.nan)
     torch_kernels._in_batches(batched, t["down"].float(), t["up"].float() * problem.scale, core, base)
     assert error(batched, one.double()) <= ULP[dtype] / 2
@@ -274,7 +275,8 @@ def test_compiles_as_one_graph(backend, device):
 @pytest.mark.kernels
 def test_operator(device):
     tensors = [t.detach() for t in Problem(core="dense", out_blocks=2, in_blocks=3).tensors(device).values()]
-    arguments = (*tensors[:3], torch.tensor(2.0, device=device), tensors[3], torch.float32, "triton")
+    factors = Factors(*tensors[:3], scale=torch.tensor(2.0, device=device))
+    arguments = (*factors, tensors[3], torch.float32, "triton")
     torch.library.opcheck(torch.ops.peft_kernels.reconstruct_fwd.default, arguments)
 
 

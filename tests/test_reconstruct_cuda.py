@@ -10,8 +10,12 @@ import torch
 from cuda_cases import BF16, FLOAT, HALF
 from cuda_emulation import fenced
 
+from peft_kernels import records
+from peft_kernels.backend import BackendUnavailableError
 from peft_kernels.cuda_kernels import reconstruct as kernels
-from peft_kernels.ops.reconstruct import reconstruct_reference
+from peft_kernels.cuda_kernels import support
+from peft_kernels.ops.reconstruct import reconstruct, reconstruct_reference
+from peft_kernels.records import Factors
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def device(request):
 
 
 def arguments(case, device):
-    """(down, up, core, scale, base, dtype), as the launcher takes them."""
+    """(factors, base, dtype), as the launcher takes them."""
     O, I = case.blocks
     generator = torch.Generator().manual_seed(1)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -83,11 +87,12 @@ def arguments(case, device):
     other = FLOAT if case.factors == "masters" else case.dtype
     scale = torch.tensor(0.7, device=device) if case.tensor_scale else 0.7
     up = put(up, case.dtype if case.factors == "same" else FLOAT)
-    return put(down, other), up, put(core, other), scale, put(base, case.dtype), case.dtype
+    return Factors(put(down, other), up, put(core, other), scale), put(base, case.dtype), case.dtype
 
 
-def definition(down, up, core, scale, base, dtype, change=lambda t: t):
+def definition(factors, base, dtype, change=lambda t: t):
     """The result in float64; of changed tensors if asked."""
+    down, up, core, scale, _ = factors
     down, up, core, base = (None if t is None else change(t.double()) for t in (down, up, core, base))
     blocks = (1, 1) if core is None else core.shape[:2]
     if base is not None:
@@ -135,14 +140,15 @@ def test_bits_repeat(dtype, device):
 
 @pytest.mark.kernels(run=False)
 def test_limits(device):
-    down, up = torch.zeros(4, 8, device=device), torch.zeros(8, 4, device=device)
-    assert kernels.unsupported(down, up, FLOAT) is None
-    assert kernels.unsupported(down, up, HALF, 3, 2**29) is None
-    assert "2³¹ tiles" in kernels.unsupported(down, up, HALF, 4, 2**29)
-    assert "rows and columns" in kernels.unsupported(down, up.new_zeros(1, 4).expand(2**31, 4), HALF)
-    assert "device" in kernels.unsupported(down.to("meta"), up, HALF)
-    with pytest.raises(ValueError, match=r"'cuda' cannot run this call: .* not torch.float64"):
-        kernels.reconstruct_fwd(down, up, None, 1.0, None, torch.float64)
+    asked = records.Case("reconstruct", torch.device(device), HALF, shape=(8, 8))
+    assert support.unsupported(asked._replace(dtype=FLOAT)) is None
+    assert support.unsupported(asked._replace(blocks=(2**29, 3))) is None
+    assert "2³¹ tiles" in support.unsupported(asked._replace(blocks=(2**29, 4)))
+    assert "rows and columns" in support.unsupported(asked._replace(shape=(2**31, 8)))
+    assert "device" in support.unsupported(asked._replace(device=torch.device("meta")))
+    down, up = torch.zeros(4, 8, device=device).double(), torch.zeros(8, 4, device=device).double()
+    with pytest.raises(BackendUnavailableError, match=r"'cuda' .* cannot run: .* not torch.float64"):
+        reconstruct(down, up, backend="cuda")
 
 
 # ---- the tests' own teeth --------------------------------------------------------------------------------------------

@@ -14,9 +14,16 @@ KERNELS = Path(__file__).parent.parent / "triton_kernels"
 
 
 def launched(path: Path) -> set[str]:
-    """The kernels that a file's launchers launch."""
+    """The kernels that a file hands to whatever launches them."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    return {call.args[0].id for call in calls if getattr(call.func, "id", None) == "launch"}
+    names = {getattr(arg, "id", "") for call in calls for arg in call.args}
+    return {name for name in names if name.endswith("_kernel")}
+
+
+def dimensions(function: ast.FunctionDef) -> int:
+    """Of a kernel's grid: those that it asks for its place in, and the first, which helpers may ask for."""
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return 1 + max((call.args[0].value for call in calls if ast.unparse(call.func) == "tl.program_id"), default=0)
 
 
 def jitted(path: Path) -> Iterator[ast.FunctionDef]:
@@ -44,8 +51,9 @@ class Census:
 
     def problems(self) -> Iterator[str]:
         kernels = set().union(*map(launched, self.paths))
-        grids = {name: [launch.grid for launch in self.launches if launch.kernel == name] for name in kernels}
-        for name, seen in grids.items():
+        sizes = {function.name: dimensions(function) for path in self.paths for function in jitted(path)}
+        for name in kernels:
+            seen = [launch.grid[: sizes[name]] for launch in self.launches if launch.kernel == name]
             if not seen:
                 yield f"{name} was not launched"
             elif 1 in map(max, zip(*seen)):

@@ -12,18 +12,17 @@ Programs take a tile of rows of one adapter, which they gather and scatter throu
 a fixed order: gradients repeat bit for bit.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import AdapterSegments, Factors, Scale
 from .common import add_dot, architecture, dot_constants, launch, scale_arguments, sum_partials
-from .config import SEGMENT_ROWS, BatchedConfig, adapter_strips, batched_config
-from .lowrank_linear_fwd import Scale, load_up
-
-Segments = Sequence[Tensor]  # order, offsets, tile_adapter, tile_first
+from .config import SEGMENT_ROWS, BatchedConfig, Tile, adapter_strips, batched_config
+from .lowrank_linear_fwd import load_up
 
 
 @triton.jit
@@ -63,8 +62,8 @@ def _load_factor(
 
 @triton.jit(do_not_specialize=["R", "stride_tm"])
 def _batched_shrink_kernel(
-    wide_ptr, factor_ptr, thin_ptr, scale_ptr, scale, order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr,
-    W, R, stride_wm, stride_tm,
+    wide_ptr, factor_ptr, thin_ptr, scale_ptr, order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr,
+    scale, W, R, stride_wm, stride_tm,
     UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -95,8 +94,8 @@ def _load_thin(thin_ptr, rows, mask_m, R, stride_tm, DOT: tl.constexpr, BLOCK_R:
 
 @triton.jit(do_not_specialize=["R", "stride_tm"])
 def _batched_expand_kernel(
-    thin_ptr, factor_ptr, bias_ptr, wide_ptr, scale_ptr, scale,
-    order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr, W, R, stride_tm, stride_wm,
+    thin_ptr, factor_ptr, bias_ptr, wide_ptr, scale_ptr, order_ptr, offsets_ptr, tile_adapter_ptr, tile_first_ptr,
+    scale, W, R, stride_tm, stride_wm,
     UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +116,7 @@ def _batched_expand_kernel(
 
 @triton.jit(do_not_specialize=["R", "stride_tm", "adapters", "strips"])
 def _gram_kernel(
-    thin_ptr, wide_ptr, out_ptr, scale_ptr, scale, order_ptr, offsets_ptr, W, R, stride_tm, stride_wm, adapters, strips,
+    thin_ptr, wide_ptr, out_ptr, scale_ptr, order_ptr, offsets_ptr, scale, W, R, stride_tm, stride_wm, adapters, strips,
     UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -152,114 +151,100 @@ def _gram_kernel(
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_w[:, None] & (offs_r < R)[None, :])
 
 
-def _shrink(
-    wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: Segments, config: BatchedConfig
-) -> Tensor:  # fmt: skip
+def _shrink(wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> thin (M, R)"""
-    tile, rank = config.shrink, factor.shape[2 if up else 1]
-    thin = wide.new_empty(wide.shape[0], rank)
+    rank, config = factor.shape[2 if up else 1], _config(factor, up, wide)
+    thin, (scale_ptr, scale) = wide.new_empty(wide.shape[0], rank), scale_arguments(scale)
     launch(
         _batched_shrink_kernel,
-        (_row_tiles(segments, tile.rows),),
+        (_row_tiles(segments, config.shrink.rows),),
         (
-            wide, factor, thin, *scale_arguments(scale), *segments,
-            wide.shape[1], rank, wide.stride(0), thin.stride(0),
+            wide, factor, thin, scale_ptr, *segments,
+            scale, wide.shape[1], rank, wide.stride(0), thin.stride(0),
         ),
-        {
-            "UP": up, **dot_constants(wide.dtype), "SEGMENT": SEGMENT_ROWS,
-            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
-        },
-        tile,
+        _constants(config, config.shrink, up, wide.dtype, SEGMENT=SEGMENT_ROWS),
+        config.shrink,
     )  # fmt: skip
     return thin
 
 
 def _expand(
-    thin: Tensor, factor: Tensor, up: bool, bias: Tensor | None, scale: Scale, segments: Segments, config: BatchedConfig
-) -> Tensor:  # fmt: skip
+    thin: Tensor, factor: Tensor, up: bool, bias: Tensor | None, scale: Scale, segments: AdapterSegments
+) -> Tensor:
     """-> wide (M, W) without the frozen weight's part"""
-    tile, columns = config.expand, factor.shape[1 if up else 2]
-    wide = thin.new_empty(thin.shape[0], columns)
+    columns, config = factor.shape[1 if up else 2], _config(factor, up, thin)
+    wide, (scale_ptr, scale) = thin.new_empty(thin.shape[0], columns), scale_arguments(scale)
     launch(
         _batched_expand_kernel,
-        (_row_tiles(segments, tile.rows), triton.cdiv(columns, tile.columns)),
+        (_row_tiles(segments, config.expand.rows), triton.cdiv(columns, config.expand.columns)),
         (
-            thin, factor, bias, wide, *scale_arguments(scale), *segments,
-            columns, thin.shape[1], thin.stride(0), wide.stride(0),
+            thin, factor, bias, wide, scale_ptr, *segments,
+            scale, columns, thin.shape[1], thin.stride(0), wide.stride(0),
         ),
-        {
-            "UP": up, **dot_constants(thin.dtype), "SEGMENT": SEGMENT_ROWS,
-            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
-        },
-        tile,
+        _constants(config, config.expand, up, thin.dtype, SEGMENT=SEGMENT_ROWS),
+        config.expand,
     )  # fmt: skip
     return wide
 
 
-def _gram(
-    thin: Tensor, wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: Segments, config: BatchedConfig
-) -> Tensor:  # fmt: skip
+def _gram(thin: Tensor, wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> the gradient of `factor`"""
-    tile, adapters, (rows, columns) = config.gram, factor.shape[0], wide.shape
-    column_tiles = triton.cdiv(columns, tile.columns)
-    strips = adapter_strips(rows, adapters, tile, column_tiles, architecture(wide.device))
-    out = torch.empty_like(factor) if strips == 1 else wide.new_empty(strips, *factor.shape, dtype=torch.float32)
+    config, adapters, (rows, columns) = _config(factor, up, wide), factor.shape[0], wide.shape
+    column_tiles = triton.cdiv(columns, config.gram.columns)
+    strips = adapter_strips(rows, adapters, config.gram, column_tiles, architecture(wide.device))
+    out = torch.empty_like(factor) if strips == 1 else wide.new_empty((strips, *factor.shape), dtype=torch.float32)
+    scale_ptr, scale = scale_arguments(scale)
     launch(
         _gram_kernel,
         (strips * adapters * column_tiles,),
         (
-            thin, wide, out, *scale_arguments(scale), *segments[:2],
-            columns, thin.shape[1], thin.stride(0), wide.stride(0), adapters, strips,
+            thin, wide, out, scale_ptr, segments.order, segments.offsets,
+            scale, columns, thin.shape[1], thin.stride(0), wide.stride(0), adapters, strips,
         ),
-        {
-            "UP": up, **dot_constants(wide.dtype),
-            "BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r,
-        },
-        tile,
+        _constants(config, config.gram, up, wide.dtype),
+        config.gram,
     )  # fmt: skip
-    return out if strips == 1 else sum_partials(out, factor)
+    return out if strips == 1 else sum_partials([(out, factor)])[0]
 
 
-def _row_tiles(segments: Segments, tile_rows: int) -> int:
-    return segments[2].shape[0] * (SEGMENT_ROWS // tile_rows)
+def _config(factor: Tensor, up: bool, like: Tensor) -> BatchedConfig:
+    return batched_config(factor.shape[2 if up else 1], like.dtype, architecture(like.device))
+
+
+def _constants(config: BatchedConfig, tile: Tile, up: bool, dtype: torch.dtype, **others: int) -> dict[str, Any]:
+    sizes = {"BLOCK_M": tile.rows, "BLOCK_W": tile.columns, "BLOCK_R": config.block_r}
+    return {"UP": up, **dot_constants(dtype), **sizes, **others}
+
+
+def _row_tiles(segments: AdapterSegments, tile_rows: int) -> int:
+    return segments.tile_adapter.shape[0] * (SEGMENT_ROWS // tile_rows)
 
 
 def batched_lowrank_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: Scale,
-    segments: Segments,
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, segments: AdapterSegments
 ) -> tuple[Tensor, Tensor]:
     """-> y (M, N), z (M, R); rows of z without an adapter are not written"""
-    config = batched_config(up.shape[2], x.dtype, architecture(x.device))
-    z = _shrink(x, down, False, 1.0, segments, config)
-    return _expand(z, up, True, bias, scale, segments, config).addmm_(x, weight.t()), z
+    z = _shrink(x, factors.down, False, 1.0, segments)
+    return _expand(z, factors.up, True, bias, factors.scale, segments).addmm_(x, weight.t()), z
 
 
 def batched_lowrank_linear_bwd(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: Scale,
-    z: Tensor | None,
-    segments: Segments,
-    needs: tuple[bool, bool, bool],
+    factors: Factors,
+    segments: AdapterSegments,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """-> dx, d_down, d_up; `needs` says which, in that order."""
-    needs_x, needs_down, needs_up = needs
-    config = batched_config(up.shape[2], dy.dtype, architecture(dy.device))
+    (needs_x, needs_down, needs_up), (down, up, _, scale, z) = needs, factors
     dx = d_down = d_up = None
     if needs_up:
-        d_up = _gram(z, dy, up, True, scale, segments, config)
+        d_up = _gram(z, dy, up, True, scale, segments)
     if needs_x or needs_down:
-        dz = _shrink(dy, up, True, scale, segments, config)
+        dz = _shrink(dy, up, True, scale, segments)
         if needs_down:
-            d_down = _gram(dz, x, down, False, 1.0, segments, config)
+            d_down = _gram(dz, x, down, False, 1.0, segments)
         if needs_x:
-            dx = _expand(dz, down, False, None, 1.0, segments, config).addmm_(dy, weight)
+            dx = _expand(dz, down, False, None, 1.0, segments).addmm_(dy, weight)
     return dx, d_down, d_up

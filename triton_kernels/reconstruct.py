@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Factors
 from .common import DOT_TYPES, add_dot, architecture, dot_constants, launch, load_scale, scale_arguments
 from .config import reconstruct_tile
-from .lowrank_linear_fwd import Scale, core_kind, load_dense
+from .lowrank_linear_fwd import load_dense
 
 
 @triton.jit
@@ -105,6 +106,10 @@ def _reconstruct_kernel(
 _PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # how many bfloat16 numbers hold one
 
 
+def _core_kind(core: Tensor | None) -> str:
+    return "none" if core is None else "diagonal" if core.dim() == 3 else "dense"
+
+
 def _products(down: Tensor, up: Tensor, core: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
     """How operands are multiplied: the sum is to be float32's, so that only its rounding to `dtype` is lost.
 
@@ -115,28 +120,26 @@ def _products(down: Tensor, up: Tensor, core: Tensor | None, dtype: torch.dtype)
     kind, parts = dtype, [1, 1, 1, 1]
     if dtype != torch.float32 and not (core is None and down.dtype == up.dtype == dtype):
         kind, parts = torch.bfloat16, [_PARTS[t.dtype] for t in (down, up, up if core is None else core)]
-        exact_mixed = core_kind(core) == "diagonal" and up.dtype == core.dtype == kind
+        exact_mixed = _core_kind(core) == "diagonal" and up.dtype == core.dtype == kind
         parts.append(parts[1] if core is None else 2 if exact_mixed else 3)
     names = "DOWN_PARTS", "UP_PARTS", "CORE_PARTS", "MIXED_PARTS"
     return {"KIND": DOT_TYPES[kind], **dot_constants(kind), **dict(zip(names, parts))}
 
 
-def reconstruct_fwd(
-    down: Tensor, up: Tensor, core: Tensor | None, scale: Scale, base: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def reconstruct_fwd(factors: Factors, base: Tensor | None, dtype: torch.dtype) -> Tensor:
     """-> (O·NB, I·KB) in `dtype`; base (NB, KB) under every block of a stack, or as large as the result"""
-    (rank, columns), rows = down.shape, up.shape[0]
-    out_blocks, in_blocks = (1, 1) if core is None else core.shape[:2]
+    down, up, core, scale, _ = factors
+    rows, (rank, columns), (out_blocks, in_blocks) = up.shape[0], down.shape, factors.blocks
     products = _products(down, up, core, dtype)
     split = max(products["DOWN_PARTS"], products["UP_PARTS"], products["CORE_PARTS"]) > 1
-    tile = reconstruct_tile(rank, core_kind(core), dtype, split, architecture(down.device))
-    out = down.new_empty(out_blocks * rows, in_blocks * columns, dtype=dtype)
+    tile = reconstruct_tile(rank, _core_kind(core), dtype, split, architecture(down.device))
+    out = down.new_empty((out_blocks * rows, in_blocks * columns), dtype=dtype)
     launch(
         _reconstruct_kernel,
         (out_blocks * in_blocks * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),),
         (down, up, core, base, out, *scale_arguments(scale), rows, columns, rank, out_blocks, in_blocks),
         {
-            "CORE": core_kind(core), "SHARED_BASE": base is not None and base.shape != out.shape,
+            "CORE": _core_kind(core), "SHARED_BASE": base is not None and base.shape != out.shape,
             **products, "BLOCK_N": tile.rows, "BLOCK_K": tile.columns, "CHUNK_R": tile.depth,
         },
         tile,

@@ -34,10 +34,9 @@ def replayed(memo: Memo | None, key: Hashable, function: Callable, tensors: tupl
     """
     if memo is None or common._record is not None or _HOOKS is not knobs.runtime.launch_enter_hook or _HOOKS.calls:
         return function(tensors, settings)
-    again = memo.get(key)
-    if again is None:
+    if key not in memo:
         return _recorded(memo, key, function, tensors, settings)
-    device, present, kinds, parts, launches, results = again
+    device, present, kinds, parts, launches, results = memo[key]
     stream = 0
     if device.type == "cuda":
         stream = _raw_stream(device.index) if _current_device() == device.index else None
@@ -95,7 +94,7 @@ def _replay(launches: list[tuple], tensors: Sequence[Tensor | None], results: tu
     if inner:
         made.append(((size,), (1,), torch.uint8))
     count, parts, places = len(given) + len(made), [], {}
-    for t in pointers:
+    for t in {id(t): t for t in pointers}.values():
         owner = next(each for each in (*owners, *inner) if _within(t, [each]))
         index = next(i for i, each in enumerate((*owners, *inner)) if each is owner)
         offset = t.data_ptr() - owner.data_ptr()

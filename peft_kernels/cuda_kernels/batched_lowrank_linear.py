@@ -6,45 +6,42 @@ both gradients, dx0 += dY W. Shapes and formulas: peft_kernels/ops/batched_lowra
 csrc/batched_lowrank_linear.h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from peft_kernels.records import AdapterSegments, Factors
+
 from . import extension
-from .common import DTYPES, floats, hand_over, launch, require, set_scale, strips, unsupported_device, unsupported_dtype
+from .common import DTYPES, floats, hand_over, launch, set_scale, strips
 
 
-def unsupported(x: Tensor, rank: int) -> str | None:
-    """Why these kernels cannot run such a call, or None. The limit: rank 128."""
-    if problem := unsupported_dtype(x.dtype):
-        return problem
-    module = extension()
-    if rank > module.LOWRANK_LINEAR_MAX_RANK:
-        return f"the CUDA kernels take ranks up to {module.LOWRANK_LINEAR_MAX_RANK}, not {rank}"
-    if x.shape[0] >= 2**31:
-        return f"the CUDA kernels take fewer than 2³¹ rows, not {x.shape[0]}"
-    needed = module.batched_lowrank_linear_shared_bytes(DTYPES[x.dtype], rank)
-    return unsupported_device(x, needed, f"rank {rank} in {x.dtype}")
-
-
-def batched_lowrank_linear_fwd(x, weight, bias, down, up, scale, segments):
+def batched_lowrank_linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, segments: AdapterSegments
+) -> tuple[Tensor, Tensor]:
     """-> y (M, N), z (M, R)"""
-    require(unsupported(x, down.shape[1]))
-    params = _params(x, down, up, scale, segments)
-    y, z = x.new_empty(x.shape[0], up.shape[1]), x.new_empty(x.shape[0], down.shape[1])
+    params = _params(x, factors, segments)
+    y, z = x.new_empty(x.shape[0], params.out_features), x.new_empty(x.shape[0], params.rank)
     hand_over(params, x=x, bias=bias, z=z, y=y)
     launch(extension().batched_lowrank_linear_fwd, params, x)
     return y.addmm_(x, weight.t()), z
 
 
-def batched_lowrank_linear_bwd(dy, x, weight, down, up, scale, z, segments, needs):
+def batched_lowrank_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    factors: Factors,
+    segments: AdapterSegments,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """-> dx, d_down, d_up: those that `needs`, three bools in that order, asks for.
 
-    x: read for d_down only; weight: for dx only; z: for d_up only.
+    x: read for d_down only; weight: for dx only; factors.z: for d_up only.
     """
-    need_x, need_down, need_up = needs
-    if not any(needs):
-        return None, None, None
-    params = _params(dy, down, up, scale, segments)
+    (need_x, need_down, need_up), (down, up, _, _, z) = needs, factors
+    params = _params(dy, factors, segments)
     dx = dy.new_empty(dy.shape[0], down.shape[2]) if need_x else None
     d_down, d_up = (torch.empty_like(f) if need else None for f, need in ((down, need_down), (up, need_up)))
     buffers = {}  # kept until the launch is queued
@@ -62,16 +59,15 @@ def batched_lowrank_linear_bwd(dy, x, weight, down, up, scale, z, segments, need
     return dx.addmm_(dy, weight) if need_x else None, d_down, d_up
 
 
-def _params(like, down, up, scale, segments):
+def _params(like: Tensor, factors: Factors, segments: AdapterSegments) -> Any:
     """csrc's params struct with everything but the activations."""
-    params = extension().BatchedLowRankLinear()
+    params, (down, up, _, scale, _) = extension().BatchedLowRankLinear(), factors
     params.adapters, params.rank, params.in_features = down.shape
     params.rows, params.out_features, params.dtype = like.shape[0], up.shape[1], DTYPES[like.dtype]
     params.down_float, params.up_float = down.dtype == torch.float32, up.dtype == torch.float32
+    params.tiles = segments.tile_adapter.numel()
     set_scale(params, scale)
-    order, offsets, tile_adapter, tile_first = segments
-    params.tiles = tile_adapter.numel()
-    hand_over(params, down=down, up=up, order=order, offsets=offsets, tile_adapter=tile_adapter, tile_first=tile_first)
+    hand_over(params, down=down, up=up, **segments._asdict())
     return params
 
 

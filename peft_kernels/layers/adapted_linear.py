@@ -82,15 +82,21 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         """x: (..., in_features), hidden: None or (..., I·R) from `lowrank_hidden` -> (..., out_features)"""
-        own = self._parameters
-        weight, bias = (own["weight"], own["bias"]) if "weight" in own else (self.weight, self.bias)  # or parametrised
         if self._original is not None:
-            return F.linear(x, weight, bias)
+            return F.linear(x, self.weight, self.bias)
+        return self._adapted(x, self.factors(), hidden)
+
+    def _adapted(self, x: Tensor, factors: tuple[Tensor | None, ...], hidden: Tensor | None = None) -> Tensor:
+        own = self._parameters  # past nn.Module's slow way to them, unless they are parametrised
+        weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
+        down, up, core = factors
         return lowrank_linear(
             x,
             weight,
             bias,
-            *self.factors(),
+            down,
+            up,
+            core,
             scale=self._buffers["scale"],
             dropout_p=self.dropout_p,
             dropout_on=self.dropout_on,

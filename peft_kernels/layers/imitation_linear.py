@@ -83,7 +83,7 @@ class LinearTransform(nn.Module):
 
     def shared_forward(self, member: int, x: Tensor) -> Tensor:
         """The same, computed once for all members that read x in one pass."""
-        return self.shared.get(member, x, tuple(self.parameters()), lambda: self(x))
+        return self.shared.get(member, (x, *self.parameters()), lambda: self(x))
 
     def _apply(self, fn, recurse: bool = True):
         return super()._apply(_kept_wide(fn), recurse)

@@ -9,15 +9,16 @@ weight (docs/method.md, section 4):
 
 import math
 from collections.abc import Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels.autocast import autocast_off
 from peft_kernels.checks import check_choice
-from peft_kernels.cores import LAYOUTS, cp_core, tucker_core
+from peft_kernels.cores import LAYOUTS, tucker_core
 from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module, check_rank
-from peft_kernels.layers.per_pass import PerPass, in_recomputation, saved_tensor_hooks
+from peft_kernels.layers.per_pass import PerPass, in_recomputation, sharing_state
 from peft_kernels.ops.lowrank_linear import lowrank_hidden
 
 DECOMPOSITIONS = ("cp", "tucker")
@@ -73,14 +74,22 @@ class Decomposition(nn.Module):
             self.slots[first : first + slots].uniform_(-bound, bound)
             first += slots
 
-    def small(self) -> Tensor:
-        """What goes with the slots: λ or C."""
-        return self.lam if self.core == "cp" else self.modes
+    def factors(self, pair: str) -> tuple[Tensor, Tensor]:
+        """Uᵀ and V, past the slow way of a ParameterDict to them."""
+        modules = self._modules
+        return modules["down"]._parameters[pair], modules["up"]._parameters[pair]
 
-    def cores(self, slots: Tensor) -> Tensor:
+    def core_parameters(self) -> tuple[Tensor, Tensor]:
+        """P, and what goes with it: λ or C"""
+        own = self._parameters
+        return own["slots"], own["lam" if self.core == "cp" else "modes"]
+
+    def cores(self, slots: Tensor, small: Tensor) -> Tensor:
         """(N, R) or (N, R, R), for any rows of P; in the factors' precision under autocast, too."""
+        if self.core == "cp":
+            return small * slots  # `cp_core`, which autocast leaves alone
         with autocast_off(slots):
-            return cp_core(self.lam, slots) if self.core == "cp" else tucker_core(self.modes, slots)
+            return tucker_core(small, slots)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, core={self.core}, slots={len(self.slots)}"
@@ -97,21 +106,24 @@ class SharedCores:
         self.rows.append((first, count))
         return self.shared.join()
 
-    def get(self, member: int) -> Tensor:
-        """(count, R) or (count, R, R) of that layer."""
+    def get(self, member: int, state: tuple | EllipsisType | None = ...) -> Tensor:
+        """(count, R) or (count, R, R) of that layer;  state: as in PerPass.get"""
         of, (first, count) = self.decomposition, self.rows[member]
-        alone = len(self.rows) == 1 or torch.compiler.is_compiling() or of.slots.is_inference()
-        if alone or saved_tensor_hooks() or in_recomputation():  # checkpointing recomputes what each region took
-            return of.cores(of.slots[first : first + count])
-        return self.shared.get(member, of.slots, (of.small(),), self._all)[member]
+        slots, small = of.core_parameters()
+        shared = len(self.rows) > 1
+        state = sharing_state(slots) if shared and state is ... else state
+        if not shared or state is None or slots.is_inference() or state[-1] is not None or in_recomputation():
+            return of.cores(slots[first : first + count], small)  # checkpointing recomputes what each region took
+        return self.shared.get(member, (slots, small), self._all, state)[member]
 
     def _all(self) -> tuple[Tensor, ...]:
+        slots, small = self.decomposition.core_parameters()
         first, last = self.rows[0][0], sum(self.rows[-1])
         if last - first == sum(count for _, count in self.rows):
-            slots = self.decomposition.slots[first:last]
+            slots = slots[first:last]
         else:
-            slots = torch.cat([self.decomposition.slots[f : f + count] for f, count in self.rows])
-        return self.decomposition.cores(slots).split([count for _, count in self.rows])
+            slots = torch.cat([slots[f : f + count] for f, count in self.rows])
+        return self.decomposition.cores(slots, small).split([count for _, count in self.rows])
 
 
 class ModeLinear(AdaptedLinear):
@@ -157,29 +169,38 @@ class ModeLinear(AdaptedLinear):
     def rank(self) -> int:
         return self._cores.decomposition.rank
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, Tensor]:
+        """As AdaptedLinear's;  state: as in PerPass.get"""
         decomposition = self._cores.decomposition
-        core = self._arranged(self._cores.get(self._core_member))
-        shape = (self.out_blocks, self.in_blocks, *core.shape[1:])
-        return decomposition.down[self._pair], decomposition.up[self._pair], core.reshape(shape)
+        core = self._cores.get(self._core_member, state)
+        if core.ndim == 3:
+            core = self._arranged(core)
+        down, up = decomposition.factors(self._pair)
+        return down, up, core.reshape(self.out_blocks, self.in_blocks, *core.shape[1:])
 
     def _arranged(self, core: Tensor) -> Tensor:
         """The released code's order of what it cut out of (R, R, N) matrices; its fc2 is transposed."""
-        if self.layout == "blocks" or core.dim() == 2 or len(core) == 1:
+        if self.layout == "blocks" or len(core) == 1:
             return core
         count, rank = core.shape[:2]
         core = core.permute(2, 1, 0).reshape(rank, count, rank).permute(1, 2, 0)
         return core.transpose(1, 2) if self.in_blocks > 1 else core
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._hidden.members == 1 or self.merged:
+        """(..., in_features) -> (..., out_features)"""
+        if self._original is not None:
             return super().forward(x)
-        down = self._cores.decomposition.down[self._pair]
-        shared = self._hidden.get(
-            self._hidden_member, x, (down,), lambda: lowrank_hidden(x, down, self.in_blocks, self.backend)
+        hidden = self._hidden
+        if hidden.members == 1:
+            return self._adapted(x, self.factors())
+        state = sharing_state(x)
+        factors = self.factors(state)
+        down = factors[0]
+        z = hidden.get(
+            self._hidden_member, (x, down), lambda: lowrank_hidden(x, down, self.in_blocks, self.backend), state
         )
-        y = super().forward(x, shared)
-        self._hidden.needed_by(y)
+        y = self._adapted(x, factors, z)
+        hidden.needed_by(y)
         return y
 
     def _describe(self) -> list[str]:

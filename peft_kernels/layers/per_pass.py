@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -22,28 +23,40 @@ def saved_tensor_hooks() -> tuple | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-class _Pass:
-    """What one pass has computed, and for what; `value` is None once it may serve no more."""
+def sharing_state(x: Tensor) -> tuple | None:
+    """Values computed in one state serve in no other: thread, grad mode, autocast, hooks. None: nothing is shared."""
+    if torch.compiler.is_compiling():
+        return None
+    autocast = linear_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    return threading.get_ident(), torch.is_grad_enabled(), autocast, _top_hooks(True)
 
-    def __init__(self, key: tuple, of: Sequence[Tensor], value: Any, member: int):
-        self.key, self.value, self.asked = key, value, {member}
-        self.of = [weakref.ref(t, self._ender()) for t in of]
+
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class _Pass:
+    """What one pass has computed, and for what; `state` is None once it may serve no more."""
+
+    def __init__(self, state: tuple, of: Sequence[Tensor], value: Any, member: int):
+        self.state, self.value, self.asked = state, value, {member}
+        self.of = [(weakref.ref(t, self._ender()), t._version, t.requires_grad) for t in of]
         node = (value if isinstance(value, Tensor) else value[0]).grad_fn
         if node is not None:
             node.register_prehook(self._ender())  # a backward frees the graph that later members would join
 
-    def serve(self, member: int, key: tuple, of: Sequence[Tensor]) -> Any:
-        """The value, or None if it is not this member's."""
-        value, same = self.value, self.key == key and all(ref() is t for ref, t in zip(self.of, of))
-        if not same or member in self.asked:
-            return None
-        self.asked.add(member)
-        return value
+    def serves(self, member: int, state: tuple, of: Sequence[Tensor]) -> bool:
+        if self.state != state or member in self.asked:
+            return False
+        for (ref, version, required), t in zip(self.of, of):
+            if ref() is not t or t._version != version or t.requires_grad != required:
+                return False
+        return True
 
     def needed_by(self, result: Tensor) -> None:
         """The value's graph holds a whole model's activations: let go of it with the last result that needs it."""
-        if isinstance(result.grad_fn, FunctionCtx):  # torch's own nodes cannot be referred to weakly
-            self.node = weakref.ref(result.grad_fn, self._ender())
+        node = result.grad_fn
+        if isinstance(node, FunctionCtx):  # torch's own nodes cannot be referred to weakly
+            self.node = weakref.ref(node, self._ender())
 
     def _ender(self) -> Callable[..., None]:
         """Ends the pass, if it is still there: the hook and the callbacks keep no value alive."""
@@ -51,7 +64,7 @@ class _Pass:
 
         def end(*_) -> None:
             if (alive := this()) is not None:
-                alive.key = alive.value = None  # a checkpointed region's hooks in the key hold its inputs
+                alive.state = alive.value = None  # a checkpointed region's hooks in the state hold its inputs
 
         return end
 
@@ -81,28 +94,33 @@ class PerPass:
         self.members += 1
         return self.members - 1
 
-    def get(self, member: int, x: Tensor, depends: Sequence[Tensor], compute: Callable[[], Any]) -> Any:
+    def get(
+        self, member: int, of: tuple[Tensor, ...], compute: Callable[[], Any], state: tuple | EllipsisType | None = ...
+    ) -> Any:
         """compute(), or what it gave to another member in this pass.
 
-        x: the tensor whose value it is;  depends: parameters that it was computed with
+        of: the tensor whose value it is, and the parameters that it was computed with;  state: if known, of the tensor
         """
-        of = (x, *depends)
-        if self.members == 1 or torch.compiler.is_compiling() or any(t.is_inference() for t in of):
+        if self.members == 1:
             return compute()
-        modes = threading.get_ident(), torch.is_grad_enabled(), linear_dtype(x), saved_tensor_hooks()
-        key = (*modes, *((t._version, t.requires_grad) for t in of))
+        if state is ...:
+            state = sharing_state(of[0])
+        if state is None or True in map(Tensor.is_inference, of):
+            return compute()
         current = self._pass
-        value = None if current is None else current.serve(member, key, of)
-        if value is None:
+        if current is not None and current.serves(member, state, of):
+            value = current.value
+            current.asked.add(member)
+        else:
             self._pass = None
             value = compute()
-            current = _Pass(key, of, value, member)
+            current = _Pass(state, of, value, member)
         self._pass = None if len(current.asked) == self.members else current
         return value
 
     def needed_by(self, result: Tensor) -> None:
         """What the last request's value went into. Without this, a value waits for the next pass."""
-        if not torch.compiler.is_compiling() and self._pass is not None:
+        if self._pass is not None and not torch.compiler.is_compiling():
             self._pass.needed_by(result)
 
     def __getstate__(self) -> dict:

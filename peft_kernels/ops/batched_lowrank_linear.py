@@ -18,7 +18,6 @@ Uses: training several adapters at once on one frozen base; unmerged inference f
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +34,31 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.dispatch import batched_lowrank_linear as dispatch
+from peft_kernels.operator import Operator
 from peft_kernels.quantized import QuantizedWeight, dense
+from peft_kernels.records import AdapterSegments, Factors
 from peft_kernels.rows import contiguous, rows, shaped
+from peft_kernels.torch_kernels import batched_lowrank_linear as launchers
+from peft_kernels.triton_kernels.config import SEGMENT_ROWS
 
-SEGMENT_ROWS = 64  # the kernels' constant: no tile has more rows, or rows of two adapters
+
+def _fwd_shapes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, segments: AdapterSegments
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], factors.down.shape[1])
+
+
+def _bwd_shapes(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, factors: Factors, segments: AdapterSegments, needs: list[bool]
+) -> list[Tensor | None]:
+    down, up = factors[:2]
+    grads = dy.new_empty(dy.shape[0], down.shape[2]), torch.empty_like(down), torch.empty_like(up)
+    return [grad if needed else None for grad, needed in zip(grads, needs)]
+
+
+# On a CPU the torch backend reads how many rows each adapter has
+batched_lowrank_linear_fwd = Operator(launchers.batched_lowrank_linear_fwd, reads=True, fake=_fwd_shapes)
+batched_lowrank_linear_bwd = Operator(launchers.batched_lowrank_linear_bwd, reads=True, fake=_bwd_shapes)
 
 
 def batched_lowrank_linear_reference(x, weight, bias, down, up, adapter_index, *, scale=1.0):
@@ -50,15 +69,6 @@ def batched_lowrank_linear_reference(x, weight, bias, down, up, adapter_index, *
     z = torch.einsum("...k,...rk->...r", x, down[index])
     update = scale[index][..., None] * torch.einsum("...r,...nr->...n", z, up[index])
     return y + torch.where(adapter_index[..., None] >= 0, update, 0)
-
-
-class AdapterSegments(NamedTuple):
-    """The rows of one batch in the order of their adapters; what `adapter_segments` returns, on the batch's device."""
-
-    order: Tensor  # (M,) row numbers, those without an adapter first
-    offsets: Tensor  # (L + 1,) adapter l has order[offsets[l] : offsets[l + 1]]
-    tile_adapter: Tensor  # (M // 64 + L + 1,) the adapter of each run of at most 64 places in `order`, −1 for none
-    tile_first: Tensor  # likewise, the first place; M for tiles that are not needed
 
 
 def adapter_segments(adapter_index: Tensor, adapters: int, *, validate: bool = False) -> AdapterSegments:
@@ -127,11 +137,9 @@ def stack_adapters(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
 class _BatchedLowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, scale, order, offsets, tile_adapter, tile_first, backend):
-        segments = (order, offsets, tile_adapter, tile_first)
+        segments, factors = AdapterSegments(order, offsets, tile_adapter, tile_first), Factors(down, up, scale=scale)
         needs_x, needs_weight, _, needs_down, needs_up = ctx.needs_input_grad[:5]
-        y, z = dispatch.batched_lowrank_linear_fwd(
-            backend, rows(x), dense(weight, x.dtype), bias, down, up, scale, segments
-        )
+        y, z = batched_lowrank_linear_fwd(backend, rows(x), dense(weight, x.dtype), bias, factors, segments)
         ctx.save_for_backward(
             x if needs_weight or needs_down else None,
             weight if needs_x and isinstance(weight, Tensor) else None,
@@ -153,11 +161,13 @@ class _BatchedLowRankLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_down, needs_up = ctx.needs_input_grad[:5]
         if needs_x and ctx.quantized is not None:
             weight = dense(ctx.quantized, dy.dtype)
-        scale = ctx.scale if scale is None else scale
         dy = rows(dy)
         x = None if x is None else rows(x)
-        args = (dy, x if needs_down else None, weight, down, up, scale, z, segments, (needs_x, needs_down, needs_up))
-        dx, d_down, d_up = dispatch.batched_lowrank_linear_bwd(ctx.backend, *args)
+        dx = d_down = d_up = None
+        if any(needs := (needs_x, needs_down, needs_up)):
+            factors = Factors(down, up, None, ctx.scale if scale is None else scale, z)
+            args = (dy, x if needs_down else None, weight, factors, AdapterSegments(*segments), needs)
+            dx, d_down, d_up = batched_lowrank_linear_bwd(ctx.backend, *args)
         with autocast_off(dy):
             d_weight = dy.t() @ x if needs_weight else None
             d_bias = dy.sum(0) if needs_bias else None
@@ -241,10 +251,14 @@ def batched_lowrank_linear(
     _check_adapters(x, weight, down, up, scale)
     adapters, rank = down.shape[:2]
     kind = kinds.linear(weight.shape[1], weight.shape[0], dropout=False)
-    choice = resolve("batched_lowrank_linear", (x, bias, down, up), backend, rank=rank, kind=kind)
+    shape = (x.numel() // x.shape[-1], x.shape[-1])
+    choice = resolve("batched_lowrank_linear", (x, bias, down, up), backend, kind=kind, rank=rank, shape=shape)
     segments = _segments(adapter_index, x, adapters, validate)
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):  # an operator would make it 0-d
+        scale = torch.full((), scale, dtype=wide, device=x.device)
     if isinstance(scale, Tensor):
-        scale = scale.to(torch.float32 if x.dtype != torch.float64 else x.dtype).expand(adapters).contiguous()
+        scale = scale.to(wide).expand(adapters).contiguous()
     args = (x, weight, contiguous(bias), down.contiguous(), up.contiguous(), scale)
     return _BatchedLowRankLinear.apply(*args, *segments, run)

@@ -22,6 +22,7 @@ Sources: arXiv 2305.08381 and its code, https://github.com/WillDreamer/Aurora; d
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +37,18 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.dispatch import gated_query as dispatch
+from peft_kernels.operator import Operator
+from peft_kernels.records import Gate, Modulated
+from peft_kernels.remembered import remembered
 from peft_kernels.rows import contiguous, rows, shaped
+from peft_kernels.torch_kernels import gated_query as launchers
 
 MODES = ("additive", "gated")
 _SCALE = 0.1  # of the released code
+additive_query_fwd = Operator(launchers.additive_query_fwd)
+additive_query_bwd = Operator(launchers.additive_query_bwd)
+gated_query_fwd = Operator(launchers.gated_query_fwd)
+gated_query_bwd = Operator(launchers.gated_query_bwd)
 
 
 def gated_query_reference(
@@ -69,19 +77,22 @@ class _Additive(torch.autograd.Function):
             scale if isinstance(scale, Tensor) else None,
         )
         ctx.scale, ctx.shape, ctx.backend = None if isinstance(scale, Tensor) else scale, hidden.shape, backend
-        args = (rows(hidden), rows(text), gamma, beta, rows(cross), cross_gamma, cross_beta, scale)
-        return shaped(dispatch.additive_query_fwd(backend, *args), *hidden.shape)
+        moved = Modulated(rows(text), gamma, beta), Modulated(rows(cross), cross_gamma, cross_beta)
+        return shaped(additive_query_fwd(backend, rows(hidden), *moved, scale), *hidden.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("gated_query")
         text, gamma, beta, cross, cross_gamma, cross_beta, scale = ctx.saved_tensors
         text, cross = (None if t is None else rows(t) for t in (text, cross))
-        scale = ctx.scale if scale is None else scale
-        args = (rows(dy), text, gamma, beta, cross, cross_gamma, cross_beta, scale, ctx.needs_input_grad[1:7])
-        d_text, d_gamma, d_beta, d_cross, *others = dispatch.additive_query_bwd(ctx.backend, *args)
+        scale, (needs_hidden, *needs) = ctx.scale if scale is None else scale, ctx.needs_input_grad[:7]
+        grads = [None] * 6
+        if any(needs):
+            moved = Modulated(text, gamma, beta), Modulated(cross, cross_gamma, cross_beta)
+            grads = additive_query_bwd(ctx.backend, rows(dy), *moved, scale, tuple(needs))
+        d_text, d_gamma, d_beta, d_cross, *others = grads
         d_text, d_cross = (None if t is None else t.view(ctx.shape) for t in (d_text, d_cross))
-        return dy if ctx.needs_input_grad[0] else None, d_text, d_gamma, d_beta, d_cross, *others, None, None
+        return dy if needs_hidden else None, d_text, d_gamma, d_beta, d_cross, *others, None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -89,31 +100,54 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, hidden, text, gamma, beta, padding_mask, backend):
         positions = hidden.shape[-2] or 1  # of no sequences, where there are no positions
         padding_mask = None if padding_mask is None else padding_mask.reshape(-1, positions)
-        args = (rows(hidden), rows(text), gamma, beta, padding_mask, positions)
-        out, gate, total = dispatch.gated_query_fwd(backend, *args)
-        ctx.save_for_backward(hidden, text, gamma, beta, padding_mask, gate, total)
+        moved = Modulated(rows(text), gamma, beta)
+        out, *gate = gated_query_fwd(backend, rows(hidden), moved, padding_mask, positions)
+        ctx.save_for_backward(hidden, text, gamma, beta, padding_mask, *gate)
         ctx.backend = backend
         return shaped(out, *hidden.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("gated_query")
-        hidden, text, *others = ctx.saved_tensors
-        args = (rows(dy), rows(hidden), rows(text), *others, ctx.needs_input_grad[:4])
-        d_hidden, d_text, d_gamma, d_beta = dispatch.gated_query_bwd(ctx.backend, *args)
+        hidden, text, gamma, beta, padding_mask, *gate = ctx.saved_tensors
+        args = (rows(hidden), Modulated(rows(text), gamma, beta), padding_mask, Gate(*gate), ctx.needs_input_grad[:4])
+        d_hidden, d_text, d_gamma, d_beta = gated_query_bwd(ctx.backend, rows(dy), *args)
         d_hidden, d_text = (None if t is None else t.view(hidden.shape) for t in (d_hidden, d_text))
         return d_hidden, d_text, d_gamma, d_beta, None, None
 
 
-def _check_mode(mode: str, padding_mask: Tensor | None, scale: float | Tensor, **crosses: Tensor | None) -> None:
+class _Plan(NamedTuple):
+    """What the checks of calls that look alike came to."""
+
+    backend: str
+    dtype: torch.dtype  # of the result, and of all that is as large
+
+
+@remembered
+def _checked(
+    hidden: Tensor, text: Modulated, cross: Modulated, padding_mask: Tensor | None, mode: str, backend: str
+) -> _Plan:
+    """Raises whatever is to be raised about a call, but for its scale."""
     check_choice("mode", mode, MODES)
-    for name, value in crosses.items():
+    for name, value in zip(("cross", "cross_gamma", "cross_beta"), cross):
         if (value is None) == (mode == "additive"):
             raise ValueError(f"{name}: mode {mode!r} {'needs it, got None' if value is None else 'takes none'}")
     if mode == "additive" and padding_mask is not None:
         raise ValueError("padding_mask: mode 'additive' takes none, as it mixes no positions")
-    if mode == "gated" and (isinstance(scale, Tensor) or scale != _SCALE):
-        raise ValueError("scale: mode 'gated' has none; leave it out")
+    wide = {"hidden": hidden, "text": text.values} | ({} if cross.values is None else {"cross": cross.values})
+    dtype = _check_wide(wide, *((2, "(..., S, d)") if mode == "gated" else (1, "(..., d)")))
+    hidden = hidden.to(dtype)
+    _check_vector("gamma", text.gamma, hidden)
+    _check_vector("beta", text.beta, hidden)
+    if mode == "additive":
+        _check_vector("cross_gamma", cross.gamma, hidden)
+        _check_vector("cross_beta", cross.beta, hidden)
+    if padding_mask is not None:
+        check_tensor("padding_mask", padding_mask, hidden, dtypes=(torch.bool,))
+        check_shape("padding_mask", padding_mask, tuple(hidden.shape[:-1]), "(..., S)")
+    shape = (hidden.numel() // hidden.shape[-1], hidden.shape[-1])
+    choice = resolve("gated_query", (hidden,), backend, kind=mode, shape=shape)
+    return _Plan(choice.name if hidden.numel() else "torch", dtype)  # no rows: nothing to launch
 
 
 def _check_wide(wide: dict[str, Tensor], least: int, meaning: str) -> torch.dtype:
@@ -129,13 +163,15 @@ def _check_wide(wide: dict[str, Tensor], least: int, meaning: str) -> torch.dtyp
     return functools.reduce(torch.promote_types, (value.dtype for value in wide.values()))
 
 
-def _check_vector(name: str, vector: Tensor, hidden: Tensor) -> Tensor:
+def _check_vector(name: str, vector: Tensor, hidden: Tensor) -> None:
     check_tensor(name, vector, hidden)
-    if autocasts(hidden) and vector.dtype.itemsize < hidden.dtype.itemsize:
-        vector = vector.to(hidden.dtype)
-    check_factor(name, vector, hidden)
+    check_factor(name, _taken(vector, hidden.dtype) if autocasts(hidden) else vector, hidden)
     check_shape(name, vector, (hidden.shape[-1],), "(d,)")
-    return vector.contiguous()
+
+
+def _taken(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """As kernels take it: not narrower than `dtype`."""
+    return (vector.to(dtype) if vector.dtype.itemsize < dtype.itemsize else vector).contiguous()
 
 
 def gated_query(
@@ -173,20 +209,15 @@ def gated_query(
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
     if a backend asked for by name cannot run.
     """
-    _check_mode(mode, padding_mask, scale, cross=cross, cross_gamma=cross_gamma, cross_beta=cross_beta)
-    wide = {"hidden": hidden, "text": text} | ({} if cross is None else {"cross": cross})
-    dtype = _check_wide(wide, *((2, "(..., S, d)") if mode == "gated" else (1, "(..., d)")))
-    hidden, text, *crosses = (t.to(dtype) for t in wide.values())
-    gamma, beta = _check_vector("gamma", gamma, hidden), _check_vector("beta", beta, hidden)
-    choice = resolve("gated_query", (hidden,), backend, kind=mode)
-    run = choice.name if hidden.numel() else "torch"  # nothing to launch
+    moved = Modulated(text, gamma, beta), Modulated(cross, cross_gamma, cross_beta)
+    run, dtype = _checked(hidden, *moved, padding_mask, mode, backend)
+    hidden, text, gamma, beta = hidden.to(dtype), text.to(dtype), _taken(gamma, dtype), _taken(beta, dtype)
     if mode == "gated":
-        if padding_mask is not None:
-            check_tensor("padding_mask", padding_mask, hidden, dtypes=(torch.bool,))
-            check_shape("padding_mask", padding_mask, tuple(hidden.shape[:-1]), "(..., S)")
+        if isinstance(scale, Tensor) or scale != _SCALE:
+            raise ValueError("scale: mode 'gated' has none; leave it out")
         return _Gated.apply(hidden, text, gamma, beta, contiguous(padding_mask), run)
-    vectors = _check_vector("cross_gamma", cross_gamma, hidden), _check_vector("cross_beta", cross_beta, hidden)
     check_scale(scale, hidden)
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
-    return _Additive.apply(hidden, text, gamma, beta, *crosses, *vectors, scale, run)
+    crosses = cross.to(dtype), _taken(cross_gamma, dtype), _taken(cross_beta, dtype)
+    return _Additive.apply(hidden, text, gamma, beta, *crosses, scale, run)

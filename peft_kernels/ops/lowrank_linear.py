@@ -85,9 +85,12 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down, up, core, scale, z, dropout, plan):
         needs_x, needs_weight, _, needs_down, needs_up, needs_core, *_ = ctx.needs_input_grad
-        factors = Factors(None if z is not None else down, up, core, scale, None if z is None else rows(z))
+        factors = Factors(None if z is not None else down, up, core, scale, z)
         backend, memo = plan.backend, plan.memo
-        if memo is None or not (z is None or z.is_contiguous()):
+        if z is not None and (z.ndim > 2 or not z.is_contiguous()):
+            memo = memo if z.is_contiguous() else None
+            factors = factors._replace(z=rows(z))
+        if memo is None:
             stored = dense(weight, x.dtype)
             y, own_z = lowrank_linear_fwd(backend, rows(x), stored, bias, factors, dropout, plan.design)
         else:
@@ -209,7 +212,7 @@ def lowrank_linear(
     """
     options = dropout_p, dropout_on, training, backend, design
     key = plan = None
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         try:
             key = _signature(x, weight, bias, down, up, core, scale, hidden, options)
             plan = _plans[key]
@@ -217,7 +220,7 @@ def lowrank_linear(
             pass  # another kind of call, or an argument that the checks will name
     if plan is None:
         plan = _checked(x, weight, bias, down, up, core, scale, hidden, options)
-        if key is not None and _PLAIN.issuperset(key[:7]):
+        if key is not None and _PLAIN.issuperset(key[:7]) and (key[7] in _PLAIN or not isinstance(scale, Tensor)):
             if plan.ready and x.is_contiguous() and x.device.type != "meta":
                 plan = plan._replace(memo={})
             if len(_plans) >= 4096:
@@ -243,7 +246,8 @@ def lowrank_linear(
 
 
 _plans: dict[tuple, _Plan] = {}
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))  # what other types hide changes without a sign
+_TENSORS = (Tensor, nn.Parameter)
+_PLAIN = frozenset((*_TENSORS, type(None)))  # what other types hide changes without a sign
 _LARGEST = torch.finfo(torch.float64).max
 _apply = super(torch.autograd.Function, _LowRankLinear).apply  # without unwrapping what functorch left
 
@@ -271,16 +275,10 @@ def _signature(x, weight, bias, down, up, core, scale, hidden, options: tuple) -
         down.dtype, down.device, down.shape, up.dtype, up.device, up.shape,
         None if core is None else (core.dtype, core.device, core.shape),
         None if hidden is None else (hidden.dtype, hidden.device, hidden.shape[-1], hidden.shape[:-1] == x.shape[:-1]),
-        None if type(scale) is float else _scale_signature(scale),
+        (scale.dtype, scale.device, scale.shape, scale.requires_grad) if type(scale) in _TENSORS else None,
         all(map(Tensor.is_contiguous, factors)),
         dropout_p, dropout_on, bool(training), design, backend if backend != "auto" else requested_by(backend),
     )  # fmt: skip
-
-
-def _scale_signature(scale: float | Tensor) -> tuple | None:
-    if not isinstance(scale, Tensor):
-        return None
-    return scale.dtype, scale.device, scale.shape, scale.requires_grad
 
 
 def _checked(x, weight, bias, down, up, core, scale, hidden, options: tuple) -> _Plan:

@@ -18,6 +18,7 @@ the rest. Nothing of the size of a whole stack exists besides ΔW (forward) and 
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,12 +34,23 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.dispatch import reconstruct as dispatch
+from peft_kernels.operator import Operator
 from peft_kernels.ops.lowrank_linear import lowrank_hidden_bwd, lowrank_hidden_fwd
+from peft_kernels.records import Factors, Scale
+from peft_kernels.remembered import remembered
 from peft_kernels.rows import contiguous, rows
+from peft_kernels.torch_kernels import reconstruct as launchers
+from peft_kernels.triton_kernels.config import MAX_RANK  # which no backend's `lowrank_hidden` falls short of
 
-_HIDDEN_RANK = 64  # what `lowrank_hidden` takes at once on every kernel backend
 _STRIP = 2**24  # elements of a half-precision gradient that are held in float32 at once
+
+
+def _shape(factors: Factors, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    out_blocks, in_blocks = factors.blocks
+    return factors.up.new_empty(out_blocks * factors.up.shape[0], in_blocks * factors.down.shape[1], dtype=dtype)
+
+
+reconstruct_fwd = Operator(launchers.reconstruct_fwd, fake=_shape)
 
 
 def reconstruct_reference(down, up, core=None, *, scale=1.0, base=None):
@@ -56,7 +68,7 @@ class _Reconstruct(torch.autograd.Function):
         ctx.save_for_backward(down, up, core, scale if isinstance(scale, Tensor) else None)
         ctx.scale, ctx.backend = None if isinstance(scale, Tensor) else scale, backend
         ctx.base_shape = None if base is None else base.shape
-        return dispatch.reconstruct_fwd(backend, down, up, core, scale, base, dtype)
+        return reconstruct_fwd(backend, Factors(down, up, core, scale), base, dtype)
 
     @staticmethod
     def backward(ctx, dw):
@@ -93,7 +105,7 @@ def _strips(dw: Tensor, factors: tuple[Tensor | None, ...]) -> list[Callable[[],
 
 def _hidden(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, in_blocks: int) -> Tensor:
     """Q (O·NB, I, R) in the strips' dtype"""
-    parts, q = [down] if backend == "torch" else down.split(_HIDDEN_RANK), []
+    parts, q = [down] if backend == "torch" else down.split(MAX_RANK), []
     for strip in strips:
         dw = strip()
         of_parts = [lowrank_hidden_fwd(backend, dw, part, in_blocks) for part in parts]
@@ -102,7 +114,7 @@ def _hidden(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, in_b
 
 
 def _thin_adjoint(
-    q: Tensor, up: Tensor, core: Tensor | None, scale: float | Tensor, needs_up: bool, needs_core: bool
+    q: Tensor, up: Tensor, core: Tensor | None, scale: Scale, needs_up: bool, needs_core: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> d_up, d_core"""
     q = _wide(q).unflatten(0, (-1, up.shape[0])) * scale
@@ -114,7 +126,7 @@ def _thin_adjoint(
     return d_up, d_core
 
 
-def _fold(up: Tensor, core: Tensor | None, scale: float | Tensor) -> Tensor:
+def _fold(up: Tensor, core: Tensor | None, scale: Scale) -> Tensor:
     """s · F (O·NB, I, R), in float32 at least"""
     up = _wide(up) * scale
     if core is None:
@@ -124,7 +136,7 @@ def _fold(up: Tensor, core: Tensor | None, scale: float | Tensor) -> Tensor:
 
 
 def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, folded: Tensor) -> Tensor:
-    size = down.shape[0] if backend == "torch" else _HIDDEN_RANK
+    size = down.shape[0] if backend == "torch" else MAX_RANK
     total, first = None, 0
     for strip in strips:
         dw, grads = strip(), []
@@ -135,39 +147,80 @@ def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, fold
     return total
 
 
-def _reconstruct(op: str, down, up, core, scale, base, shape: tuple[int, ...], backend: str) -> Tensor:
-    factors = [t for t in (down, up, core) if t is not None]
-    dtype = base.dtype if base is not None else down.dtype
-    if base is None and any(t.dtype != dtype for t in factors):
-        dtype = torch.float32
+def _reconstruct(factors: Factors, base: Tensor | None, stack: bool, backend: str) -> Tensor:
+    run, dtype, shape = _checked(factors, base, stack, backend)
+    down, up, core, scale, _ = factors
+    check_scale(scale, down)
+    core = _blocks(core, stack)
+    if base is None:
         down, up, core = (None if t is None else t.to(dtype) for t in (down, up, core))
-    kind = kinds.core(None if core is None else core.dim() - 2)
-    choice = resolve(op, (down if base is None else base, down, up, core), backend, kind=kind)
-    run = choice.name if 0 not in shape else "torch"  # an empty stack: nothing to launch
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     base = None if base is None else base.reshape(-1, base.shape[-1]).contiguous()
-    factors = (down.contiguous(), up.contiguous(), contiguous(core))
-    return _Reconstruct.apply(*factors, scale, base, dtype, run).view(shape)
+    return _Reconstruct.apply(down.contiguous(), up.contiguous(), contiguous(core), scale, base, dtype, run).view(shape)
 
 
-def _check(down, up, core, scale, base) -> None:
-    factors = {"down": down, "up": up} | ({} if core is None else {"core": core})
-    for name, factor in factors.items():
+def _blocks(core: Tensor | None, stack: bool) -> Tensor | None:
+    """core[o, i], as kernels take it"""
+    if core is None or (core.dim() > 2 and not stack):
+        return core
+    return core[:, None] if stack else core[None, None]
+
+
+class _Plan(NamedTuple):
+    """What the checks of calls that look alike came to."""
+
+    backend: str
+    dtype: torch.dtype  # of the result
+    shape: tuple[int, ...]
+
+
+@remembered
+def _checked(factors: Factors, base: Tensor | None, stack: bool, backend: str) -> _Plan:
+    """Raises whatever is to be raised about a call, but for its scale."""
+    (down, up, core, *_), dtype = factors, _check_factors(factors, base)
+    rank, block = down.shape[0], (up.shape[0], down.shape[1])
+    if stack:
+        if core.dim() not in (2, 3) or tuple(core.shape[1:]) not in ((rank,), (rank, rank)):
+            raise ValueError(f"core: expected (N, R) or (N, R, R) with R = {rank}, got {tuple(core.shape)}")
+    elif core is not None:
+        check_core(core, rank)
+    core = _blocks(core, stack)
+    out_blocks, in_blocks = blocks = factors._replace(core=core).blocks
+    if stack:
+        shape = (out_blocks, *block)
+        if base is not None and tuple(base.shape) not in (block, shape):
+            expected = f"{block} or {shape} = ([N,] out_features, in_features)"
+            raise ValueError(f"base: expected shape {expected}, got {tuple(base.shape)}")
+    else:
+        shape = (out_blocks * block[0], in_blocks * block[1])
+        if base is not None:
+            check_shape("base", base, shape, "(out_features, in_features)")
+    kind = kinds.core(None if core is None else core.dim() - 2)
+    like = next(t for t in (base, down, up, core) if t is not None and t.dtype == dtype)
+    choice = resolve("reconstruct", (like,), backend, kind=kind, blocks=blocks, shape=block)
+    return _Plan(choice.name if 0 not in shape else "torch", dtype, shape)  # an empty stack: nothing to launch
+
+
+def _check_factors(factors: Factors, base: Tensor | None) -> torch.dtype:
+    """-> the result's"""
+    named = {name: t for name, t in zip(("down", "up", "core"), factors) if t is not None or name != "core"}
+    for name, factor in named.items():
         check_tensor(name, factor)
-    given = [*factors.values()] if base is None else [base]
     if base is not None:
         check_tensor("base", base)
+    given = [*named.values()] if base is None else [base]
     like = next((t for t in given if t.dtype != torch.float32), given[0])
-    for name, factor in factors.items():
+    for name, factor in named.items():
         check_factor(name, factor, like)
+    down, up, *_ = factors
     for name in ("down", "up"):
-        if factors[name].dim() != 2 or 0 in factors[name].shape:
-            raise ValueError(f"{name}: expected 2 dimensions, none of them 0, got shape {tuple(factors[name].shape)}")
+        if named[name].dim() != 2 or 0 in named[name].shape:
+            raise ValueError(f"{name}: expected 2 dimensions, none of them 0, got shape {tuple(named[name].shape)}")
     if up.shape[1] != down.shape[0]:
         expected = f"(out_features / output blocks, R) with R = {down.shape[0]}"
         raise ValueError(f"up: expected shape {expected}, got {tuple(up.shape)}")
-    check_scale(scale, down)
+    return torch.float32 if any(t.dtype != given[0].dtype for t in given) else given[0].dtype
 
 
 def reconstruct(
@@ -192,15 +245,7 @@ def reconstruct(
     Raises ValueError or TypeError, naming the argument, before anything runs; BackendUnavailableError (a ValueError)
     if a backend asked for by name cannot run.
     """
-    _check(down, up, core, scale, base)
-    if core is not None:
-        check_core(core, down.shape[0])
-        core = core[None, None] if core.dim() < 3 else core
-    out_blocks, in_blocks = (1, 1) if core is None else core.shape[:2]
-    shape = (out_blocks * up.shape[0], in_blocks * down.shape[1])
-    if base is not None:
-        check_shape("base", base, shape, "(out_features, in_features)")
-    return _reconstruct("reconstruct", down, up, core, scale, base, shape, backend)
+    return _reconstruct(Factors(down, up, core, scale), base, False, backend)
 
 
 def reconstruct_stack(
@@ -224,14 +269,4 @@ def reconstruct_stack(
     Raises as `reconstruct` does.
     """
     check_tensor("core", core)
-    _check(down, up, core, scale, base)
-    rank = down.shape[0]
-    if core.dim() not in (2, 3) or tuple(core.shape[1:]) not in ((rank,), (rank, rank)):
-        raise ValueError(f"core: expected (N, R) or (N, R, R) with R = {rank}, got {tuple(core.shape)}")
-    matrix = (up.shape[0], down.shape[1])
-    shape = (core.shape[0], *matrix)
-    if base is not None and tuple(base.shape) not in (matrix, shape):
-        raise ValueError(
-            f"base: expected shape {matrix} or {shape} = ([N,] out_features, in_features), got {tuple(base.shape)}"
-        )
-    return _reconstruct("reconstruct_stack", down, up, core[:, None], scale, base, shape, backend)
+    return _reconstruct(Factors(down, up, core, scale), base, True, backend)

@@ -6,25 +6,20 @@ in one product, and all but its own are masked out: L times the thin arithmetic,
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Scale = float | Tensor
+from peft_kernels.records import AdapterSegments, Factors, Scale
 
 
 def batched_lowrank_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: Scale,
-    segments: Sequence[Tensor],
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, segments: AdapterSegments
 ) -> tuple[Tensor, Tensor]:
-    """-> y (M, N), z (M, R)"""
+    """-> y (M, N), z (M, R). Of factors: down (L, R, K), up (L, N, R), scale a number or (L,)."""
+    down, up, _, scale, _ = factors
     y = F.linear(x, weight, bias)
     if x.device.type != "cpu":
         z, own = _own(x @ down.flatten(0, 1).t().to(x.dtype), segments)
@@ -42,18 +37,16 @@ def batched_lowrank_linear_bwd(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: Scale,
-    z: Tensor | None,
-    segments: Sequence[Tensor],
-    needs: tuple[bool, bool, bool],
+    factors: Factors,
+    segments: AdapterSegments,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """-> dx, d_down, d_up; `needs` says which, in that order."""
+    """-> dx, d_down, d_up; `needs` says which, in that order. factors has z, if d_up is needed."""
     needs_x, needs_down, needs_up = needs
     dx = dy @ weight if needs_x else None
     if dy.device.type != "cpu":
-        return _bwd_at_once(dy, x, dx, down, up, scale, z, segments, needs)
+        return _bwd_at_once(dy, x, dx, factors, segments, needs)
+    down, up, _, scale, z = factors
     d_down, d_up = torch.zeros_like(down) if needs_down else None, torch.zeros_like(up) if needs_up else None
     for adapter, rows, s in _groups(segments, scale):
         dy_rows = dy[rows]
@@ -68,16 +61,24 @@ def batched_lowrank_linear_bwd(
     return dx, d_down, d_up
 
 
-def _groups(segments: Sequence[Tensor], scale: Scale):
+def _groups(segments: AdapterSegments, scale: Scale) -> Iterator[tuple[int, Tensor, Scale]]:
     """(adapter, its rows, its scale) of every adapter that has rows."""
-    order, offsets = segments[0], segments[1].tolist()
+    order, offsets = segments.order, segments.offsets.tolist()
     for adapter, (first, end) in enumerate(itertools.pairwise(offsets)):
         if first < end:
             yield adapter, order[first:end], scale[adapter] if isinstance(scale, Tensor) else scale
 
 
-def _bwd_at_once(dy, x, dx, down, up, scale, z, segments, needs):
-    needs_x, needs_down, needs_up = needs
+def _bwd_at_once(
+    dy: Tensor,
+    x: Tensor | None,
+    dx: Tensor | None,
+    factors: Factors,
+    segments: AdapterSegments,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """-> dx with the adapters' part added, d_down, d_up"""
+    (needs_x, needs_down, needs_up), (down, up, _, scale, z) = needs, factors
     d_down = d_up = None
     dz, own = _own(dy @ up.transpose(0, 1).flatten(1).to(dy.dtype), segments)
     if needs_up:
@@ -91,7 +92,7 @@ def _bwd_at_once(dy, x, dx, down, up, scale, z, segments, needs):
     return dx, d_down, d_up
 
 
-def _own(of_all: Tensor, segments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _own(of_all: Tensor, segments: AdapterSegments) -> tuple[Tensor, Tensor]:
     """of_all (M, L·R): every row's products with every adapter -> those with its own (M, R), and which it is (M, L)."""
     order, offsets = segments[:2]
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))

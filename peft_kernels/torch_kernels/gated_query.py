@@ -6,44 +6,29 @@ Shapes as in peft_kernels/ops/gated_query.py, whose (..., d) come as rows (M, d)
 import torch
 from torch import Tensor
 
-Needs = tuple[bool, ...]
+from peft_kernels.records import Gate, Modulated, Scale
 
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def additive_query_fwd(
-    hidden: Tensor,
-    text: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    cross: Tensor,
-    cross_gamma: Tensor,
-    cross_beta: Tensor,
-    scale: float | Tensor,
-) -> Tensor:
+def additive_query_fwd(hidden: Tensor, text: Modulated, cross: Modulated, scale: Scale) -> Tensor:
     """-> out (M, d)"""
-    out = torch.addcmul((_wide(beta) + _wide(cross_beta)) * scale, _wide(text), _wide(gamma) * scale)
-    return out.addcmul_(_wide(cross), _wide(cross_gamma) * scale).add_(hidden).to(hidden.dtype)
+    betas = (_wide(text.beta) + _wide(cross.beta)) * scale
+    out = torch.addcmul(betas, _wide(text.values), _wide(text.gamma) * scale)
+    return out.addcmul_(_wide(cross.values), _wide(cross.gamma) * scale).add_(hidden).to(hidden.dtype)
 
 
 def additive_query_bwd(
-    dy: Tensor,
-    text: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor,
-    cross: Tensor | None,
-    cross_gamma: Tensor | None,
-    cross_beta: Tensor,
-    scale: float | Tensor,
-    needs: Needs,
+    dy: Tensor, text: Modulated, cross: Modulated, scale: Scale, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """-> d_text, d_gamma, d_beta, d_cross, d_cross_gamma, d_cross_beta, as `needs` says in that order.
 
-    text and cross are read for the gradients of their gammas only; the betas tell a dtype.
+    Values are read for the gradients of their gammas only; the betas tell a dtype.
     """
     needs_text, needs_gamma, needs_beta, needs_cross, needs_cross_gamma, needs_cross_beta = needs
+    (text, gamma, beta), (cross, cross_gamma, cross_beta) = text, cross
     wide = _wide(dy)
     d_text = (wide * (_wide(gamma) * scale)).to(dy.dtype) if needs_text else None
     d_cross = (wide * (_wide(cross_gamma) * scale)).to(dy.dtype) if needs_cross else None
@@ -58,10 +43,10 @@ def additive_query_bwd(
 
 
 def gated_query_fwd(
-    hidden: Tensor, text: Tensor, gamma: Tensor, beta: Tensor, padding_mask: Tensor | None, positions: int
+    hidden: Tensor, text: Modulated, padding_mask: Tensor | None, positions: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> out (M, d), g (B, S) and τ (B, d), both float32 at least; padding_mask (B, S), positions: S"""
-    wide, moved = (t.unflatten(0, (-1, positions)) for t in (_wide(hidden), _moved(text, gamma, beta)))
+    wide, moved = (t.unflatten(0, (-1, positions)) for t in (_wide(hidden), _moved(text)))
     kept = moved if padding_mask is None else moved.masked_fill(~padding_mask[..., None], 0)
     total = kept.sum(1)
     gate = (wide * total[:, None]).sum(-1).softmax(-1)
@@ -69,20 +54,13 @@ def gated_query_fwd(
 
 
 def gated_query_bwd(
-    dy: Tensor,
-    hidden: Tensor,
-    text: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    padding_mask: Tensor | None,
-    gate: Tensor,
-    total: Tensor,
-    needs: Needs,
+    dy: Tensor, hidden: Tensor, text: Modulated, padding_mask: Tensor | None, gate: Gate, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """-> d_hidden, d_text, d_gamma, d_beta, as `needs` says in that order"""
     needs_hidden, needs_text, needs_gamma, needs_beta = needs
     d_hidden = d_text = d_gamma = d_beta = None
-    wide, f, difference = (_wide(dy), _wide(hidden), _moved(text, gamma, beta).neg_().add_(hidden))
+    wide, f, difference = (_wide(dy), _wide(hidden), _moved(text).neg_().add_(hidden))
+    (text, gamma, beta), (gate, total) = text, gate
     wide, f, difference = (t.unflatten(0, gate.shape) for t in (wide, f, difference))
     q = difference.mul_(wide).sum(-1)
     ds = (q - (gate * q).sum(-1, keepdim=True)).mul_(gate)
@@ -99,6 +77,6 @@ def gated_query_bwd(
     return d_hidden, d_text, d_gamma, d_beta
 
 
-def _moved(text: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+def _moved(text: Modulated) -> Tensor:
     """t' (M, d), memory of its own"""
-    return torch.addcmul(_wide(beta), _wide(text), _wide(gamma))
+    return torch.addcmul(_wide(text.beta), _wide(text.values), _wide(text.gamma))

@@ -7,17 +7,16 @@ few rows at a time. Elsewhere a launch costs more than a block, and one product 
 import torch
 from torch import Tensor
 
+from peft_kernels.records import Factors
+
 _STRIP = 2**18  # elements: 1 MiB of float32
 _BATCH = 2**26  # elements: 256 MiB of float32
 
 
-def reconstruct_fwd(
-    down: Tensor, up: Tensor, core: Tensor | None, scale: float | Tensor, base: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """-> (O·NB, I·KB) in `dtype`"""
-    wide = torch.promote_types(dtype, torch.float32)
-    down, up = down.to(wide), up.to(wide) * scale
-    out_blocks, in_blocks = (1, 1) if core is None else core.shape[:2]
+def reconstruct_fwd(factors: Factors, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """-> (O·NB, I·KB) in `dtype`; base (NB, KB) under every block of a stack, or as large as the result"""
+    wide, core, (out_blocks, in_blocks) = torch.promote_types(dtype, torch.float32), factors.core, factors.blocks
+    down, up = factors.down.to(wide), factors.up.to(wide) * factors.scale
     rows, columns = up.shape[0], down.shape[1]
     result = torch.empty(out_blocks * rows, in_blocks * columns, dtype=dtype, device=down.device)
     if result.device.type != "cpu":

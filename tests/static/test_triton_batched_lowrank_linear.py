@@ -6,6 +6,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, BF16, FP16, FP32, binaries, check_chains, check_resident, check_resources, compile_launch
 
+from peft_kernels.records import AdapterSegments, Factors
 from peft_kernels.triton_kernels import batched_lowrank_linear as batched
 from peft_kernels.triton_kernels import common
 from peft_kernels.triton_kernels.config import SEGMENT_ROWS
@@ -35,11 +36,12 @@ class Call:
         down = empty(self.adapters, self.rank, self.width, dtype=self.factor_dtype)
         up = empty(self.adapters, self.width, self.rank, dtype=self.factor_dtype)
         tiles = self.rows // SEGMENT_ROWS + self.adapters + 1
-        segments = [empty(size, dtype=torch.int64) for size in (self.rows, self.adapters + 1, tiles, tiles)]
-        scale = torch.ones(self.adapters) if self.tensor_scale else 2.0
+        sizes = (self.rows, self.adapters + 1, tiles, tiles)
+        segments = AdapterSegments(*(empty(size, dtype=torch.int64) for size in sizes))
+        factors = Factors(down, up, scale=torch.ones(self.adapters) if self.tensor_scale else 2.0)
         with common.record_launches(run=False) as launches:
-            y, z = batched.batched_lowrank_linear_fwd(x, weight, bias, down, up, scale, segments)
-            batched.batched_lowrank_linear_bwd(y, x, weight, down, up, scale, z, segments, self.needs)
+            y, z = batched.batched_lowrank_linear_fwd(x, weight, bias, factors, segments)
+            batched.batched_lowrank_linear_bwd(y, x, weight, factors._replace(z=z), segments, self.needs)
         return launches
 
 
@@ -57,7 +59,8 @@ SWEEP = {
 
 
 def check(call: Call, kernels: set[tuple[str, bool]], arch: int, monkeypatch) -> None:
-    monkeypatch.setattr(batched, "architecture", lambda device: arch)
+    for module in (common, batched):
+        monkeypatch.setattr(module, "architecture", lambda device: arch)
     launches = {(launch.kernel.__name__, launch.constants.get("UP")): launch for launch in call.launches()}
     assert kernels <= launches.keys()
     for name, up in sorted(kernels):

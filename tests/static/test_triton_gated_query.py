@@ -6,6 +6,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, BF16, FP16, FP32, binaries, check_resident, check_resources, compile_launch
 
+from peft_kernels.records import Gate, Modulated
 from peft_kernels.triton_kernels import common, gated_query
 
 
@@ -28,16 +29,16 @@ class Call:
 
         hidden, text, cross, dy = (empty(self.batch * self.positions, self.width) for _ in range(4))
         vectors = [empty(self.width, dtype=self.vector_dtype) for _ in range(4)]
+        moved = Modulated(text, *vectors[:2])
         with common.record_launches(run=False) as launches:
             if self.mode == "additive":
-                args = (*vectors[:2], cross, *vectors[2:], torch.ones(()) if self.tensor_scale else 0.1)
-                gated_query.additive_query_fwd(hidden, text, *args)
-                gated_query.additive_query_bwd(dy, text, *args, (True,) * 6)
+                args = (moved, Modulated(cross, *vectors[2:]), torch.ones(()) if self.tensor_scale else 0.1)
+                gated_query.additive_query_fwd(hidden, *args)
+                gated_query.additive_query_bwd(dy, *args, (True,) * 6)
             else:
                 mask = empty(self.batch, self.positions, dtype=torch.bool) if self.padding else None
-                args = (hidden, text, *vectors[:2], mask)
-                _, gate, total = gated_query.gated_query_fwd(*args, self.positions)
-                gated_query.gated_query_bwd(dy, *args, gate, total, (True,) * 4)
+                _, *gate = gated_query.gated_query_fwd(hidden, moved, mask, self.positions)
+                gated_query.gated_query_bwd(dy, hidden, moved, mask, Gate(*gate), (True,) * 4)
         return launches
 
 
@@ -53,7 +54,7 @@ SWEEP = {
 
 
 def check(call: Call, arch: int, monkeypatch) -> None:
-    monkeypatch.setattr(gated_query, "architecture", lambda device: arch)
+    monkeypatch.setattr(common, "architecture", lambda device: arch)
     for launch in call.launches():
         kernel = compile_launch(launch, arch)
         where = check_resources(kernel, arch)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, BF16, FP16, FP32, TENSOR_CORES, binaries, check_chains, check_resources, compile_launch
 
+from peft_kernels.records import Factors
 from peft_kernels.triton_kernels import common, reconstruct
 
 
@@ -35,7 +36,7 @@ class Call:
         base = None if self.base is None else empty(*shape, dtype=self.dtype)
         scale = torch.ones(()) if self.tensor_scale else 2.0
         with common.record_launches(run=False) as launches:
-            reconstruct.reconstruct_fwd(down, up, core, scale, base, self.dtype)
+            reconstruct.reconstruct_fwd(Factors(down, up, core, scale), base, self.dtype)
         return launches
 
 

@@ -171,7 +171,7 @@ class AuroraLinear(nn.Module, BaseTunerLayer):
         hidden, member = self.aurora_hidden.get(adapter, (None, 0))
         z = None
         if hidden is not None:
-            z = hidden.get(member, x, (down,), lambda: lowrank_hidden(x, down, self.in_blocks))
+            z = hidden.get(member, (x, down), lambda: lowrank_hidden(x, down, self.in_blocks))
         y = lowrank_linear(
             x,
             base.weight,

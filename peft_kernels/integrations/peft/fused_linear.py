@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as StockLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _all
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -135,6 +136,15 @@ class Scaling(dict):
         return Scaling, (dict(self), torch.empty(0, dtype=self.dtype, device=self.device))
 
 
+_fused: set[tuple] = set()  # how layers and inputs looked of which `why_stock` said None
+
+
+def _remember(looks: tuple) -> None:
+    if len(_fused) >= 4096:
+        _fused.clear()
+    _fused.add(looks)
+
+
 class FusedLinear(StockLinear):
     """PEFT's lora.Linear with a fused forward; `accelerate` and `fast` make it of one by changing its class."""
 
@@ -148,20 +158,70 @@ class FusedLinear(StockLinear):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: (..., in_features) -> (..., out_features); adapter_names: as PEFT's model passes it, for a mixed batch"""
-        if args or not kwargs.keys() <= _UNUSED or self.why_stock(x) is not None:
+        if args or (kwargs and not kwargs.keys() <= _UNUSED):
             return super().forward(x, *args, **kwargs)  # which calls _mixed_batch_forward if there are adapter_names
-        base, adapter = self.base_layer, self._present()[0]
-        dropout = self.lora_dropout[adapter]
+        graph, adapter, looks = torch.compiler.is_dynamo_compiling(), self._active_adapter, None
+        if not graph:
+            adapter = adapter[0] if type(adapter) is list and adapter else adapter
+            looks = self._looks(adapter, x)
+        if looks is None or looks not in _fused:
+            if self.why_stock(x) is not None:
+                return super().forward(x, *args, **kwargs)
+            if looks is not None:
+                _remember(looks)
+            adapter = self._present()[0]
+        base, modules, scaling = self._modules["base_layer"], self._modules, self._scaling
+        dropout = modules["lora_dropout"]._modules[adapter]
         return lowrank_linear(
             x,
-            base.weight,
-            base.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            scale=self.scaling.tensors[adapter] if torch.compiler.is_compiling() else self.scaling[adapter],
-            dropout_p=getattr(dropout, "p", 0.0),
+            base.weight if graph else base._parameters["weight"],
+            base.bias if graph else base._parameters["bias"],
+            modules["lora_A"]._modules[adapter]._parameters["weight"],
+            modules["lora_B"]._modules[adapter]._parameters["weight"],
+            scale=scaling.tensors[adapter] if graph else scaling[adapter],
+            dropout_p=dropout.p if type(dropout) is nn.Dropout else 0.0,
             training=dropout.training,
         )
+
+    def _looks(self, adapter: str, x: Tensor) -> tuple | None:
+        """All that `why_stock` looks at: layers and inputs that look the same are fused, or are not, alike.
+
+        None where only `why_stock` can tell: several adapters are active, hooks are on, an attribute is missing.
+        """
+        try:
+            modules = self._modules
+            base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
+            down, up = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+            weight, bias = base._parameters["weight"], base._parameters["bias"]
+            a, b, scale = down._parameters["weight"], up._parameters["weight"], self._scaling.tensors[adapter]
+            active = self._active_adapter
+            if (
+                self._disable_adapters
+                or self.merged_adapters
+                or (type(active) is list and active != [adapter])
+                or adapter in self.lora_variant
+                or "base_layer" in base._modules
+                or self._scaling.device != weight.device
+                or down._parameters["bias"] is not None
+                or up._parameters["bias"] is not None
+                or _watched(base) or _watched(down) or _watched(up) or _watched(dropout)
+                or _all._global_forward_hooks or _all._global_forward_pre_hooks
+                or _all._global_backward_hooks or _all._global_backward_pre_hooks
+                or forward_ad._current_level >= 0
+                or torch._C._are_functorch_transforms_active()
+                or torch._C._get_tracing_state() is not None
+            ):  # fmt: skip
+                return None
+            return (
+                type(base), type(base).forward, type(down), type(up), type(dropout), type(x), type(weight), type(bias),
+                type(a), type(b), x.layout, x.dtype, x.device, x.shape[-1],
+                weight.dtype, weight.device, weight.shape, None if bias is None else bias.dtype,
+                a.dtype, a.device, b.dtype, scale.device, self.cast_input_dtype_enabled,
+                (dropout.p, dropout.inplace) if type(dropout) is nn.Dropout else None,
+                linear_dtype(x) if torch._C._is_any_autocast_enabled() else None,
+            )  # fmt: skip
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return None
 
     def why_stock(self, x: Tensor | None = None) -> str | None:
         """Why PEFT's own forward runs, as the layer is now and on x (None: on an input that fits); None if fused."""
