@@ -96,9 +96,9 @@ def test_mutant_is_noticed(mutant, problem, monkeypatch, device):
 
 
 # The same for the kernels themselves: one line of Triton replaced, the module loaded afresh. Without a core down_bwd
-# makes dz, with one hidden_bwd.
+# makes dz in half precision; with one, and in float32, hidden_bwd does.
 LAUNCHERS = ("shrink", "mix", "expand", "fused", "up_bwd", "hidden_bwd", "core_bwd", "down_bwd", "sum_partials")
-CHUNKED = {"columns_out": 300}
+CHUNKED, HALF = {"columns_out": 300}, {"dtype": torch.float16}
 SCALED = "total *= load_scale(scale_ptr, scale)"
 DOWN_DROPS = "dz = _drop_hidden(total, rng_ptr, rows, 0, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)"
 DOWN_MIXES = "1, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R, CHUNKS,"
@@ -107,10 +107,10 @@ TRITON_MUTANTS = {
     "plain x in dA": ("_bwd", "x = tl.where(kept, x, 0.0)", "pass", DROPPED),
     "dx not masked": ("_bwd", "dx = tl.where(kept, dx, 0.0)", "pass", DROPPED),
     "first chunk only": ("_bwd", "for _ in range(chunks):", "for _ in range(1):", BLOCKS | CHUNKED),
-    "first chunk only in down_bwd": ("_bwd", "static_range(CHUNKS)", "static_range(1 if CHUNKS else 0)", CHUNKED),
+    "first chunk only in down_bwd": ("_bwd", "static_range(CHUNKS)", "static_range(min(CHUNKS, 1))", HALF | CHUNKED),
     "scale missing in dB": ("_bwd", "acc * load_scale(scale_ptr, scale)", "acc", {}),
     "scale missing in dS": ("_bwd", SCALED, f"if CHUNKS:\n        {SCALED}", BLOCKS),
-    "scale missing in down_bwd's dz": ("_bwd", SCALED, f"if CHUNKS == 0:\n        {SCALED}", {}),
+    "scale missing in down_bwd's dz": ("_bwd", SCALED, f"if CHUNKS == 0:\n        {SCALED}", HALF),
     "scale missing in y": ("_fwd", " * load_scale(scale_ptr, scale)\n    if bias_ptr", "\n    if bias_ptr", {}),
     "o ignored": ("_fwd", "core_ptr, o * I + i, R, BLOCK_R", "core_ptr, i, R, BLOCK_R", BLOCKS),
     "bias of the first block": ("_fwd", "bias_ptr + o * NB + offs_n", "bias_ptr + offs_n", BLOCKS),
@@ -118,10 +118,10 @@ TRITON_MUTANTS = {
     "fused: no core mask": ("_fwd", 'if DROPOUT == "core":\n        kept', "if False:\n        kept", ON_CORE, "fused"),
     "fused: plain x": ("_fwd", "x = tl.where(keep_input(rng, rows, 0,", "tl.where(keep_input(rng, rows, 0,", *FUSED),
     "z's mask missing in dz": ("_bwd", 'if DROPOUT == "rank":', "if False:", BLOCKS | ON_RANK),
-    "z's mask missing in down_bwd's dz": ("_bwd", DOWN_DROPS, "dz = total", ON_RANK),
-    "x's rescaling missing in down_bwd's dz": ("_bwd", DOWN_DROPS, "dz = total", DROPPED),
+    "z's mask missing in down_bwd's dz": ("_bwd", DOWN_DROPS, "dz = total", HALF | ON_RANK),
+    "x's rescaling missing in down_bwd's dz": ("_bwd", DOWN_DROPS, "dz = total", HALF | DROPPED),
     "S's mask missing in dS": ("_bwd", 'if DROPOUT == "core":', "if False:", BLOCKS | ON_CORE),
-    "S's mask missing in down_bwd's dz": ("_bwd", DOWN_MIXES, DOWN_MIXES.replace("DROPOUT", '"none"'), ON_CORE),
+    "S's mask missing in down_bwd's dz": ("_bwd", DOWN_MIXES, DOWN_MIXES.replace("DROPOUT", '"none"'), HALF | ON_CORE),
     "strips overlap": ("_bwd", "(strip * tiles + tile) * BLOCK_M", "(strip + tile) * BLOCK_M", {"rows": 300}),
     "dA sums dB's parts": ("sum", "_add_parts(b_ptr, b_out_ptr,", "_add_parts(a_ptr, b_out_ptr,", {}),
     "dA sums its parts further on": ("sum", "block - end_a, count_b", "block, count_b", {}),

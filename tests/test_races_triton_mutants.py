@@ -38,7 +38,7 @@ def tiles(monkeypatch):
 
 GRID = lowrank(dtype=torch.float16, columns_in=40, columns_out=40, rank=5, core="diagonal", out_blocks=2, in_blocks=2)
 DENSE = lowrank("core", rows=40, dtype=torch.float16, columns_in=24, columns_out=24, core="flat dense")
-COLUMNS = lowrank("x down", rows=40, columns_in=72, columns_out=136, rank=20)
+COLUMNS = lowrank("x down", rows=40, columns_in=136, columns_out=136, rank=12, dtype=torch.float16)
 ONE_KERNEL = lowrank("x", design="fused", rows=70, columns_in=40, columns_out=72, rank=20)
 BATCH = batched("up", inputs=24, outputs=40, rank=5)
 ADDITIVE, GATED = gated("additive", "text beta"), gated("gated", "hidden text beta", batch=2)
