@@ -8,7 +8,7 @@
 #pragma once
 #include "lowrank_linear.h"  // DType
 
-constexpr int kSegmentRows = 64;  // neighbouring places of one adapter in a tile
+constexpr int kSegmentRows = PEFT_KERNELS_SEGMENT_ROWS;  // neighbouring places of one adapter in a tile
 
 // Row-major device memory, column stride 1; a stride is counted in elements, from row to row. What has no stride is
 // contiguous. M rows, L adapters, R rank. In the backward, a null pointer leaves out the stage that would write to it.

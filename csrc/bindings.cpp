@@ -48,30 +48,48 @@ py::dict build_info() {
 }
 
 using Stream = uintptr_t;
+using Address = uintptr_t;  // 0: there is no such tensor
 
 #define FIELD(name) bind_field(params, #name, &Params::name)
+#define SET(name) p.name = reinterpret_cast<decltype(p.name)>(name)
 
 void bind_lowrank_linear(py::module_& m) {
-    using Params = LowRankLinear;
-    py::class_<Params> params(m, "LowRankLinear", py::module_local());
+    using Params = LowRankKind;
+    py::class_<Params> params(m, "LowRankKind", py::module_local());
     params.def(py::init<>());
-    FIELD(rows), FIELD(in_features), FIELD(out_features), FIELD(rank), FIELD(in_blocks), FIELD(out_blocks);
-    FIELD(dtype), FIELD(down_float), FIELD(up_float), FIELD(core_float), FIELD(core_kind), FIELD(scale),
-        FIELD(scale_ptr);
-    FIELD(rng), FIELD(dropout_p), FIELD(drop_input), FIELD(drop_rank), FIELD(drop_core);
-    FIELD(x), FIELD(x_stride), FIELD(bias), FIELD(down), FIELD(up), FIELD(core), FIELD(z), FIELD(z_stride),
-        FIELD(mixed), FIELD(y);
-    FIELD(dy), FIELD(dy_stride), FIELD(dropped), FIELD(t_partial), FIELD(ds), FIELD(dz), FIELD(dz_stride), FIELD(dx);
-    FIELD(expand_strips), FIELD(up_strips), FIELD(down_strips), FIELD(core_strips);
-    FIELD(d_up_partial), FIELD(d_down_partial), FIELD(d_core_partial), FIELD(d_up), FIELD(d_down), FIELD(d_core);
-    m.attr("LOWRANK_LINEAR_ROWS") = kLowRankLinearRows;
-    m.attr("LOWRANK_LINEAR_COLUMNS") = kLowRankLinearColumns;
+    FIELD(in_features), FIELD(out_features), FIELD(rank), FIELD(in_blocks), FIELD(out_blocks);
+    FIELD(dtype), FIELD(down_float), FIELD(up_float), FIELD(core_float), FIELD(core_kind);
+    FIELD(dropout_p), FIELD(drop_input), FIELD(drop_rank), FIELD(drop_core);
+    FIELD(needs_x), FIELD(needs_down), FIELD(needs_up), FIELD(needs_core), FIELD(needs_z), FIELD(processors);
     m.attr("LOWRANK_LINEAR_MAX_RANK") = kLowRankLinearMaxRank;
     m.attr("LOWRANK_LINEAR_MAX_HIDDEN") = kLowRankLinearMaxHidden;
-    m.def("lowrank_linear_fwd",
-          [](const Params& p, Stream stream) { lowrank_linear_fwd(p, reinterpret_cast<void*>(stream)); });
-    m.def("lowrank_linear_bwd",
-          [](const Params& p, Stream stream) { lowrank_linear_bwd(p, reinterpret_cast<void*>(stream)); });
+    m.def("lowrank_linear_fwd", [](const Params& kind, Stream stream, int64_t rows, float scale, int64_t x_stride,
+                                   int64_t z_stride, Address x, Address bias, Address down, Address up, Address core,
+                                   Address z, Address mixed, Address y, Address rng, Address scale_ptr) {
+        LowRankLinear p{kind};
+        p.rows = rows, p.scale = scale, p.x_stride = x_stride, p.z_stride = z_stride;
+        SET(x), SET(bias), SET(down), SET(up), SET(core), SET(z), SET(mixed), SET(y), SET(rng), SET(scale_ptr);
+        lowrank_linear_fwd(p, reinterpret_cast<void*>(stream));
+    });
+    m.def("lowrank_linear_bwd_floats", lowrank_linear_bwd_floats);
+    m.def("lowrank_linear_bwd", [](const Params& kind, Stream stream, int64_t rows, float scale, int64_t dy_stride,
+                                   int64_t x_stride, int64_t z_stride, int64_t dz_stride, Address dy, Address x,
+                                   Address down, Address up, Address core, Address z, Address dx, Address d_down,
+                                   Address d_up, Address d_core, Address dz, Address rng, Address scale_ptr,
+                                   Address workspace) {
+        LowRankLinear p{kind};
+        p.rows = rows, p.scale = scale;
+        p.dy_stride = dy_stride, p.x_stride = x_stride, p.z_stride = z_stride, p.dz_stride = dz_stride;
+        SET(dy), SET(x), SET(down), SET(up), SET(core), SET(z), SET(rng), SET(scale_ptr);
+        SET(dx), SET(d_down), SET(d_up), SET(d_core), SET(dz);
+        lowrank_linear_bwd(p, reinterpret_cast<float*>(workspace), reinterpret_cast<void*>(stream));
+    });
+    m.def("row_strips", [](int dtype, int64_t rank, int64_t rows, int64_t block_columns, int64_t blocks,
+                           int64_t processors) {
+        return row_strips(static_cast<DType>(dtype), rank, rows, block_columns, blocks, processors);
+    });
+    m.def("lowrank_linear_resident",
+          [](int dtype, int64_t rank) { return lowrank_linear_resident(static_cast<DType>(dtype), rank); });
     m.def("lowrank_linear_shared_bytes", [](int dtype, int64_t rank) {
         const auto type = static_cast<DType>(dtype);
         return std::max(lowrank_linear_fwd_shared_bytes(type, rank), lowrank_linear_bwd_shared_bytes(type, rank));
@@ -171,6 +189,7 @@ void bind_gated_query(py::module_& m) {
           [](const Params& p, Stream stream) { gated_query_bwd(p, reinterpret_cast<void*>(stream)); });
 }
 
+#undef SET
 #undef FIELD
 
 }  // namespace

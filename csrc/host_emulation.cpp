@@ -74,7 +74,7 @@ struct Machine {
     Meetings* meetings;
     char begin, end;  // what ThreadSanitizer knows a block's and a launch's by
     Place reached[kMostPlaces];
-    unsigned reached_count = 0;
+    unsigned reached_count = 0, launched = 0;
     std::string skipped_file;
     int skipped_line = 0;
 };
@@ -251,6 +251,7 @@ void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, void (*kernel)(v
         machine.pool = map(nullptr, kPoolBytes + page);
         mprotect(machine.pool + kPoolBytes, page, PROT_NONE);
     }
+    ++machine.launched;
     machine.shared = machine.pool + kPoolBytes - (shared_bytes + 15) / 16 * 16;
     machine.kernel = kernel;
     machine.arguments = arguments;
@@ -271,6 +272,9 @@ void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, void (*kernel)(v
 // ---- what tests call, by ctypes -------------------------------------------------------------------------------------
 extern "C" {
 [[gnu::visibility("default")]] void emulation_seed(unsigned seed) { emulation::machine.random.seed(seed); }
+
+// Kernels launched since the last call.
+[[gnu::visibility("default")]] unsigned emulation_launched() { return std::exchange(emulation::machine.launched, 0u); }
 
 // Leaves out the barrier at this line of this file of csrc/; line 0: none.
 [[gnu::visibility("default")]] void emulation_skip(const char* file, int line) {

@@ -1,6 +1,6 @@
 // Backward of the low-rank linear. One kernel passes over a wide matrix (dY, x, or dS for the core's gradient), tile by
-// tile, each tile read once for both its products; hidden_bwd turns T into dz; reduce adds the partial sums of the
-// gradients. Nothing is added atomically, so results repeat bit for bit.
+// tile, each tile read once for both its products; hidden_bwd turns T into dz, unless the pass that needs dz makes it;
+// reduce adds the partial sums of the gradients. Nothing is added atomically, so results repeat bit for bit.
 #include "lowrank_linear.cuh"
 
 namespace peft {
@@ -11,7 +11,8 @@ namespace {
 //     partial[c][r] += sum_m wide[m][c] thin[m][r]                  its 8 warps own 16 columns each
 //     UP:    t[chunk][m][r] = sum_c wide[m][c] factor[c][r]         4 row tiles x 2 halves of the rank
 //     DOWN:  out[m][c] = mask o sum_r thin[m][r] factor[r][c]       4 row tiles x 2 halves of the columns
-enum class Pass { up, down };
+// DOWN_FROM_T, where there is no core, makes `thin` itself of the chunks that UP has left.
+enum class Pass { up, down, down_from_t };
 
 struct WidePass {
     Matrix wide, thin, factor;  // a null `wide` is not read, a null `factor` leaves out the second product
@@ -21,11 +22,43 @@ struct WidePass {
     int64_t partial_strip, partial_block, partial_z;  // strides
     int partial_c, partial_r;
     bool diagonal;  // keep only c == r
-    float* t;
+    float* t;       // written by UP, read by DOWN_FROM_T with all that follows
+    int t_chunks;
+    bool t_aligned;
+    float scale;
+    const float* scale_ptr;
+    Dropout thin_dropout;
     void* out;
     bool out_aligned;
     Dropout dropout;
 };
+
+// dz of the rows of a tile, where there is no core: s sum_chunks T through the mask of S or of z, one column block.
+template <typename T, int RANK>
+__device__ __forceinline__ void sum_chunks(Tile<T, kRows, RANK>& thin, const WidePass& p, int row0) {
+    const int col = thin.col(), rank = p.rank;
+    const float scale = p.scale_ptr ? *p.scale_ptr : p.scale;  // again for every tile: not held in a register
+#pragma unroll
+    for (int i = 0; i < thin.kOcts; ++i) {
+        const int row = row0 + thin.row_of(i), count = row < p.rows ? rank - col : 0;
+        const float* chunk = p.t + int64_t(row) * rank + col;
+        float sum[8] = {};
+#pragma unroll 4
+        for (int n = 0; n < p.t_chunks; ++n, chunk += int64_t(p.rows) * rank) {
+            const Oct<float> part = load_oct(chunk, count, p.t_aligned);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum[j] += part.v[j];
+        }
+        const bool drops = p.thin_dropout.rng;
+        const uint32_t keep = drops ? keep_oct(p.thin_dropout, row, col) : ~0u;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float v = scale * sum[j];
+            if (drops) v = keep >> j & 1 ? v * p.thin_dropout.inverse_keep : 0.f;
+            thin.octs[i].v[j] = from_float<T>(v);
+        }
+    }
+}
 
 template <typename T, int RANK, Pass PASS>
 using FactorTile = std::conditional_t<PASS == Pass::up, Tile<T, kCols, RANK>, Tile<T, RANK, kCols>>;
@@ -55,14 +88,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
         else Factor::template copy<true>(factor, p.factor, 0, p.rank, col0, cols);
     }
 
-    const bool drops = PASS == Pass::down && p.dropout.rng;
+    const bool drops = PASS != Pass::up && p.dropout.rng;
+    const bool has_thin = PASS == Pass::down_from_t || p.thin.data;
     const Strip strip(p.rows, blockIdx.y, gridDim.y);
     Wide w;
     Thin t;
     const auto load = [&](int row0) {
         if (row0 >= strip.last) return;
         if (p.wide.data) w.load(p.wide, row0, p.rows - row0, global0, cols);
-        if (p.thin.data) t.load(p.thin, row0, p.rows - row0, thin0, p.rank);
+        if (PASS != Pass::down_from_t && p.thin.data) t.load(p.thin, row0, p.rows - row0, thin0, p.rank);
     };
     float gram[RANK / 8][4] = {};
     load(strip.first);
@@ -70,12 +104,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
         const int rows = p.rows - row0;
         uint32_t keep = ~0u;
         if (drops) keep = Wide::draw(p.dropout, row0, global0);
+        if constexpr (PASS == Pass::down_from_t) sum_chunks<T, RANK>(t, p, row0);
         __syncthreads();
         if (p.wide.data) {
             if (drops) w.drop(keep, p.dropout.inverse_keep);
             w.store(wide);
         }
-        if (p.thin.data) t.store(thin);
+        if (has_thin) t.store(thin);
         __syncthreads();
         load(row0 + kRows);
         if (p.partial && warp * 16 < cols)
@@ -91,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
                     p.t[((int64_t(chunk) * p.rows + row0 + row_tile + row) * p.blocks + block) * p.rank + r] = v;
             });
         }
-        if (PASS == Pass::down && p.out) {
+        if (PASS != Pass::up && p.out) {
             float acc[kCols / 16][4] = {};
             multiply<false, true>(acc, thin + row_tile * Thin::kStride, Thin::kStride, factor + half * (kCols / 2),
                                   Factor::kStride, pieces * 8, kCols / 16);
@@ -114,6 +149,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
         const int c = col0 + warp * 16 + row;
         if (c < p.block_cols && r < p.rank && (!p.diagonal || c == r)) partial[c * p.partial_c + r * p.partial_r] = v;
     });
+}
+
+// Of dY's columns, in an output block: as many pieces of T.
+__host__ __device__ inline int column_chunks(const LowRankKind& p) {
+    return ceil_div(p.out_features / p.out_blocks, kCols);
 }
 
 template <Pass PASS>
@@ -141,12 +181,18 @@ template <typename T> void up_bwd(const LowRankLinear& p, void* stream) {
     wide_bwd<Pass::up>(p, args, p.up_strips, 1, stream);
 }
 
-// x -> dA per strip and input block; dz -> dx0
+// x -> dA per strip and input block; dz, or the chunks that it is the sum of -> dx0
 template <typename T> void down_bwd(const LowRankLinear& p, void* stream) {
     const int64_t cols = p.in_features / p.in_blocks, rank = p.rank, block_cols = p.in_blocks > 1 ? cols : 0;
     WidePass args{};
     if (p.d_down_partial) args.wide = activation<T>(p.x, p.x_stride, block_cols);
-    args.thin = activation<T>(p.dz, p.dz_stride, p.in_blocks > 1 ? rank : 0);
+    if (p.dz) {
+        args.thin = activation<T>(p.dz, p.dz_stride, p.in_blocks > 1 ? rank : 0);
+    } else {
+        args.t = p.t_partial, args.t_aligned = aligned16(p.t_partial, rank, 0, sizeof(float));
+        args.t_chunks = column_chunks(p), args.scale = p.scale, args.scale_ptr = p.scale_ptr;
+        args.thin_dropout = make_dropout(p.drop_input ? nullptr : p.rng, p.dropout_p);
+    }
     args.rows = p.rows, args.rank = rank, args.block_cols = cols, args.blocks = p.in_blocks, args.thin_block = rank;
     if (p.dx) args.factor = factor<T>(p.down, cols, p.down_float);
     args.out = p.dx, args.out_aligned = aligned16(p.dx, p.in_features, block_cols, sizeof(T));
@@ -154,7 +200,8 @@ template <typename T> void down_bwd(const LowRankLinear& p, void* stream) {
     args.partial_strip = p.in_blocks * cols * rank, args.partial_block = cols * rank;
     args.partial_c = 1, args.partial_r = cols;
     args.dropout = make_dropout(p.drop_input ? p.rng : nullptr, p.dropout_p);
-    wide_bwd<Pass::down>(p, args, p.down_strips, 1, stream);
+    if (p.dz) wide_bwd<Pass::down>(p, args, p.down_strips, 1, stream);
+    else wide_bwd<Pass::down_from_t>(p, args, p.down_strips, 1, stream);
 }
 
 // dS, z -> dcore per strip: dK[o,i] = dS_o^T z_i, of which a diagonal core needs the diagonal
@@ -178,7 +225,7 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
     SHARED_MEMORY(memory);
     float* const ds = reinterpret_cast<float*>(memory);  // (kMixRows, O R)
     const int rank = p.rank, in = p.in_blocks * rank, out = p.out_blocks * rank;
-    const int chunks = ceil_div(p.out_features / p.out_blocks, kCols);
+    const int chunks = column_chunks(p);
     const int64_t row0 = int64_t(blockIdx.x) * kMixRows;
     const float scale = p.scale_ptr ? *p.scale_ptr : p.scale;
     for (int e = threadIdx.x; e < kMixRows * out; e += kThreads) {
@@ -224,6 +271,52 @@ template <typename T> __global__ void __launch_bounds__(kReduceThreads) reduce_k
     else static_cast<T*>(sum.total)[e] = from_float<T>(v);
 }
 
+// ---- what a call consists of ----------------------------------------------------------------------------------------
+struct Stages {
+    bool mixed, dropped, up, t, hidden, core, down;
+    explicit Stages(const LowRankKind& p) {
+        down = p.needs_down || (p.needs_x && p.in_features > 0);
+        t = p.needs_core || (p.out_features > 0 && (down || p.needs_z));
+        up = t || p.needs_up;
+        core = p.needs_core;
+        mixed = p.needs_up && (p.core_kind != Core::none || p.drop_rank || p.drop_core);
+        dropped = p.needs_core && p.drop_rank;
+        const int64_t reads = column_chunks(p) * ceil_div(p.in_features / p.in_blocks, kCols);
+        const bool from_t = down && !p.needs_z && p.core_kind == Core::none && reads <= kMostChunkReads;
+        hidden = t && !from_t;
+    }
+};
+
+// Sets the strips of a call, and where in the workspace is what lives between its kernels. Returns the floats it takes.
+int64_t plan(LowRankLinear& p, float* workspace) {
+    const Stages stages(p);
+    const int64_t rows = p.rows, rank = p.rank, in = p.in_blocks * rank, out = p.out_blocks * rank;
+    const int64_t element = p.dtype == DType::float32 ? 4 : 2, pairs = p.out_blocks * p.in_blocks;
+    const auto strips = [&](int64_t cols, int64_t blocks) {
+        return row_strips(p.dtype, rank, rows, cols, blocks, p.processors);
+    };
+    int64_t used = 0;
+    const auto take = [&](auto*& pointer, int64_t count, int64_t bytes = 4) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(workspace + used);
+        used += ceil_div(count * bytes, 16) * 4;
+    };
+    if (stages.up) p.up_strips = strips(p.out_features / p.out_blocks, p.out_blocks);
+    if (stages.down) p.down_strips = strips(p.in_features / p.in_blocks, p.in_blocks);
+    if (stages.core) p.core_strips = strips(rank, pairs);
+    if (stages.mixed) take(p.mixed, rows * out, element);
+    if (stages.dropped) take(p.dropped, rows * in, element);
+    if (stages.t) take(p.t_partial, column_chunks(p) * rows * out);
+    if (stages.core) take(p.ds, rows * out, element);
+    if (stages.hidden && stages.down && !p.needs_z) {
+        take(p.dz, rows * in, element);
+        p.dz_stride = in;
+    }
+    if (p.needs_up) take(p.d_up_partial, p.up_strips * p.out_features * rank);
+    if (p.needs_down) take(p.d_down_partial, p.down_strips * p.in_features * rank);
+    if (stages.core) take(p.d_core_partial, p.core_strips * pairs * rank * (p.core_kind == Core::dense ? rank : 1));
+    return used;
+}
+
 void reduce_gradients(const LowRankLinear& p, void* stream) {
     const int64_t rank = p.rank, core = p.out_blocks * p.in_blocks * (p.core_kind == Core::dense ? rank * rank : rank);
     reduce({{p.d_up_partial, p.up_strips * p.out_blocks, p.out_features / p.out_blocks * rank, p.d_up, p.up_float},
@@ -250,18 +343,26 @@ void reduce(const Reduce& sums, DType dtype, void* stream) {
 
 using namespace peft;
 
-void lowrank_linear_bwd(const LowRankLinear& p, void* stream) {
+int64_t lowrank_linear_bwd_floats(const LowRankKind& kind, int64_t rows) {
+    LowRankLinear p{kind};
+    p.rows = rows;
+    return plan(p, nullptr);
+}
+
+void lowrank_linear_bwd(LowRankLinear p, float* workspace, void* stream) {
+    plan(p, workspace);
+    const Stages stages(p);
     with_dtype(p.dtype, [&](auto type) {
         using T = decltype(type);
-        if (p.mixed || p.dropped) mix(p, stream);
-        if (p.dy) up_bwd<T>(p, stream);
-        if (p.t_partial) {
+        if (stages.mixed || stages.dropped) mix(p, stream);
+        if (stages.up) up_bwd<T>(p, stream);
+        if (stages.hidden) {
             const size_t shared_bytes = kMixRows * p.out_blocks * p.rank * sizeof(float);
             LAUNCH(hidden_bwd_kernel<T>, dim3(ceil_div(p.rows, kMixRows)), kThreads, shared_bytes, stream, p,
                    make_dropout(p.rng, p.dropout_p));
         }
-        if (p.d_core_partial) core_bwd<T>(p, stream);
-        if (p.d_down_partial || p.dx) down_bwd<T>(p, stream);
+        if (stages.core) core_bwd<T>(p, stream);
+        if (stages.down) down_bwd<T>(p, stream);
         reduce_gradients(p, stream);
     });
 }

@@ -190,6 +190,7 @@ template <typename T, int RANK> void expand(const LowRankLinear& p, void* stream
     const int block_cols = p.out_features / p.out_blocks;
     const Matrix s = p.mixed ? activation<T>(p.mixed, p.out_blocks * p.rank, p.out_blocks > 1 ? p.rank : 0)
                              : activation<T>(p.z, p.z_stride, 0);
+    const int64_t strips = row_strips(p.dtype, p.rank, p.rows, block_cols, p.out_blocks, p.processors);
     const Expand args{s,
                       factor<T>(p.up, p.rank, p.up_float),
                       p.bias,
@@ -201,7 +202,7 @@ template <typename T, int RANK> void expand(const LowRankLinear& p, void* stream
                       int(p.out_blocks),
                       p.scale,
                       p.scale_ptr};
-    LAUNCH((expand_kernel<T, RANK>), dim3(p.out_blocks * ceil_div(block_cols, kCols), p.expand_strips), kThreads,
+    LAUNCH((expand_kernel<T, RANK>), dim3(p.out_blocks * ceil_div(block_cols, kCols), strips), kThreads,
            (expand_bytes<T, RANK>()), stream, args);
 }
 
@@ -221,10 +222,18 @@ using namespace peft;
 
 void lowrank_linear_fwd(const LowRankLinear& p, void* stream) {
     with_dtype_and_rank(p.dtype, p.rank, [&](auto type, auto rank) {
-        if (p.down) shrink<decltype(type), rank>(p, stream);
+        if (p.in_features) shrink<decltype(type), rank>(p, stream);
         if (p.mixed) mix(p, stream);
-        if (p.y) expand<decltype(type), rank>(p, stream);
+        if (p.out_features) expand<decltype(type), rank>(p, stream);
     });
+}
+
+int64_t lowrank_linear_resident(DType dtype, int64_t rank) { return dtype != DType::float32 && rank <= 64 ? 2 : 1; }
+
+int64_t row_strips(DType dtype, int64_t rank, int64_t rows, int64_t block_columns, int64_t blocks, int64_t processors) {
+    const int64_t together = processors * lowrank_linear_resident(dtype, rank);
+    return std::max<int64_t>(
+        1, std::min(ceil_div(rows, kRows), together / (ceil_div(block_columns, kCols) * blocks)));
 }
 
 int64_t lowrank_linear_fwd_shared_bytes(DType dtype, int64_t rank) {

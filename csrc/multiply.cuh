@@ -77,8 +77,8 @@ __device__ __forceinline__ void load_pair(float (&pair)[2], const float* matrix,
 }
 
 // Float32 products that are added one after another. Longer sums are sums of such chains: one chain of 4,096 terms errs
-// six times as much, and more than cuBLAS's sums of slices. The same number as LONGEST_CHAIN in Triton's config.py.
-constexpr int kLongestChain = 64;
+// six times as much, and more than cuBLAS's sums of slices. From Triton's config.py.
+constexpr int kLongestChain = PEFT_KERNELS_LONGEST_CHAIN;
 
 // C (16 x 8n) += A (16 x k) B (k x 8n) as below, in float32: a chain for each element.
 template <bool TRANSPOSE_A, bool TRANSPOSE_B, int N>

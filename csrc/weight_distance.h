@@ -1,5 +1,5 @@
 // The distance of W0 + F C from a target that follows live weights, and the products around it, for many matrices of
-// any shapes at once (peft_kernels/dispatch/weight_distance.py), all in float32:
+// any shapes at once (peft_kernels/records.py), all in float32:
 //
 //     distance   target = decay target + (1 - decay) live      error = sum_pairs left right + (base - target)
 //     finish     sums of squares, losses, factors; the same for biases

@@ -15,9 +15,13 @@ def constant_in_graphs(function: Callable) -> Callable:
 
 
 @constant_in_graphs
-@functools.lru_cache
 def architecture(index: int | None = None) -> int:
     """80 for sm_80, 90 for sm_90 and so on; 0 without a GPU."""
+    return _architecture(index)
+
+
+@functools.lru_cache  # apart from the decorator above, which Dynamo would look through
+def _architecture(index: int | None) -> int:
     if not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(index)

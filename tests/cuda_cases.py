@@ -9,6 +9,7 @@ import torch
 from peft_kernels.cuda_kernels import common, extension
 from peft_kernels.cuda_kernels import lowrank_linear as kernels
 from peft_kernels.ops.lowrank_linear import lowrank_linear_reference
+from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321, 0.3
@@ -147,19 +148,20 @@ def problem(case, device):
     return Problem(case, values, dy, scale, rng, mask)
 
 
+def dropout_of(p):
+    return KEEP_ALL if p.rng is None else Dropout(p.rng, P, p.case.drop)
+
+
 def through_kernels(p, needs=None):
     """-> {"y", "dx", "down", "up", "core", "hidden"}, None where not needed."""
-    t, place = p.tensors, p.case.drop if p.rng is not None else "input"
+    t, dropout = p.tensors, dropout_of(p)
     hidden = t["hidden"] is not None
-    y, z = kernels.lowrank_linear_fwd(
-        *(t[n] for n in ("x", "weight", "bias", "down", "up", "core")), p.scale, t["hidden"], p.rng, P, place
-    )
+    factors = Factors(None if hidden else t["down"], t["up"], t["core"], p.scale, t["hidden"])
+    y, z = kernels.lowrank_linear_fwd(t["x"], t["weight"], t["bias"], factors, dropout)
     assert (z is None) == hidden
-    needs = needs or (True, not hidden, True, t["core"] is not None, hidden)
-    grads = kernels.lowrank_linear_bwd(
-        *(p.dy, t["x"] if needs[1] else None, t["weight"], None if hidden else t["down"], t["up"], t["core"], p.scale),
-        *(t["hidden"] if hidden else z, p.rng, P, place, needs),
-    )
+    needs = Needs(*needs or (True, not hidden, True, t["core"] is not None, hidden))
+    factors = factors if hidden else factors._replace(z=z)
+    grads = kernels.lowrank_linear_bwd(p.dy, t["x"] if needs.down else None, t["weight"], factors, dropout, needs)
     assert [g is not None for g in grads] == list(needs)
     return dict(zip(("y", "dx", "down", "up", "core", "hidden"), (y, *grads)))
 

@@ -22,11 +22,14 @@ from pathlib import Path
 
 import torch
 
-from peft_kernels.cuda_kernels import support
+from peft_kernels.triton_kernels import config
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
-DEFINES = "PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'
+DEFINES = (
+    *("PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'),
+    *(f"PEFT_KERNELS_{name}={getattr(config, name)}" for name in ("LONGEST_CHAIN", "SEGMENT_ROWS")),
+)
 FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 
 # Kernels for float32, bfloat16 and one range of ranks: a third of the time to compile all of them.
@@ -150,25 +153,30 @@ def installed(module):
     """Inside, `peft_kernels._C` is this module."""
     before = sys.modules.get("peft_kernels._C")
     sys.modules["peft_kernels._C"] = module
-    _ask_anew()
+    forget()
     try:
         yield module
     finally:
-        _ask_anew()
+        forget()
         if before is None:
             del sys.modules["peft_kernels._C"]
         else:
             sys.modules["peft_kernels._C"] = before
 
 
-def _ask_anew():
-    """What another module could not run is forgotten."""
-    for answer in (support._missing, support._limits, support._too_much_shared_memory):
-        answer.cache_clear()
+def forget():
+    """What launchers and operations keep for a kind of call is of the module that was there when they first saw one."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("peft_kernels.cuda_kernels", "peft_kernels.ops")):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+            getattr(module, "_plans", {}).clear()
 
 
 def controls(path):
-    """The emulation's own functions in that module: emulation_seed, emulation_skip and emulation_reached."""
+    """The emulation's own functions in that module: emulation_seed, emulation_skip, emulation_reached and
+    emulation_launched."""
     library = ctypes.CDLL(path)
     library.emulation_reached.restype = ctypes.c_char_p
     return library

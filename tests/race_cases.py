@@ -56,14 +56,8 @@ def small_tiles(patch: pytest.MonkeyPatch) -> None:
     one = Tile(8, 64, stages=1)
     gated = GatedQueryConfig(one, one, one, replace(one, rows=2))
     patch.setattr(gated_query, "gated_query_config", lambda columns: gated)
-    distances = WeightDistanceConfig(Tile(32, 32, depth=16), Tile(32, 16), Tile(32, 32, depth=16))
-    for module in (weight_distance_product, weight_distance_records):
-        patch.setattr(module, "weight_distance_config", lambda *sizes: distances)
-    patch.setattr(weight_distance, "launch", _launch_with_short_sums)
-
-
-def _launch_with_short_sums(kernel, grid, args, constants, tile) -> None:
-    common.launch(kernel, grid, args, {name: 2 if name == "BLOCK" else constants[name] for name in constants}, tile)
+    distances = WeightDistanceConfig(Tile(32, 32, depth=16), Tile(32, 16, depth=2), Tile(32, 32, depth=16))
+    patch.setattr(weight_distance, "weight_distance_config", lambda *sizes: distances)
 
 
 def lowrank(needs: str = "x weight bias down up core", design: str | None = None, **sizes) -> Run:

@@ -235,11 +235,13 @@ def test_editable_install(checkout, tmp_path, empty):
 
 
 def test_import_adds_little_to_torch(empty):
-    """No backend, no integration and no other package: torch's own import takes ten times as long as what is left."""
+    """No kernels, no integration and no other package: torch's own import takes ten times as long as what is left."""
     code = "import sys, torch; before = set(sys.modules); import peft_kernels; print(*(set(sys.modules) - before))"
     status, output = run(sys.executable, "-c", code, cwd=empty)
     assert status == 0, output[-2000:]
     added = {name.split(".")[0] for name in output.split()} - set(sys.stdlib_module_names)
     assert added - {"safetensors"} == {"peft_kernels"}
-    unwanted = {f"peft_kernels.{name}" for name in ("triton_kernels", "cuda_kernels", "_C", "integrations")}
-    assert not unwanted & set(output.split())
+    asked = {"triton_kernels.support", "triton_kernels.config", "cuda_kernels.support"}  # what a backend cannot run
+    names = [name.partition(".")[2] for name in output.split()]
+    unwanted = ("triton_kernels.", "cuda_kernels.", "_C", "integrations")
+    assert {name for name in names if name.startswith(unwanted)} <= asked

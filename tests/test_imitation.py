@@ -230,7 +230,7 @@ def test_tied_adapters(backend, device):
     groups[0].down = [groups[0].down[0]] * 3
     groups[1].transform = groups[0].transform
     check(groups, backend)
-    for plan in groups[0].plan[1]:
+    for plan in groups[0].plan.plans:
         for stage in plan.after:
             assert len({product.result.data_ptr() for product in stage}) == len(stage)
 

@@ -28,6 +28,7 @@ ORDER = (
     ("autocast", "backend"),
     ("fastest", "kinds"),
     BACKENDS,
+    ("tables",),
     ("records", "devices"),
     ("_C",),
 )
@@ -152,7 +153,7 @@ def foreign_import_problems(root):
     for module, name, relative in every_import(root):
         part, top = part_of(module), name.split(".")[0]
         if part == "triton_kernels":
-            below = ("peft_kernels.triton_kernels", "peft_kernels.records", "peft_kernels.devices")
+            below = tuple(f"peft_kernels.{name}" for name in ("triton_kernels", "records", "tables", "devices"))
             inside = relative and name.startswith(below)
             if not inside and top not in {"torch", "triton", *sys.stdlib_module_names}:
                 yield f"{module} imports {name}: torch, triton and relative imports of itself and records only"

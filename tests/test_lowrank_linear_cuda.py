@@ -1,17 +1,40 @@
 """The CUDA kernels of the low-rank linear against the float64 definition: compiled for the CPU on csrc/host_emulation.h
 everywhere, and as built for the GPU where there is one."""
 
+import contextlib
 import itertools
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cuda_emulation
 import pytest
 import torch
-from cuda_cases import BF16, CASES, FLOAT, HALF, OFFSET, SEED, Case, P, keep_mask, problem, rms, through_kernels, verify
+from cuda_cases import (
+    BF16,
+    CASES,
+    FLOAT,
+    HALF,
+    OFFSET,
+    SEED,
+    Case,
+    P,
+    dropout_of,
+    keep_mask,
+    problem,
+    rms,
+    through_kernels,
+    verify,
+)
 from cuda_emulation import fenced
 
+from peft_kernels import records
 from peft_kernels.cuda_kernels import common, extension
 from peft_kernels.cuda_kernels import lowrank_linear as kernels
+from peft_kernels.cuda_kernels.support import unsupported
+from peft_kernels.layers.lowrank_linear import LowRankLinear
+from peft_kernels.ops.lowrank_linear import lowrank_linear
+from peft_kernels.records import KEEP_ALL, Factors, Needs
 
 # ---- fixtures --------------------------------------------------------------------------------------------------------
 
@@ -76,19 +99,128 @@ def test_only_what_is_needed(case, device):
 
 def test_what_is_not_needed_is_not_read(device):
     p = problem(Case(), device)
-    t = p.tensors
-    args = {"down": t["down"], "up": t["up"], "core": None, "scale": 1.0}
-    args |= {"rng": None, "dropout_p": 0.0, "dropout_on": "input"}
-    full = kernels.lowrank_linear_bwd(
-        p.dy, t["x"], t["weight"], z=t["x"][:, :16].contiguous(), needs=(True,) * 3 + (False,) * 2, **args
-    )
-    dx, *_ = kernels.lowrank_linear_bwd(p.dy, None, t["weight"], z=None, needs=(True, *[False] * 4), **args)
-    assert dx.equal(full[0])
-    _, d_down, *_ = kernels.lowrank_linear_bwd(p.dy, t["x"], None, z=None, needs=(False, True, *[False] * 3), **args)
-    assert d_down.equal(full[1])
-    args["down"] = None  # z came from outside and needs no gradient: dx has no part through it
-    dx, *_ = kernels.lowrank_linear_bwd(p.dy, None, t["weight"], z=None, needs=(True, *[False] * 4), **args)
-    assert dx.equal(p.dy @ t["weight"])
+    x, weight, down, up = (p.tensors[name] for name in ("x", "weight", "down", "up"))
+
+    def backward(x, weight, factors, /, **needs):
+        return kernels.lowrank_linear_bwd(p.dy, x, weight, factors, KEEP_ALL, Needs(**needs))
+
+    factors = Factors(down, up)
+    full = backward(x, weight, factors._replace(z=x[:, :16].contiguous()), x=True, down=True, up=True)
+    assert backward(None, weight, factors, x=True)[0].equal(full[0])
+    assert backward(x, None, factors, down=True)[1].equal(full[1])
+    # z came from outside and needs no gradient: dx has no part through it
+    assert backward(None, weight, Factors(None, up), x=True)[0].equal(p.dy @ weight)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("drop", ["no", "input", "rank", "core"])
+@pytest.mark.parametrize("rank", [16, 33])
+def test_who_makes_dz_changes_no_bit(rank, drop, dtype, device):
+    """The pass that reads x, or hidden_bwd where dz is asked for; over three chunks of columns and two of rows."""
+    p = problem(Case(rows=130, out_cols=264, rank=rank, drop=drop, dtype=dtype, tensor_scale=drop == "rank"), device)
+    x, weight, down, up = (p.tensors[name] for name in ("x", "weight", "down", "up"))
+    for needs in ((True, True), (True, False), (False, True)):
+        made, separate = (
+            kernels.lowrank_linear_bwd(
+                p.dy, x, weight, Factors(down, up, scale=p.scale), dropout_of(p), Needs(*needs, z=asks)
+            )
+            for asks in (False, True)
+        )
+        assert made[4] is None and separate[4].isfinite().all()
+        assert [grad is not None for grad in made[:2]] == list(needs)
+        assert all(grad is None or grad.equal(other) for grad, other in zip(made[:2], separate))
+
+
+# ---- how much is launched and called ---------------------------------------------------------------------------------
+
+
+def launched(case, needs=None):
+    """By a forward and a backward of the emulation."""
+    with cuda_emulation.kernels_on("cpu"):
+        emulation = cuda_emulation.controls(cuda_emulation.emulated_module().__file__)
+        p = problem(case, "cpu")
+        emulation.emulation_launched()
+        through_kernels(p, needs)
+        return emulation.emulation_launched()
+
+
+@pytest.mark.kernels(run=False)
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        (Case(), 5),  # shrink, expand; up_bwd, down_bwd, reduce
+        (Case(drop="input"), 5),
+        (Case(drop="rank"), 7),  # and mix, before expand and before up_bwd
+        (Case(hidden=True), 4),  # expand; up_bwd, hidden_bwd, reduce
+        (Case(core="diag"), 9),  # mix, mix, hidden_bwd, core_bwd
+        (Case(rows=1, out_cols=1024, in_cols=1024), 5),  # each row of T is read 64 times
+        (Case(rows=1, out_cols=1024, in_cols=1025), 6),
+    ],
+    ids=str,
+)
+def test_launches_are_few(case, count):
+    assert launched(case) == count
+
+
+@pytest.mark.kernels(run=False)
+def test_a_warm_call_is_one_call_of_the_module():
+    """Beside what makes tensors, and torch's own product. On a GPU two more ask for its number and its stream."""
+    layer, x = LowRankLinear(torch.nn.Linear(64, 96), 8, backend="cuda"), torch.zeros(4, 64)
+    calls = []
+
+    def note(frame, event, function):
+        inside = [each.f_code.co_name for each in _frames(frame)]
+        if event == "call" and "lowrank_linear_fwd" in inside:
+            calls.append(frame.f_code.co_name)
+        if event == "c_call" and "lowrank_linear_fwd" in inside:
+            calls.append(function.__name__)
+
+    with cuda_emulation.kernels_on("cpu"):
+        for profile in (None, None, note):
+            sys.setprofile(profile)
+            try:
+                layer(x)
+            finally:
+                sys.setprofile(None)
+    assert calls.count("lowrank_linear_fwd") == 2  # ours, and the module's
+    assert len(calls) <= 9, calls
+
+
+@pytest.mark.kernels(run=False)
+@pytest.mark.parametrize("current", [0, 1])
+def test_launches_go_to_the_tensors_device_and_its_stream(current, monkeypatch):
+    """Which becomes the current device only where another one is."""
+    entered, launched = [], []
+    monkeypatch.setattr(common, "_current_device", lambda: current)
+    monkeypatch.setattr(common, "_raw_stream", lambda index: 100 + index)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device.index)))
+    like = SimpleNamespace(device=torch.device("cuda", 1))
+    common.launch(lambda *arguments: launched.append(arguments), "params", like, 2, 3)
+    assert launched == [("params", 101, 2, 3)] and entered == [1] * (current != 1)
+
+
+def _frames(frame):
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+# ---- bits, masks, limits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected")
+def test_in_a_graph_bits_are_the_same(device):
+    """And what the kernels cannot run is asked there, too."""
+    layer = LowRankLinear(torch.nn.Linear(64, 96, device=device), 8, core="dense", out_blocks=3, backend="cuda")
+    torch.nn.init.normal_(layer.up)
+    x = torch.randn(5, 64, device=device, requires_grad=True)
+    leaves = [x, layer.down, layer.up, layer.core]
+    torch._dynamo.reset()
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        y = call(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
@@ -100,14 +232,13 @@ def test_bits_repeat(dtype, device):
 
 @pytest.mark.kernels(run=False)
 def test_no_rows(device):
-    p = problem(Case(rows=0, core="dense", blocks=(2, 2), drop="rank"), device)
-    results = through_kernels(p)
-    assert results["y"].shape == (0, 192) and results["dx"].shape == (0, 126)
-    assert all(results[n].shape == p.tensors[n].shape and not results[n].any() for n in ("down", "up", "core"))
-    z = kernels.lowrank_hidden_fwd(p.tensors["x"], p.tensors["down"], 2)
-    assert z.shape == (0, 32)
-    dx, d_down = kernels.lowrank_hidden_bwd(z, p.tensors["x"], p.tensors["down"], (True, True))
-    assert dx.shape == (0, 126) and not d_down.any()
+    """Launchers get at least one row: the operation goes elsewhere."""
+    p = problem(Case(rows=0, core="dense", blocks=(2, 2)), device)
+    t = {name: None if tensor is None else tensor.requires_grad_() for name, tensor in p.tensors.items()}
+    y = lowrank_linear(**t, backend="cuda", dropout_p=P, dropout_on="rank")
+    y.sum().backward()
+    assert y.shape == (0, 192) and t["x"].grad.shape == (0, 126)
+    assert not any(t[name].grad.any() for name in ("down", "up", "core"))
 
 
 def philox(row, group, seed, offset):
@@ -135,13 +266,19 @@ def test_mask(device):
 
 @pytest.mark.kernels(run=False)
 def test_limits(device):
-    x = torch.zeros(2, 8, device=device)
-    assert kernels.unsupported(x, 128) is None
-    assert "128" in kernels.unsupported(x, 129)
-    assert "1024" in kernels.unsupported(x, 128, 9)
-    assert "float64" in kernels.unsupported(x.double(), 4)
-    assert "tail" in kernels.unsupported(x, 4, design="tail")
-    assert "device" in kernels.unsupported(x.to("meta"), 4)
+    case = records.Case("lowrank_linear", torch.device(device), FLOAT, rank=128, shape=(2, 8))
+    assert unsupported(case) is None
+    assert "128" in unsupported(case._replace(rank=129))
+    assert "1024" in unsupported(case._replace(blocks=(1, 9))) and "1024" in unsupported(case._replace(blocks=(9, 1)))
+    assert unsupported(case._replace(blocks=(8, 8))) is None
+    assert "rows" in unsupported(case._replace(shape=(2**31, 8)))
+    assert "float64" in unsupported(case._replace(dtype=torch.float64))
+    assert "meta" in unsupported(case._replace(device=torch.device("meta")))
+    with pytest.raises(ValueError, match="fused"):
+        lowrank_linear(
+            *(torch.zeros(*shape, device=device) for shape in ((2, 8), (6, 8))), None,
+            *(torch.zeros(*shape, device=device) for shape in ((4, 8), (6, 4))), backend="cuda", design="fused",
+        )  # fmt: skip
 
 
 def test_launch_on_the_wrong_device():
@@ -149,7 +286,7 @@ def test_launch_on_the_wrong_device():
     with cuda_emulation.installed(None):  # None in sys.modules: the import fails
         with pytest.raises(ImportError, match="nvcc"):
             extension()
-        assert "nvcc" in kernels.unsupported(torch.zeros(1, 1), 1)
+        assert "nvcc" in unsupported(records.Case("lowrank_linear", torch.device("cpu"), FLOAT))
 
 
 # ---- the tests' own teeth --------------------------------------------------------------------------------------------
@@ -165,6 +302,10 @@ MUTANTS = {
         "Wide::draw(p.dropout, row0, global0)",
         "Wide::draw(p.dropout, row0 + 1, global0)",
     ),
+    "one chunk of T for all": (BWD, "chunk += int64_t(p.rows) * rank)", "chunk += 0)"),
+    "scale missing where the pass makes dz": (BWD, "float v = scale * sum[j];", "float v = sum[j];"),
+    "mask missing where the pass makes dz": (BWD, "if (drops) v = keep", "if (false) v = keep"),
+    "dz of the tile before": (BWD, "(t, p, row0);", "(t, p, row0 > 0 ? row0 - kRows : row0);"),
     "plain x in dA": (BWD, "            if (drops) w.drop(keep, p.dropout.inverse_keep);\n", ""),
     "dx unmasked": (BWD, "            if (drops) out.drop(keep, p.dropout.inverse_keep);\n", ""),
     "fragments swapped": ("multiply.cuh", "fragment_b[0], fragment_b[1]);", "fragment_b[1], fragment_b[0]);"),
@@ -172,6 +313,7 @@ MUTANTS = {
 SENSITIVE = [
     Case(rows=70, drop="input", dtype=BF16, core="diag", blocks=(2, 2), in_cols=21),
     Case(rows=70, core="dense", blocks=(3, 1), dtype=FLOAT),
+    Case(rows=70, drop="rank", dtype=BF16, out_cols=264, strips=False),
 ]
 
 

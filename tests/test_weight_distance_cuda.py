@@ -22,18 +22,19 @@ from weight_distance_cuda_cases import (
     verify_products,
 )
 
-from peft_kernels import backend
-from peft_kernels.cuda_kernels import common
+from peft_kernels.backend import BackendUnavailableError
+from peft_kernels.cuda_kernels import common, support
 from peft_kernels.cuda_kernels import weight_distance as kernels
-from peft_kernels.dispatch.weight_distance import Distance, Product
+from peft_kernels.records import Case as Asked
+from peft_kernels.records import Distance
 
 
 @pytest.fixture(params=cuda_emulation.DEVICES)
 def device(request):
-    backend._find_missing.cache_clear()
+    support._missing.cache_clear()
     with cuda_emulation.kernels_on(request.param):
         yield request.param
-    backend._find_missing.cache_clear()
+    support._missing.cache_clear()
 
 
 # ---- by records ------------------------------------------------------------------------------------------------------
@@ -56,13 +57,13 @@ def test_tables_run_again(device):
     place = Placer("dense", device)
     records = distances(Case(bias="shift"), place)
     results = new_results(len(records), device)
-    tables = kernels.weight_distance_tables(records, results)
+    tables = kernels.weight_distance_tables(records).at(results).distance
     kernels.weight_distance_fwd(tables, 0.5, "sum", torch.tensor(3.0, device=device))
     kernels.weight_distance_fwd(tables, None, "mean", 1.0)
     alone = [Distance(*d)._replace(error=torch.empty_like(d.error)) for d in records]
     for index, d in enumerate(alone):
         own = new_results(1, device)
-        kernels.weight_distance_fwd(kernels.weight_distance_tables([d], own), None, "mean", 1.0)
+        kernels.weight_distance_fwd(kernels.weight_distance_tables([d]).at(own).distance, None, "mean", 1.0)
         assert torch.equal(d.error, records[index].error)
         assert all(torch.equal(a[0], b[index]) for a, b in zip(own, results))
 
@@ -88,7 +89,7 @@ def test_product_bits_repeat(device):
     for _ in range(2):
         place = Placer("dense", device)
         records = products(place, random.Random(2).choice, 6)
-        kernels.product_fwd(kernels.product_tables(records))
+        kernels.product_fwd(kernels.weight_distance_tables([], [records]).at(None).stages[0])
         results.append([p.result for p in records])
     assert all(map(torch.equal, *results))
 
@@ -135,14 +136,27 @@ def test_what_users_lean_on(device):
 
 @pytest.mark.kernels(run=False)
 def test_limits(device):
-    small = torch.zeros(4, 8, device=device)
-    assert kernels.unsupported(small, None) is None and kernels.unsupported(small, small.half()) is None
-    assert "float64" in kernels.unsupported(small, small.double())
-    assert "in float32" in kernels.unsupported(small.half())
-    assert "rows and columns" in kernels.unsupported(small[:1].expand(2**31, 8))
-    assert "device" in kernels.unsupported(small.to("meta"))
-    with pytest.raises(ValueError, match=r"'cuda' cannot run this call: .* not torch.float64"):
-        kernels.product_tables([Product("nn", small.double(), ())])
+    for op in ("weight_distance", "momentum_weight_distance", "imitation_step"):
+        small = Asked(op, torch.device(device), FLOAT, shape=(4, 8))
+        assert support.unsupported(small) is None and support.unsupported(small._replace(live=HALF)) is None
+        assert "float64" in support.unsupported(small._replace(live=torch.float64))
+        assert "in float32" in support.unsupported(small._replace(dtype=HALF))
+        assert "rows and columns" in support.unsupported(small._replace(shape=(2**31, 8)))
+        assert "device" in support.unsupported(small._replace(device=torch.device("meta"))).lower()
+
+
+@pytest.mark.kernels(run=False)
+def test_what_cannot_run_is_refused_by_name(device):
+    """Before anything runs: a live weight, or a bias alone, of a dtype that these kernels do not read."""
+    ones = torch.ones(8, 8, device=device)
+    wide = {"teacher": ones.clone(), "base": ones, "left": ones, "right": ones, "decay": 0.9, "backend": "cuda"}
+    with pytest.raises(BackendUnavailableError, match=r"^momentum_weight_distance: .*'cuda'.* not torch.float64"):
+        public.momentum_weight_distance([ones.double()], **wide | {"teacher": [wide["teacher"]]})
+    group = imitation.LAYERS["hybrid"].group(device)
+    group.live_bias[1] = group.live_bias[1].double()
+    with pytest.raises(BackendUnavailableError, match=r"^imitation_step: .*'cuda'.* not torch.float64"):
+        imitation.imitation_step([group], decay=0.9, backend="cuda")
+    assert torch.equal(wide["teacher"], ones)
 
 
 def test_launches(device, monkeypatch):
@@ -185,6 +199,6 @@ def test_accesses_stay_in_bounds():
             run(case, Placer(case.layout, "cpu", fence))
         for seed, layout in enumerate(EXTRA):
             records = products(Placer(layout, "cpu", fence), random.Random(seed).choice, 6)
-            kernels.product_fwd(kernels.product_tables(records))
+            kernels.product_fwd(kernels.weight_distance_tables([], [records]).at(None).stages[0])
 
     cuda_emulation.assert_inside_bounds(check)

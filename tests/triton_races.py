@@ -8,7 +8,8 @@ may read what it wrote only after a barrier. Inside `checked_launches` a `Fault`
     a pointer that leaves its tensor, is read as another type, or comes from nowhere; an atomic
 
 A pointer carries the number of its tensor in its upper 16 bits, which a machine's addresses leave free. Pointers that
-kernels find in tables lead to the tensors whose `data_ptr()` was asked for when the tables were made: inside the block.
+kernels find in tables lead to, or into, the tensors whose `data_ptr()` was asked for when the tables were made: inside
+the block.
 """
 
 from collections.abc import Callable, Iterator
@@ -166,11 +167,18 @@ class Checker:
     def create_int_to_ptr(self, original: Callable, builder: InterpreterBuilder, source: TensorHandle, *rest: Any):
         pointer = original(source, *rest)
         for address in set(pointer.data.flat) - self.pointed.keys():
-            known = self.known.get(int(address))
+            known = self._found(int(address))
             self.pointed[address] = 0 if known is None else self._number("a matrix of a table", known)
         numbers = np.array([self.pointed[address] for address in pointer.data.flat], np.uint64)
         data = pointer.data + (numbers << np.uint64(_NUMBER)).reshape(pointer.data.shape)
         return TensorHandle(data, pointer.dtype)
+
+    def _found(self, address: int) -> Tensor | None:
+        """The tensor that begins there, or else the smallest with an element there: a table points to columns, too."""
+        if address in self.known:
+            return self.known[address]
+        around = [t for first, t in self.known.items() if first < address < first + span(t)]
+        return min(around, key=span, default=None)
 
     def create_masked_load(
         self, original: Callable, builder: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any

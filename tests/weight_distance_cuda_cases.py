@@ -8,7 +8,7 @@ from cuda_cases import BF16, FLOAT, HALF
 from cuda_emulation import guarded
 
 from peft_kernels.cuda_kernels import weight_distance as kernels
-from peft_kernels.dispatch.weight_distance import Distance, Product, Results, Term
+from peft_kernels.records import Distance, Product, Results, Term
 
 EPS = torch.finfo(FLOAT).eps
 EXTRA = {"dense": (0, 0), "strided": (24, 16), "unaligned": (5, 3)}  # elements between rows, and before the first
@@ -136,8 +136,8 @@ def run(case, place):
               for d in records]  # fmt: skip
     results = new_results(len(records), place.device)
     scale = torch.tensor(64.5, device=place.device) if case.tensor_scale else 64.5
-    tables = kernels.weight_distance_tables(records, results)
-    kernels.weight_distance_fwd(tables, case.decay, case.reduction, scale)
+    tables = kernels.weight_distance_tables(records).at(results)
+    kernels.weight_distance_fwd(tables.distance, case.decay, case.reduction, scale)
     return records, before, results, float(scale)
 
 
@@ -246,7 +246,7 @@ def verify_products(seed, layout, device):
     place.generator.manual_seed(seed)
     records = products(place, random.Random(seed).choice, 6)
     exact, absolute = ([defined(p, change) for p in records] for change in (lambda t: t, torch.abs))
-    kernels.product_fwd(kernels.product_tables(records))
+    kernels.product_fwd(kernels.weight_distance_tables([], [records]).at(None).stages[0])
     place.assert_gaps_untouched()
     for product, value, bound in zip(records, exact, absolute):
         last = [] if product.result_last is None else [product.result_last[:, None]]

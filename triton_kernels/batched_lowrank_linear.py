@@ -23,6 +23,7 @@ from ..records import AdapterSegments, Factors, Scale
 from .common import add_dot, architecture, dot_constants, launch, scale_arguments, sum_partials
 from .config import SEGMENT_ROWS, BatchedConfig, Tile, adapter_strips, batched_config
 from .lowrank_linear_fwd import load_up
+from .replay import again
 
 
 @triton.jit
@@ -151,6 +152,7 @@ def _gram_kernel(
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_w[:, None] & (offs_r < R)[None, :])
 
 
+@again
 def _shrink(wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> thin (M, R)"""
     rank, config = factor.shape[2 if up else 1], _config(factor, up, wide)
@@ -168,6 +170,7 @@ def _shrink(wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: Adap
     return thin
 
 
+@again
 def _expand(
     thin: Tensor, factor: Tensor, up: bool, bias: Tensor | None, scale: Scale, segments: AdapterSegments
 ) -> Tensor:
@@ -187,6 +190,7 @@ def _expand(
     return wide
 
 
+@again
 def _gram(thin: Tensor, wide: Tensor, factor: Tensor, up: bool, scale: Scale, segments: AdapterSegments) -> Tensor:
     """-> the gradient of `factor`"""
     config, adapters, (rows, columns) = _config(factor, up, wide), factor.shape[0], wide.shape

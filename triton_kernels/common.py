@@ -244,26 +244,6 @@ def sum_partials(sums: Sequence[tuple[Tensor | None, Tensor | None]]) -> list[Te
 # ---- tables in device memory: kernels that work on many tensors of different shapes find them there -----------------
 
 
-def place(tensor: Tensor | None) -> tuple[int, int]:
-    """(address, stride of the first dimension) as a table holds them; (0, 0) for what is not there."""
-    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
-
-
-def is_aligned(matrix: Tensor) -> bool:
-    """Every row begins at a multiple of 16 bytes."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-
-
-def device_tables(device: torch.device, *tables: Tensor) -> tuple[Tensor, ...]:
-    """Tables of int64 in one copy that the host does not wait for; each begins at a multiple of 16 bytes."""
-    sizes = [-(-table.numel() // 2) * 2 for table in tables]
-    host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-    for part, table in zip(host.split(sizes), tables):
-        part[: table.numel()] = table.reshape(-1)
-    copy = host.to(device, non_blocking=True)
-    return tuple(part[: table.numel()].view(table.shape) for part, table in zip(copy.split(sizes), tables))
-
-
 @triton.jit
 def load_pointer(place_ptr, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
     """The pointer that a table holds; ALIGNED promises 16 bytes."""

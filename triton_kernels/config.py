@@ -7,10 +7,10 @@ import torch
 MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
-LONGEST_CHAIN = 64  # float32 products that are added one after another; the same number as kLongestChain in csrc
+LONGEST_CHAIN = 64  # float32 products that are added one after another; csrc is compiled with it
 MOST_CHUNK_READS = 64  # of each row of up_bwd's chunks, by all column tiles of down_bwd; above, hidden_bwd costs less
 LONGEST_RUN = 128  # tiles that one program adds up: 512 of 16 rows err more than torch, whose sums are sliced
-SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; the same number as kSegmentRows in csrc
+SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; csrc is compiled with it
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _nearest(arch: int, table: dict[int, int]) -> int:
 
 @dataclass(frozen=True)
 class WeightDistanceConfig:
-    """One tile per kernel of `weight_distance`; `depth` of a rank, or of a product's inner dimension, at a time."""
+    """One tile per kernel of `weight_distance`; `depth` of a rank, or of what is added up, at a time."""
 
     distance: Tile
     finish: Tile
@@ -253,12 +253,12 @@ def weight_distance_config(arch: int) -> WeightDistanceConfig:
     another multiplies. Steps of 32 terms were 4 % faster on an H200, but their sums err more. Tiles have the 64 rows
     that Hopper's tensor cores want, and 32 columns, which divide the common ranks.
     distance: the tile decides the order of sums, so it is the same where rows are not aligned.
-    finish: one program for each matrix, with as many rows as threads.
+    finish: one program for each matrix, with as many rows as threads; `depth` partial sums at a time.
     """
     long, short = Tile(64, 32, warps=4, depth=32), Tile(64, 32, warps=4, depth=16)
     return WeightDistanceConfig(
         distance=long if arch >= 90 else replace(short, stages=2),
-        finish=Tile(256, 32, stages=1),
+        finish=Tile(256, 32, stages=1, depth=512),
         product=replace(short, stages=4),
     )
 

@@ -21,8 +21,10 @@ from .gated_query_kernels import (
     gated_bwd_kernel,
     gated_fwd_kernel,
 )
+from .replay import again
 
 
+@again
 def additive_query_fwd(hidden: Tensor, text: Modulated, cross: Modulated, scale: Scale) -> Tensor:
     """-> out (M, d)"""
     rows, columns = hidden.shape
@@ -40,6 +42,7 @@ def additive_query_fwd(hidden: Tensor, text: Modulated, cross: Modulated, scale:
     return out
 
 
+@again
 def additive_query_bwd(
     dy: Tensor, text: Modulated, cross: Modulated, scale: Scale, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
@@ -72,6 +75,7 @@ def additive_query_bwd(
     return d_text, d_gamma, d_beta, d_cross, *others
 
 
+@again
 def gated_query_fwd(
     hidden: Tensor, text: Modulated, padding_mask: Tensor | None, positions: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,6 +89,7 @@ def gated_query_fwd(
     return out, gate, total
 
 
+@again
 def gated_query_bwd(
     dy: Tensor, hidden: Tensor, text: Modulated, padding_mask: Tensor | None, gate: Gate, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:

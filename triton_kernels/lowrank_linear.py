@@ -22,7 +22,7 @@ from .common import allows_tf32, architecture, sum_partials
 from .config import LowRankLinearConfig, LowRankShape, down_bwd_makes_dz, lowrank_linear_config
 from .lowrank_linear_bwd import core_bwd, down_bwd, hidden_bwd, up_bwd
 from .lowrank_linear_fwd import drop_of, expand, fused, mix, shrink
-from .replay import Memo, replayed
+from .replay import Memo, again, replayed
 
 
 def lowrank_linear_fwd(
@@ -31,23 +31,26 @@ def lowrank_linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """-> y (M, N), z (M, I·R); z is None when factors.z was given."""
     one_kernel = design == "fused" and factors.z is None
-    key = "fwd", *_key(x, factors)
-    tensors = x, weight if one_kernel else None, bias, dropout.rng, *factors
-    y, z = replayed(memo, key, _forward, tensors, (weight.shape[0], factors, dropout, design))
+    args = x, weight, bias, factors, dropout, design
+    if memo is None:
+        y, z = _forward_again(*args)
+    else:
+        tensors = x, weight if one_kernel else None, bias, dropout.rng, *factors
+        y, z = replayed(memo, ("fwd", *_key(x, factors)), lambda: _forward(*args), tensors)
     return y if one_kernel else y.addmm_(x, weight.t()), z
 
 
-def _forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> tuple[Tensor, Tensor | None]:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: Dropout, design: str | None
+) -> tuple[Tensor, Tensor | None]:
     """-> y, without the frozen weight's part unless one kernel does it all; z"""
-    x, weight, bias, *_ = tensors
-    out_features, factors, dropout, design = settings
     (_, in_blocks), drop = factors.blocks, drop_of(dropout)
-    shape = _shape(x.shape[1], out_features, factors, drop.place)
+    shape = _shape(x.shape[1], weight.shape[0], factors, drop.place)
     config = lowrank_linear_config(shape, x.dtype, architecture(x.device), design)
-    if weight is not None:
+    if design == "fused" and factors.z is None:
         return fused(x, weight, bias, factors, drop, config)
     z = shrink(x, factors.down, in_blocks, drop, config) if factors.z is None else factors.z
-    y = expand(mix(z, factors, shape.out_blocks, drop, config), factors, bias, out_features, config)
+    y = expand(mix(z, factors, shape.out_blocks, drop, config), factors, bias, shape.out_features, config)
     return y, z if factors.z is None else None
 
 
@@ -59,17 +62,21 @@ def lowrank_linear_bwd(
 
     The same for every design: dB needs a read of dy, which yields dy B at no further traffic.
     """
-    key = needs, *_key(dy, factors)
-    tensors = dy, x, dropout.rng, *factors
-    dx, *grads = replayed(memo if dy.is_contiguous() else None, key, _backward, tensors, (factors, dropout, needs))
+    args = dy, x, factors, dropout, needs
+    if memo is None or not dy.is_contiguous():
+        dx, *grads = _backward_again(*args)
+    else:
+        tensors = dy, x, dropout.rng, *factors
+        dx, *grads = replayed(memo, (needs, *_key(dy, factors)), lambda: _backward(*args), tensors)
     if needs.x:
         dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
     return dx, *grads
 
 
-def _backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> tuple[Tensor | None, ...]:
+def _backward(
+    dy: Tensor, x: Tensor | None, factors: Factors, dropout: Dropout, needs: Needs
+) -> tuple[Tensor | None, ...]:
     """-> mask ∘ (dz A), d_down, d_up, d_core, dz"""
-    (dy, x, *_), (factors, dropout, needs) = tensors, settings
     drop, through_down = drop_of(dropout), (needs.x and factors.down is not None, needs.down)
     needs_dz = needs.z or any(through_down)
     shape = _shape(0, dy.shape[1], factors, drop.place)
@@ -89,6 +96,9 @@ def _backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> tuple[Tens
     return dx, d_down, d_up, d_core, dz if needs.z else None
 
 
+_forward_again, _backward_again = again(_forward), again(_backward)
+
+
 def _makes_dz_late(factors: Factors, needs: Needs, config: LowRankLinearConfig) -> bool:
     """Does down_bwd make dz of the chunks?"""
     if factors.core is not None or needs.z:
@@ -96,18 +106,20 @@ def _makes_dz_late(factors: Factors, needs: Needs, config: LowRankLinearConfig) 
     return down_bwd_makes_dz(config, factors.down.shape[1], factors.up.shape[0])
 
 
+@again
 def lowrank_hidden_fwd(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
     """-> z (M, I·R)"""
     return shrink(x, down, input_blocks, drop_of(Dropout()), _hidden_config(x, down.shape[0], input_blocks))
 
 
+@again
 def lowrank_hidden_bwd(
     dz: Tensor, x: Tensor | None, down: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> dx, d_down; `needs` says which, in that order."""
     config = _hidden_config(dz, down.shape[0], dz.shape[1] // down.shape[0])
     dx, d_down = down_bwd(x, dz, Factors(down, down), drop_of(Dropout()), tuple(needs), config)
-    return dx, sum_partials([(d_down, down)])[0]
+    return dx, *sum_partials([(d_down, down)])
 
 
 def _hidden_config(rows: Tensor, rank: int, in_blocks: int) -> LowRankLinearConfig:

@@ -14,6 +14,7 @@ from ..records import Factors
 from .common import DOT_TYPES, add_dot, architecture, dot_constants, launch, load_scale, scale_arguments
 from .config import reconstruct_tile
 from .lowrank_linear_fwd import load_dense
+from .replay import again
 
 
 @triton.jit
@@ -126,6 +127,7 @@ def _products(down: Tensor, up: Tensor, core: Tensor | None, dtype: torch.dtype)
     return {"KIND": DOT_TYPES[kind], **dot_constants(kind), **dict(zip(names, parts))}
 
 
+@again
 def reconstruct_fwd(factors: Factors, base: Tensor | None, dtype: torch.dtype) -> Tensor:
     """-> (O·NB, I·KB) in `dtype`; base (NB, KB) under every block of a stack, or as large as the result"""
     down, up, core, scale, _ = factors

@@ -6,10 +6,11 @@ the first call of a kind is watched: which tensors it makes, and what it launche
 those tensors and launches the compiled kernels on the new addresses.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
 from operator import itemgetter, or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,31 +25,72 @@ PART = 256  # bytes: parts of a workspace begin at multiples, as a GPU's allocat
 MOST = 1024  # replays of one kind
 
 
-def replayed(memo: Memo | None, key: Hashable, function: Callable, tensors: tuple, settings: tuple) -> tuple:
-    """function(tensors, settings) -> a tuple of tensors and None, again from `memo` where that is possible.
+def replayed(memo: Memo | None, key: Hashable, function: Callable[[], tuple], tensors: tuple) -> tuple:
+    """function() -> a tuple of tensors and None, again from `memo` where that is possible.
 
     function: only makes contiguous tensors, and launches kernels on them, on parts of them and on `tensors`
-    tensors: tensors, which are contiguous, numbers, which are in the key or the memo's, and None
+    tensors: contiguous ones, and between them numbers and None
     memo: kept by the caller for as long as dtypes, device, sizes and presence of all tensors, and whatever else
         `function` and compilation depend on, are the same, but for what is in the key. None: nothing is kept
     """
     if memo is None or common._record is not None or _HOOKS is not knobs.runtime.launch_enter_hook or _HOOKS.calls:
-        return function(tensors, settings)
-    if key not in memo:
-        return _recorded(memo, key, function, tensors, settings)
-    device, present, kinds, parts, launches, results = memo[key]
+        return function()
+    try:
+        device, present, kinds, parts, launches, results = memo[key]
+    except KeyError:
+        return _recorded(memo, key, function, tensors)
     stream = 0
     if device.type == "cuda":
         stream = _raw_stream(device.index) if _current_device() == device.index else None
     made = [empty(size, stride, dtype=dtype, device=device) for size, stride, dtype in kinds]
     addresses = [*map(Tensor.data_ptr, (*present(tensors), *made))]
     if stream is None or reduce(or_, addresses) % ALIGNED:
-        return function(tensors, settings)
+        return function()
     for index, offset in parts:
         addresses.append(addresses[index] + offset)
     for run, grid, compiled, pick, rest in launches:
         run(*grid, stream, *compiled, *pick(addresses), *rest)
     return results((*made, None))
+
+
+def again(launcher: Callable) -> Callable:
+    """A decorator: `replayed` for a launcher that does nothing beside, with a memo by how its arguments look."""
+    memo = _memos.setdefault(launcher, {})
+
+    @functools.wraps(launcher)
+    def call(*args: Any) -> Any:
+        flat: list = []
+        for arg in args:
+            flat.extend(arg) if isinstance(arg, tuple) else flat.append(arg)
+        looks = (*map(_looks, flat), common.allows_tf32())
+        result = replayed(None if None in looks else memo, looks, lambda: _as_tuple(launcher(*args)), tuple(flat))
+        return result[0] if single else result
+
+    single = launcher.__annotations__["return"] is Tensor
+    return call
+
+
+_memos: dict[Callable, Memo] = {}
+
+
+def forget() -> None:
+    """What launchers have kept: for who changes tiles or kernels under them."""
+    for memo in _memos.values():
+        memo.clear()
+
+
+def _looks(arg: Any) -> Any:
+    """What a launch depends on; None for a tensor whose strides it depends on, too."""
+    if isinstance(arg, Tensor):
+        return (arg.dtype, arg.device, arg.shape) if arg.is_contiguous() else None
+    return _ABSENT if arg is None else arg
+
+
+def _as_tuple(result: Tensor | tuple) -> tuple:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+_ABSENT = "absent"
 
 
 class Replay(NamedTuple):
@@ -60,10 +102,10 @@ class Replay(NamedTuple):
     results: Callable[[Sequence], tuple]  # of what is made, and None
 
 
-def _recorded(memo: Memo, key: Hashable, function: Callable, tensors: tuple, settings: tuple) -> tuple:
+def _recorded(memo: Memo, key: Hashable, function: Callable[[], tuple], tensors: tuple) -> tuple:
     before, common._recording.launches = getattr(common._recording, "launches", None), []
     try:
-        results = function(tensors, settings)
+        results = function()
         launches = common._recording.launches
     finally:
         common._recording.launches = before
@@ -137,8 +179,8 @@ def _span(t: Tensor) -> tuple[int, int]:
 
 
 def _getter(indices: list[int]) -> Callable[[Sequence], tuple]:
-    """itemgetter, which gives no tuple of one."""
-    return itemgetter(*indices) if len(indices) != 1 else lambda items: (items[indices[0]],)
+    """itemgetter, which gives no tuple of one or none."""
+    return itemgetter(*indices) if len(indices) > 1 else lambda items: tuple(items[index] for index in indices)
 
 
 empty = torch.empty_strided

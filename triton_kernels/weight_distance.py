@@ -1,6 +1,6 @@
 """`weight_distance` in Triton: two launches for every matrix of a call, whatever their shapes; products: one more.
 
-The mathematics: peft_kernels/ops/weight_distance.py; the records: peft_kernels/dispatch/weight_distance.py.
+The mathematics: peft_kernels/ops/weight_distance.py; the records: peft_kernels/records.py.
 
     distance   live, target, W0 -> target, E = F C + (W0 − target), and three partial sums of every tile
     finish     those sums, each matrix's in their order; its bias; loss and factor
@@ -10,14 +10,17 @@ together, and so does what they share in the L2.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, load_pointer, load_scale, load_size, scale_arguments
-from .weight_distance_product import ProductTables, make_product_tables, multiply
+from ..records import Distance, Product
+from ..tables import Tables
+from .common import architecture, launch, load_pointer, load_scale, load_size, scale_arguments
+from .config import weight_distance_config
+from .replay import replayed
+from .weight_distance_product import ProductTables, make_products, multiply
 from .weight_distance_records import (
     BASE,
     BASE_BIAS,
@@ -46,7 +49,7 @@ from .weight_distance_records import (
     DistanceTables,
     load_live,
     load_tile,
-    make_distance_tables,
+    make_distances,
     pointers_of,
 )
 
@@ -216,40 +219,55 @@ def _finish_kernel(
     tl.store(factors_ptr + index, 2 * coefficient * scale)
 
 
-def weight_distance_tables(distances: Sequence[Any], results: Any) -> DistanceTables:
-    return make_distance_tables(distances, results)
+def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
+    """Of all matrices, and of all products that run together; the records' tensors are the caller's to keep."""
+    device = (distances[0].error if distances else stages[0][0].result).device
+    config = weight_distance_config(architecture(device))
+    made = [make_distances(distances, config)] if distances else []
+    return Tables(device, made, [make_products(stage, config.product) for stage in stages])
 
 
 def weight_distance_fwd(
     tables: DistanceTables, decay: float | None, reduction: str, loss_scale: float | Tensor
 ) -> None:  # fmt: skip
     """Targets, errors, sums, losses, factors and bias gradients of all matrices."""
-    results, config, tile = tables.results, tables.config, tables.config.distance
+    run, records, tiles, partial, results = tables
+    scale_ptr, scale = scale_arguments(loss_scale)
+    replayed(
+        run.memo,
+        (decay, reduction, None if scale_ptr is not None else scale),
+        lambda: _launch(tables, decay, reduction, (scale_ptr, scale)),
+        (records, tiles, partial, *results, scale_ptr),
+    )
+
+
+def _launch(
+    tables: DistanceTables, decay: float | None, reduction: str, scale: tuple[Tensor | None, float]
+) -> tuple[()]:
+    run, records, tiles, partial, results = tables
     follow, moving = decay is not None, (1.0, 0.0) if decay is None else (float(decay), 1.0 - decay)
+    wide, short = run.config.distance, run.config.finish
     launch(
         _distance_kernel,
-        (tables.tiles.shape[0],),
-        (tables.records, tables.tiles, tables.partial, *moving),
+        (run.programs,),
+        (records, tiles, partial, *moving),
         {
-            "FOLLOW": follow, "ALIGNED": tables.aligned, "THIN_ALIGNED": tables.thin_aligned,
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_R": tile.depth,
+            "FOLLOW": follow, "ALIGNED": run.aligned, "THIN_ALIGNED": run.thin_aligned,
+            "BLOCK_M": wide.rows, "BLOCK_N": wide.columns, "BLOCK_R": wide.depth,
         },
-        tile,
+        wide,
     )  # fmt: skip
     launch(
         _finish_kernel,
-        (tables.records.shape[0],),
-        (tables.records, tables.partial, *results, *scale_arguments(loss_scale), *moving),
+        (run.count,),
+        (records, partial, *results, *scale, *moving),
         {
             "FOLLOW": follow, "REDUCTION": reduction,
-            "BLOCK_M": config.finish.rows, "BLOCK_K": config.finish.columns, "BLOCK": 512,
+            "BLOCK_M": short.rows, "BLOCK_K": short.columns, "BLOCK": short.depth,
         },
-        config.finish,
+        short,
     )  # fmt: skip
-
-
-def product_tables(products: Sequence[Any]) -> ProductTables:
-    return make_product_tables(products)
+    return ()
 
 
 def product_fwd(tables: ProductTables) -> None:

@@ -1,6 +1,6 @@
 """Many thin products in one launch, whatever their shapes and forms: the other half of `weight_distance`.
 
-Records and their meaning: peft_kernels/dispatch/weight_distance.py. A product of M × N elements is the sum of terms
+Records and their meaning: peft_kernels/records.py. A product of M × N elements is the sum of terms
 factor · op(left) · op(right); "nn", "nt" and "tn" say what is transposed.
 
 A matrix of N + 1 columns, N a multiple of four, would end in a tile of a single column or be read by 4 bytes instead of
@@ -11,25 +11,18 @@ Every program is one long chain of steps; those of the deepest products start fi
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    add_afresh,
-    allows_tf32,
-    architecture,
-    device_tables,
-    is_aligned,
-    launch,
-    load_pointer,
-    load_size,
-    place,
-)
-from .config import Tile, weight_distance_config
+from ..records import Product, Results, Term
+from ..tables import Address, Rows, place
+from .common import add_afresh, allows_tf32, launch, load_pointer, load_size
+from .config import Tile
+from .replay import Memo, replayed
+from .weight_distance_records import is_aligned
 
 _FORMS = {"nn": 0, "nt": 1, "tn": 2}
 
@@ -197,59 +190,72 @@ def _product_kernel(
 
 
 class ProductTables(NamedTuple):
-    """What one launch needs; `products` keeps the tensors that the tables point to."""
+    """What one launch needs."""
 
-    products: Sequence[Any]
+    products: "Products"
     rows: Tensor
     terms: Tensor
-    tiles: Tensor  # (programs,): the product that each works on
-    aligned: bool
-    tile: Tile
+    tiles: Tensor  # the product that each program works on
 
 
-def make_product_tables(products: Sequence[Any]) -> ProductTables:
-    device = products[0].result.device
-    tile = weight_distance_config(architecture(device)).product
-    products = sorted(products, key=_depth, reverse=True)
-    rows, terms, counts, aligned = [], [], [], True
-    for product in products:
-        (M, N), result_last = product.result.shape, product.result_last
+class Products:
+    """How many programs, what tile and which promise; and the launch, once it has been made."""
+
+    def __init__(self, tile: Tile, programs: int, aligned: bool):
+        self.tile, self.programs, self.aligned = tile, programs, aligned
+        self.memo: Memo = {}
+
+    def at(self, sections: Sequence[Tensor], results: Results | None) -> ProductTables:
+        return ProductTables(self, *sections)
+
+
+def make_products(products: Sequence[Product], tile: Tile) -> tuple[Products, list[Rows]]:
+    """-> and their sections: rows, terms, tiles"""
+    rows, terms, tiles, aligned = [], [], [], True
+    for index, product in enumerate(sorted(products, key=_depth, reverse=True)):
+        (M, N), last = product.result.shape, place(product.result_last)
         elsewhere = [term.right_last for term in product.terms if term.right_last is not None]
-        if result_last is None and (elsewhere or N % 4 == 1):
-            N, result_last = N - 1, product.result[:, N - 1]
+        with_last = product.result_last is not None
+        if not with_last and (elsewhere or N % 4 == 1):
+            N, last, with_last = N - 1, _column(product.result, N - 1), True
         accumulate, form = int(product.accumulate), product.form
         rows.append((
-            *place(product.result), *place(result_last), M, N, _FORMS[form], accumulate,
-            len(terms), len(product.terms), sum(counts),
+            *place(product.result), *last, M, N, _FORMS[form], accumulate, len(terms), len(product.terms), len(tiles),
         ))  # fmt: skip
-        counts.append(-(-M // tile.rows) * (-(-N // tile.columns) + (result_last is not None)))
-        terms += [_term(term, form, N, result_last is not None) for term in product.terms]
+        tiles += [index] * (-(-M // tile.rows) * (-(-N // tile.columns) + with_last))
+        terms += [_term(term, form, N, with_last) for term in product.terms]
         aligned &= all(_is_aligned(term, form, M, N) for term in product.terms)
-    tables = [torch.tensor(table, dtype=torch.int64) for table in (rows, terms)]
-    tiles = torch.repeat_interleave(torch.tensor(counts))
-    return ProductTables(products, *device_tables(device, *tables, tiles), aligned, tile)
+    return Products(tile, len(tiles), aligned), [rows, terms, [tiles]]
 
 
-def _depth(product: Any) -> int:
+def _depth(product: Product) -> int:
     return sum(_term_depth(term, product.form) for term in product.terms)
 
 
-def _term_depth(term: Any, form: str) -> int:
+def _term_depth(term: Term, form: str) -> int:
     return term.left.shape[0 if form == "tn" else 1]
 
 
-def _term(term: Any, form: str, N: int, with_last: bool) -> tuple[int, ...]:
-    left, right, depth = term.left, term.right, _term_depth(term, form)
-    last = term.right_last
-    if with_last and last is None:
-        last = right[N] if form == "nt" else right[:, N]
+def _column(matrix: Tensor, column: int) -> tuple[Address, int]:
+    return Address(matrix, column * matrix.stride(1) * matrix.element_size()), matrix.stride(0)
+
+
+def _row(matrix: Tensor, row: int) -> tuple[Address, int]:
+    return Address(matrix, row * matrix.stride(0) * matrix.element_size()), matrix.stride(1)
+
+
+def _term(term: Term, form: str, N: int, with_last: bool) -> tuple[int | Address, ...]:
+    depth, last = _term_depth(term, form), place(term.right_last)
+    if with_last and term.right_last is None:
+        last = (_row if form == "nt" else _column)(term.right, N)
+    left, right = place(term.left), place(term.right)
     if depth == 1:
-        left, right = left[0] if form == "tn" else left[:, 0], right[:, 0] if form == "nt" else right[0]
-    factor = 0 if term.factor is None else term.factor.data_ptr()
-    return (*place(left), *place(right), *place(last if with_last else None), factor, depth)
+        left = (_row if form == "tn" else _column)(term.left, 0)
+        right = (_column if form == "nt" else _row)(term.right, 0)
+    return (*left, *right, *last, 0 if term.factor is None else Address(term.factor), depth)
 
 
-def _is_aligned(term: Any, form: str, M: int, N: int) -> bool:
+def _is_aligned(term: Term, form: str, M: int, N: int) -> bool:
     """What is read of a term in rows is read by 16 bytes."""
     depth = _term_depth(term, form)
     along = {"nn": (depth, N), "nt": (depth, depth), "tn": (M, N)}[form]  # the lengths of rows that are read
@@ -259,14 +265,12 @@ def _is_aligned(term: Any, form: str, M: int, N: int) -> bool:
 
 def multiply(tables: ProductTables) -> None:
     """All products of the tables in one launch."""
-    tile = tables.tile
-    launch(
-        _product_kernel,
-        (tables.tiles.shape[0],),
-        (tables.rows, tables.terms, tables.tiles),
-        {
-            "ALIGNED": tables.aligned, "PRECISION": "tf32" if allows_tf32() else "tf32x3",
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
-        },
-        tile,
-    )  # fmt: skip
+    run, tf32 = tables.products, allows_tf32()
+    replayed(run.memo, tf32, lambda: _launch(tables, tf32), tables[1:])
+
+
+def _launch(tables: ProductTables, tf32: bool) -> tuple[()]:
+    run, tile = tables.products, tables.products.tile
+    constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "ALIGNED": run.aligned}
+    launch(_product_kernel, (run.programs,), tables[1:], constants | {"PRECISION": "tf32" if tf32 else "tf32x3"}, tile)
+    return ()

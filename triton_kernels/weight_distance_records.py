@@ -1,15 +1,18 @@
 """The table of matrices that both kernels of `weight_distance` read: its layout, how it is made and read."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import architecture, device_tables, is_aligned, load_pointer, load_size, place
-from .config import WeightDistanceConfig, weight_distance_config
+from ..records import Distance, Results
+from ..tables import Address, Rows, place
+from .common import load_pointer, load_size
+from .config import WeightDistanceConfig
+from .replay import Memo
 
 _LIVE_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
@@ -52,46 +55,54 @@ def pointers_of(place_ptr, rows, columns, ALIGNED: tl.constexpr):
 
 
 class DistanceTables(NamedTuple):
-    """What the two launches need; `distances` keeps the tensors that the table points to."""
+    """What the two launches need."""
 
-    distances: Sequence[Any]
-    results: Any
+    distances: "Distances"
     records: Tensor
-    tiles: Tensor  # (programs,): the matrix that each works on
+    tiles: Tensor  # the matrix that each program works on
     partial: Tensor  # (programs, 3)
-    aligned: bool
-    thin_aligned: bool
-    config: WeightDistanceConfig
+    results: Results
 
 
-def make_distance_tables(distances: Sequence[Any], results: Any) -> DistanceTables:
-    device = results.losses.device
-    aligned, thin_aligned = all(map(_is_aligned, distances)), all(map(_is_thin_aligned, distances))
-    config = weight_distance_config(architecture(device))
-    records, counts = [], []
-    for d in distances:
-        (rows, columns), tile = d.base.shape, config.distance
-        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-        records.append(_record(d, sum(counts), tiles))
-        counts.append(tiles)
-    tables = (torch.tensor(records, dtype=torch.int64), torch.repeat_interleave(torch.tensor(counts)))
-    partial = torch.empty(sum(counts), 3, dtype=torch.float32, device=device)
-    return DistanceTables(
-        distances, results, *device_tables(device, *tables), partial, aligned, thin_aligned, config
-    )  # fmt: skip
+class Distances:
+    """How many matrices and programs, what tiles and which promises; and the launches, once they have been made."""
+
+    def __init__(self, distances: Sequence[Distance], config: WeightDistanceConfig, programs: int):
+        self.count, self.programs, self.config = len(distances), programs, config
+        self.aligned, self.thin_aligned = all(map(_is_aligned, distances)), all(map(_is_thin_aligned, distances))
+        self.memo: Memo = {}
+
+    def at(self, sections: Sequence[Tensor], results: Results) -> DistanceTables:
+        partial = torch.empty(self.programs, 3, dtype=torch.float32, device=results.losses.device)
+        return DistanceTables(self, *sections, partial, results)
 
 
-def _is_aligned(d: Any) -> bool:
+def make_distances(distances: Sequence[Distance], config: WeightDistanceConfig) -> tuple[Distances, list[Rows]]:
+    """-> and their sections: records, tiles"""
+    records, tiles, tile = [], [], config.distance
+    for index, d in enumerate(distances):
+        count = triton.cdiv(d.base.shape[0], tile.rows) * triton.cdiv(d.base.shape[1], tile.columns)
+        records.append(_record(d, len(tiles), count))
+        tiles += [index] * count
+    return Distances(distances, config, len(tiles)), [records, [tiles]]
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Every row begins at a multiple of 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and place(matrix)[1] * matrix.element_size() % 16 == 0
+
+
+def _is_aligned(d: Distance) -> bool:
     wide = [d.target, d.base, d.error, *([] if d.live is None else [d.live]), *(right for _, right in d.pairs)]
-    strides = (d.base.shape[1], 8 if d.live is None else d.live.stride(0))  # 8 elements of bfloat16 are 16 bytes
+    strides = (d.base.shape[1], 8 if d.live is None else place(d.live)[1])  # 8 elements of bfloat16 are 16 bytes
     return all(number % 8 == 0 for number in strides) and all(map(is_aligned, wide))
 
 
-def _is_thin_aligned(d: Any) -> bool:
+def _is_thin_aligned(d: Distance) -> bool:
     return all(is_aligned(left) and left.shape[1] % 4 == 0 for left, _ in d.pairs)
 
 
-def _record(d: Any, first_tile: int, tiles: int) -> list[int]:
+def _record(d: Distance, first_tile: int, tiles: int) -> list[int | Address]:
     pairs = [(*place(left), *place(right), left.shape[1]) for left, right in d.pairs]
     pairs += [(0,) * PAIR.value] * (2 - len(pairs))
     biases = (d.target_bias, d.base_bias, d.live_bias, d.shift_last, d.shift, d.shift_vector, d.bias_gradient)

@@ -39,7 +39,7 @@ PLACES = {
     "lowrank_linear": Place("lowrank_linear_config", ("lowrank_linear",)),
     "reconstruct": Place("reconstruct_tile", ("reconstruct",)),
     "batched_lowrank_linear": Place("batched_config", ("batched_lowrank_linear",)),
-    "weight_distance": Place("weight_distance_config", ("weight_distance_records", "weight_distance_product")),
+    "weight_distance": Place("weight_distance_config", ("weight_distance",)),
     "gated_query": Place("gated_query_config", ("gated_query",)),
 }
 ALONE = "tile"  # the name of a tile that is chosen without a record

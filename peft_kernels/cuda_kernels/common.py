@@ -1,41 +1,17 @@
-"""What the launchers share: which calls can run at all, and how tensors reach csrc's params structs and its kernels."""
+"""What the launchers share: how tensors reach csrc's params structs and its kernels."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import extension
+from .support import DTYPES
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
-_CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
+CORES = {3: 1, 4: 2}  # dimensions of the core -> enum Core
+NULL = torch.empty(0)  # in the place of a tensor that is not there: its address is 0
 PROCESSORS = 132  # as an H200 has; strips are planned for it everywhere, so that sums repeat
-
-
-def unsupported_dtype(dtype: torch.dtype) -> str | None:
-    """Why there are no CUDA kernels, or none for results of this dtype, or None."""
-    try:
-        extension()
-    except ImportError as error:
-        return str(error)
-    return None if dtype in DTYPES else f"the CUDA kernels take float32, bfloat16 and float16, not {dtype}"
-
-
-def unsupported_device(like: Tensor, shared_bytes: int, what: str) -> str | None:
-    """Why these kernels cannot run where this tensor lies; one of them has blocks with so much shared memory."""
-    if like.device.type != ("cpu" if extension().build_info()["emulated"] else "cuda"):
-        return f"the CUDA kernels need a tensor on a CUDA device, not on {like.device}"
-    if like.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(like.device)
-        if gpu.major < 8:
-            return f"the CUDA kernels need compute capability 8.0 or later, not {gpu.major}.{gpu.minor}"
-        available = gpu.shared_memory_per_block_optin
-        if shared_bytes > available:
-            return f"{what} takes {shared_bytes} bytes of shared memory, this GPU has {available}"
-    return None
-
-
-def require(problem: str | None) -> None:
-    if problem:
-        raise ValueError(f"backend: 'cuda' cannot run this call: {problem}")
 
 
 def hand_over(params, **tensors: Tensor | None) -> None:
@@ -58,13 +34,8 @@ def set_core(params, core: Tensor | None) -> None:
     """(O, I, R) or (O, I, R, R); the numbers of blocks are 1 unless it says otherwise."""
     if core is not None:
         params.out_blocks, params.in_blocks = core.shape[:2]
-        params.core_kind, params.core_float = _CORES[core.dim()], core.dtype == torch.float32
+        params.core_kind, params.core_float = CORES[core.dim()], core.dtype == torch.float32
         hand_over(params, core=core)
-
-
-def resident(dtype: torch.dtype, rank: int) -> int:
-    """Thread blocks that a multiprocessor runs at a time: what registers allow the pass that takes most of them."""
-    return 2 if dtype != torch.float32 and rank <= 64 else 1
 
 
 def strips(like: Tensor, rank: int, block_columns: int, blocks: int) -> int:
@@ -72,19 +43,24 @@ def strips(like: Tensor, rank: int, block_columns: int, blocks: int) -> int:
 
     A pure function of shape and dtype, and with it the order of every sum.
     """
-    module, programs = extension(), PROCESSORS * resident(like.dtype, rank)
-    tiles, chunks = -(-like.shape[0] // module.LOWRANK_LINEAR_ROWS), -(-block_columns // module.LOWRANK_LINEAR_COLUMNS)
-    return max(1, min(tiles, programs // (chunks * blocks)))
+    return extension().row_strips(DTYPES[like.dtype], rank, like.shape[0], block_columns, blocks, PROCESSORS)
 
 
 def floats(like: Tensor, count: int) -> Tensor:
     return torch.empty(count, dtype=torch.float32, device=like.device)
 
 
-def launch(launcher, params, like: Tensor) -> None:
-    """On the current stream of the tensor's device; on the CPU if the module is the host emulation."""
-    if like.device.type == "cuda":
-        with torch.cuda.device(like.device):
-            launcher(params, torch.cuda.current_stream().cuda_stream)
+def launch(launcher: Callable, params: Any, like: Tensor, *more: Any) -> None:
+    """launcher(params, stream, *more) on the current stream of the tensor's device, or on the CPU if it is emulated."""
+    device = like.device
+    if device.type != "cuda":
+        launcher(params, 0, *more)
+    elif device.index == _current_device():
+        launcher(params, _raw_stream(device.index), *more)
     else:
-        launcher(params, 0)
+        with torch.cuda.device(device):
+            launcher(params, _raw_stream(device.index), *more)
+
+
+_current_device = getattr(torch._C, "_cuda_getDevice", None)  # both missing where torch has no CUDA
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from peft_kernels.devices import constant_in_graphs, importable, no_gpu_for_kernels
+from peft_kernels.devices import constant_in_graphs, no_gpu_for_kernels
 from peft_kernels.records import Case
 
 from . import extension
@@ -24,32 +24,35 @@ def unsupported(case: Case) -> str | None:
         return f"its kernels compute weight distances in float32, not {case.dtype}"
     if problem := missing(case.device.type):
         return problem
-    return _too_large(case) or _too_much_shared_memory(case.op, case.dtype, case.rank, case.device.type)
+    return _too_large(case) or _too_much_shared_memory(case.op, case.dtype, case.rank, case.device)
 
 
 def _too_large(case: Case) -> str | None:
     (rows, columns), (out_blocks, in_blocks) = case.shape, case.blocks
-    limits = _limits()
     if case.op in _LOWRANK:
-        if case.rank > limits["LOWRANK_LINEAR_MAX_RANK"]:
-            return f"its kernels take ranks up to {limits['LOWRANK_LINEAR_MAX_RANK']}, not {case.rank}"
-        if (hidden := case.rank * max(out_blocks, in_blocks)) > limits["LOWRANK_LINEAR_MAX_HIDDEN"]:
-            return f"its kernels take rank × blocks up to {limits['LOWRANK_LINEAR_MAX_HIDDEN']}, not {hidden}"
+        if case.rank > _limit("LOWRANK_LINEAR_MAX_RANK"):
+            return f"its kernels take ranks up to {_limit('LOWRANK_LINEAR_MAX_RANK')}, not {case.rank}"
+        if (hidden := case.rank * max(out_blocks, in_blocks)) > _limit("LOWRANK_LINEAR_MAX_HIDDEN"):
+            return f"its kernels take rank × blocks up to {_limit('LOWRANK_LINEAR_MAX_HIDDEN')}, not {hidden}"
         return f"its kernels take fewer than 2³¹ rows, not {rows}" if rows >= _MOST else None
     if case.op == "gated_query":
-        if rows * -(-columns // limits["GATED_QUERY_COLUMNS"]) >= _MOST:
+        if rows * -(-columns // _limit("GATED_QUERY_COLUMNS")) >= _MOST:
             return f"its kernels take fewer than 2³¹ pieces of 256 columns, not those of {rows} x {columns}"
         return None
     if max(rows, columns) > _MOST - 256:  # 32-bit counts, up to the last tile's end
         return f"its kernels take blocks of fewer than 2³¹ rows and columns, not {rows} x {columns}"
     if case.op == "reconstruct":
-        tiles = out_blocks * -(-rows // limits["RECONSTRUCT_ROWS"]) * in_blocks
-        if (tiles := tiles * -(-columns // limits["RECONSTRUCT_COLUMNS"])) >= _MOST:
+        tiles = out_blocks * -(-rows // _limit("RECONSTRUCT_ROWS")) * in_blocks
+        if (tiles := tiles * -(-columns // _limit("RECONSTRUCT_COLUMNS"))) >= _MOST:
             return f"its kernels take results of fewer than 2³¹ tiles, not {tiles}"
     return None
 
 
 @constant_in_graphs
+def _limit(name: str) -> int:
+    return _limits()[name]
+
+
 @functools.lru_cache
 def _limits() -> dict[str, int]:
     names = ("LOWRANK_LINEAR_MAX_RANK", "LOWRANK_LINEAR_MAX_HIDDEN", "GATED_QUERY_COLUMNS", "RECONSTRUCT_ROWS")
@@ -57,8 +60,14 @@ def _limits() -> dict[str, int]:
 
 
 @constant_in_graphs
+def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device: torch.device) -> str | None:
+    return _shared_memory_problem(op, dtype, rank, device)
+
+
 @functools.lru_cache(maxsize=1024)
-def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device_type: str) -> str | None:
+def _shared_memory_problem(op: str, dtype: torch.dtype, rank: int, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
     module = extension()
     needed = {
         "lowrank_linear": lambda: module.lowrank_linear_shared_bytes(DTYPES[dtype], rank),
@@ -67,7 +76,7 @@ def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device_type:
         "reconstruct": lambda: module.reconstruct_shared_bytes(DTYPES[dtype]),
         "gated_query": lambda: 0,
     }.get(op, module.weight_distance_shared_bytes)()
-    available = torch.cuda.get_device_properties().shared_memory_per_block_optin if device_type == "cuda" else needed
+    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     if needed > available:
         return f"rank {rank} in {dtype} takes {needed} bytes of shared memory, this GPU has {available}"
     return None
@@ -83,8 +92,10 @@ def missing(device_type: str) -> str:
 def _missing(device_type: str) -> str:
     if problem := no_gpu_for_kernels(device_type):
         return problem
-    if not importable("peft_kernels._C"):
-        return "peft_kernels was built without its CUDA kernels (reinstall with nvcc on the PATH)"
-    if device_type == "cpu" and not extension().build_info()["emulated"]:
+    try:
+        emulated = extension().build_info()["emulated"]
+    except ImportError as error:
+        return str(error)
+    if device_type == "cpu" and not emulated:
         return "the tensors are on the CPU"
-    return ""
+    return "this build of its kernels runs on a CPU" if device_type == "cuda" and emulated else ""

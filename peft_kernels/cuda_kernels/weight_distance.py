@@ -1,26 +1,27 @@
-"""CUDA launchers of the weight distance: records become tables in device memory once, and run as often as wanted.
+"""CUDA launchers of the weight distance: records become tables in device memory, and run as often as wanted.
 
-Records and formulas: peft_kernels/dispatch/weight_distance.py. csrc/weight_distance.h has the tables' rows, field by
-field in the order in which the functions below write them; a matrix or vector is its address and its stride.
+Records and formulas: peft_kernels/records.py. csrc/weight_distance.h has the tables' rows, field by field in the order
+in which the functions below write them; a matrix or vector is its address and its stride.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from peft_kernels.records import Distance, Product, Results, Term
+from peft_kernels.tables import Address, Rows, Tables, place
+
 from . import extension
-from .common import DTYPES, floats, launch, require, set_scale, unsupported_device, unsupported_dtype
+from .common import floats, launch, set_scale
+from .support import DTYPES
 
 _FORMS = {"nn": 0, "nt": 1, "tn": 2}  # csrc's enum Form
 _REDUCTIONS = {"mean": 0, "sum": 1, "relative": 2}  # enum Reduction
 _NONE = (0, 0)
 
 
-@dataclass
-class Tables:
+class Prepared(NamedTuple):
     """csrc's params struct, and whatever it points to."""
 
     params: Any
@@ -28,61 +29,50 @@ class Tables:
     kept: tuple
 
 
-def unsupported(matrix: Tensor, *lives: Tensor | None) -> str | None:
-    """Why these kernels cannot run on such a matrix and what it follows, or None. Ranks have no limit."""
-    for t in (matrix, *lives):
-        if t is not None and (problem := unsupported_dtype(t.dtype)):
-            return problem
-    if matrix.dtype != torch.float32:
-        return f"the CUDA kernels compute weight distances in float32, not {matrix.dtype}"
-    if max(matrix.shape) > 2**31 - 256:  # 32-bit counts, up to the last tile's end
-        return f"the CUDA kernels take fewer than 2³¹ rows and columns, not {tuple(matrix.shape)}"
-    return unsupported_device(matrix, extension().weight_distance_shared_bytes(), "a weight distance")
+class Distances(NamedTuple):
+    """How many matrices and thread blocks."""
+
+    records: int
+    tiles: int
+
+    def at(self, sections: Sequence[Tensor], results: Results) -> Prepared:
+        params, partial = extension().WeightDistance(), floats(results.losses, 3 * self.tiles)
+        params.record_count, params.tile_count = self
+        params.records, params.tiles = (section.data_ptr() for section in sections)
+        params.partial, params.sums = partial.data_ptr(), results.sums.data_ptr()
+        params.losses, params.factors = results.losses.data_ptr(), results.factors.data_ptr()
+        return Prepared(params, results.losses, (sections, results, partial))
 
 
-def weight_distance_tables(distances: Sequence[Any], results: Any) -> Tables:
-    """distances: Distance records; results: where `weight_distance_fwd` writes."""
-    rows, tiles = [], []
-    for index, d in enumerate(distances):
-        require(unsupported(d.error, d.live, d.live_bias))
-        own = _tiles(index, *d.error.shape)
-        rows.append(_distance_row(d, len(tiles), len(own)))
-        tiles += own
-    params, like = extension().WeightDistance(), results.losses
-    params.record_count, params.tile_count = len(rows), len(tiles)
-    table = _on_device(like, params, records=("distance", rows), tiles=("tile", tiles))
-    partial = floats(like, 3 * len(tiles))
-    params.partial, params.sums = partial.data_ptr(), results.sums.data_ptr()
-    params.losses, params.factors = results.losses.data_ptr(), results.factors.data_ptr()
-    return Tables(params, like, (distances, results, table, partial))
+class Products(NamedTuple):
+    """How many thread blocks."""
+
+    tiles: int
+
+    def at(self, sections: Sequence[Tensor], results: Results | None) -> Prepared:
+        params = extension().Products()
+        params.tile_count = self.tiles
+        params.records, params.terms, params.tiles = (section.data_ptr() for section in sections)
+        return Prepared(params, sections[0], (sections,))
 
 
-def weight_distance_fwd(tables: Tables, decay: float | None, reduction: str, loss_scale: float | Tensor) -> None:
+def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
+    """Of all matrices, and of all products that run together; the records' tensors are the caller's to keep."""
+    device = (distances[0].error if distances else stages[0][0].result).device
+    return Tables(device, [_distances(distances)] if distances else [], [_products(stage) for stage in stages])
+
+
+def weight_distance_fwd(tables: Prepared, decay: float | None, reduction: str, loss_scale: float | Tensor) -> None:
     """Targets, errors, sums, losses, factors and bias gradients of all matrices: two kernels."""
     params = tables.params
     params.follow, params.reduction = decay is not None, _REDUCTIONS[reduction]
     params.decay = 1.0 if decay is None else decay
     params.scale_ptr = 0
     set_scale(params, loss_scale)
-    if params.tile_count:
-        launch(extension().weight_distance_fwd, params, tables.like)
+    launch(extension().weight_distance_fwd, params, tables.like)
 
 
-def product_tables(products: Sequence[Any]) -> Tables:
-    """products: Product records."""
-    rows, terms, tiles = [], [], []
-    for index, product in enumerate(products):
-        require(unsupported(product.result))
-        rows.append(_product_row(product, len(terms)))
-        terms += [_term_row(product.form, term) for term in product.terms]
-        tiles += _tiles(index, product.result.shape[0], product.result.shape[1] + (product.result_last is not None))
-    params, like = extension().Products(), products[0].result
-    params.tile_count = len(tiles)
-    table = _on_device(like, params, records=("product", rows), terms=("term", terms), tiles=("tile", tiles))
-    return Tables(params, like, (products, table))
-
-
-def product_fwd(tables: Tables) -> None:
+def product_fwd(tables: Prepared) -> None:
     """Every product: one kernel."""
     launch(extension().product_fwd, tables.params, tables.like)
 
@@ -90,32 +80,57 @@ def product_fwd(tables: Tables) -> None:
 # ---- rows of tables --------------------------------------------------------------------------------------------------
 
 
-def _distance_row(d: Any, first_tile: int, tiles: int) -> list[int]:
-    pairs = [(*_strided(left), *_strided(right), left.shape[1]) for left, right in d.pairs]
+def _distances(distances: Sequence[Distance]) -> tuple[Distances, list[Rows]]:
+    rows, tiles = [], []
+    for index, d in enumerate(distances):
+        own = _tiles(index, *d.error.shape)
+        rows.append(_distance_row(d, len(tiles), len(own)))
+        tiles += own
+    return Distances(len(rows), len(tiles)), _checked(distance=rows, tile=tiles)
+
+
+def _products(products: Sequence[Product]) -> tuple[Products, list[Rows]]:
+    rows, terms, tiles = [], [], []
+    for index, product in enumerate(products):
+        rows.append(_product_row(product, len(terms)))
+        terms += [_term_row(product.form, term) for term in product.terms]
+        tiles += _tiles(index, product.result.shape[0], product.result.shape[1] + (product.result_last is not None))
+    return Products(len(tiles)), _checked(product=rows, term=terms, tile=tiles)
+
+
+def _checked(**sections: Rows) -> list[Rows]:
+    for kind, rows in sections.items():
+        wanted = extension().WEIGHT_DISTANCE_FIELDS[kind]
+        assert all(len(row) == wanted for row in rows), f"csrc's rows of {kind} have other fields"
+    return list(sections.values())
+
+
+def _distance_row(d: Distance, first_tile: int, tiles: int) -> list[int | Address]:
+    pairs = [(*place(left), *place(right), left.shape[1]) for left, right in d.pairs]
     pairs += [(*_NONE, *_NONE, 0)] * (2 - len(pairs))
     return [
         *(*d.error.shape, first_tile, tiles),
-        *(*_strided(d.target), *_strided(d.base), *_strided(d.error), *_strided(d.live)),
+        *(*place(d.target), *place(d.base), *place(d.error), *place(d.live)),
         *(_dtype(d.live), _dtype(d.live_bias)),
         *(*pairs[0], *pairs[1]),
-        *(*_strided(d.target_bias), *_strided(d.base_bias), *_strided(d.live_bias)),
-        *(*_strided(d.shift), *_strided(d.shift_vector), *_strided(d.shift_last), *_strided(d.bias_gradient)),
+        *(*place(d.target_bias), *place(d.base_bias), *place(d.live_bias)),
+        *(*place(d.shift), *place(d.shift_vector), *place(d.shift_last), *place(d.bias_gradient)),
         0 if d.shift is None else d.shift.shape[1],
     ]
 
 
-def _product_row(product: Any, first_term: int) -> list[int]:
+def _product_row(product: Product, first_term: int) -> list[int | Address]:
     return [
         *(_FORMS[product.form], *product.result.shape, int(product.accumulate), first_term, len(product.terms)),
-        *(*_strided(product.result), *_strided(product.result_last)),
+        *(*place(product.result), *place(product.result_last)),
     ]
 
 
-def _term_row(form: str, term: Any) -> list[int]:
+def _term_row(form: str, term: Term) -> list[int | Address]:
     depth, right_columns = term.left.shape[0 if form == "tn" else 1], term.right.shape[0 if form == "nt" else 1]
     return [
-        *(depth, right_columns, *_strided(term.left), *_strided(term.right), *_strided(term.right_last)),
-        0 if term.factor is None else term.factor.data_ptr(),
+        *(depth, right_columns, *place(term.left), *place(term.right), *place(term.right_last)),
+        0 if term.factor is None else Address(term.factor),
     ]
 
 
@@ -129,26 +144,5 @@ def _tiles(record: int, rows: int, columns: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def _strided(t: Tensor | None) -> tuple[int, int]:
-    return _NONE if t is None else (t.data_ptr(), t.stride(0))
-
-
 def _dtype(t: Tensor | None) -> int:
     return 0 if t is None else DTYPES[t.dtype]
-
-
-def _on_device(like: Tensor, params: Any, **tables: tuple[str, list]) -> tuple[Tensor, Tensor]:
-    """Hands `params` the addresses of these tables, which go to the device in one copy; nothing waits for it."""
-    numbers, places = [], {}
-    for name, (kind, rows) in tables.items():
-        places[name] = len(numbers)
-        for row in rows:
-            assert len(row) == extension().WEIGHT_DISTANCE_FIELDS[kind], f"csrc's rows of {kind} have other fields"
-            numbers += row
-    host = torch.tensor(numbers, dtype=torch.int64)
-    if like.device.type == "cuda":
-        host = host.pin_memory()
-    table = torch.empty(host.numel(), dtype=torch.int64, device=like.device).copy_(host, non_blocking=True)
-    for name, place in places.items():
-        setattr(params, name, table.data_ptr() + 8 * place)
-    return host, table

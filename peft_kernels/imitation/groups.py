@@ -9,7 +9,7 @@ from peft_kernels.checks import check_shape, check_tensor
 from peft_kernels.imitation.factors import Transform, check_student
 from peft_kernels.ops.weight_distance import LIVE
 
-_LISTS = ("live", "teacher", "weight0", "live_bias", "teacher_bias", "bias0", "down", "up")
+LISTS = ("live", "teacher", "weight0", "live_bias", "teacher_bias", "bias0", "down", "up")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class ImitationGroup:
     plan: object = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        for name in _LISTS:
+        for name in LISTS:
             value = getattr(self, name)
             if value is not None:
                 if isinstance(value, Tensor) or not hasattr(value, "__iter__"):
@@ -52,7 +52,7 @@ class ImitationGroup:
 
     def lists(self) -> dict[str, Sequence[Tensor]]:
         """The sequences that have one tensor for each projection."""
-        return {name: getattr(self, name) for name in _LISTS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in LISTS if getattr(self, name) is not None}
 
     def tensors(self) -> Iterator[Tensor]:
         for each in self.lists().values():
@@ -65,9 +65,16 @@ class ImitationGroup:
             yield from () if name.startswith("teacher") else each
         yield from self.transform or ()
 
+    def teachers(self) -> list[Tensor]:
+        """What follows."""
+        return [*self.teacher, *(self.teacher_bias or ())]
+
+    def learners(self) -> list[Tensor]:
+        return [*(self.down or ()), *(self.up or ()), *(self.transform or ())]
+
     def adapters(self) -> list[Tensor]:
         """What gets gradients."""
-        return [t for t in (*(self.down or ()), *(self.up or ()), *(self.transform or ())) if t.requires_grad]
+        return [t for t in self.learners() if t.requires_grad]
 
 
 def check_group(where: str, group: ImitationGroup, like: Tensor) -> None:

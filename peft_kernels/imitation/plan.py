@@ -19,17 +19,18 @@ Each stage is one launch; the transform's gradients add up over the projections 
 Source: docs/method.md, section 3.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peft_kernels.dispatch import weight_distance as dispatch
-from peft_kernels.dispatch.weight_distance import Distance, Product, Results, Term
 from peft_kernels.imitation.factors import Transform
 from peft_kernels.imitation.groups import ImitationGroup
-from peft_kernels.ops.weight_distance import check_changed, new_results
+from peft_kernels.ops.weight_distance import check_changed, kernels, new_results
+from peft_kernels.records import Distance, Product, Results, Term
+from peft_kernels.tables import Tables
 
 
 @dataclass
@@ -92,32 +93,40 @@ def _without_collisions(stage: list[Product]) -> list[Product]:
     return list(merged.values())
 
 
+_GRAD = operator.attrgetter("grad")
+
+
 class Plan:
     """The records of one set of groups, and the memory between them. Only gradients may move from step to step."""
 
     def __init__(self, groups: Sequence[ImitationGroup], backend: str, memory: Memory):
-        self.backend, self.like, self.memory = backend, groups[0].weight0[0], memory
+        self.kernels, self.like, self.memory = kernels(backend), groups[0].weight0[0], memory
         memory.begin()
         self.adapters = list({id(t): t for group in groups for t in group.adapters()}.values())
-        self.teachers = [t for group in groups for t in (*group.teacher, *(group.teacher_bias or ()))]
+        self.teachers = [t for group in groups for t in group.teachers()]
         self.one = torch.ones(1, 1, dtype=self.like.dtype, device=self.like.device)
         self.results: Results = new_results(sum(len(group.live) for group in groups), self.like)
         self.before: list[list[Product]] = [[], []]
         self.distances: list[Distance] = []
         self.layers = [(group.placement, group.transform, self._students(group)) for group in groups]
-        self.before_tables = [dispatch.product_tables(backend, stage) for stage in self.before if stage]
-        self.distance_tables = dispatch.weight_distance_tables(backend, self.distances, self.results)
+        self.ready = self._tables(self.distances, self.before).at(self.results)
         self.own_gradients, self.flat_gradients = None, None
-        self.gradient_places = None
+        self.gradients, self.gradient_places = [], None
+        self.after: list[list[Product]] = []
+        self.then: Sequence = ()
+
+    def _tables(self, distances: Sequence[Distance], stages: Sequence[Sequence[Product]]) -> Tables:
+        return self.kernels.weight_distance_tables(distances, [stage for stage in stages if stage])
 
     def run(self, decay: float | None, reduction: str, loss_scale: float | Tensor) -> Results:
         """After `find_gradients`."""
-        for tables in self.before_tables:
-            dispatch.product_fwd(self.backend, tables, self.like)
-        dispatch.weight_distance_fwd(self.backend, self.distance_tables, self.like, decay, reduction, loss_scale)
-        for tables in self.after_tables:
-            dispatch.product_fwd(self.backend, tables, self.like)
-        changed = [*(self.teachers if decay is not None else ()), *(t.grad for t in self.adapters)]
+        distance_fwd, product_fwd = self.kernels.weight_distance_fwd, self.kernels.product_fwd
+        for tables in self.ready.stages:
+            product_fwd(tables)
+        distance_fwd(self.ready.distance, decay, reduction, loss_scale)
+        for tables in self.then:
+            product_fwd(tables)
+        changed = self.gradients if decay is None else self.teachers + self.gradients
         torch.autograd.graph.increment_version(changed)
         return self.results
 
@@ -181,30 +190,37 @@ class Plan:
 
     def find_gradients(self) -> None:
         """Where `.grad` is missing, one of the plan's own takes its place; products are made anew if any moved."""
-        missing = [index for index, t in enumerate(self.adapters) if t.grad is None]
-        if missing and self.own_gradients is None:
+        gradients = [*map(_GRAD, self.adapters)]
+        if len(gradients) != len(self.gradients) or not all(map(operator.is_, gradients, self.gradients)):
+            if missing := [index for index, grad in enumerate(gradients) if grad is None]:
+                self._set_own(missing)
+                gradients = [*map(_GRAD, self.adapters)]
+            for grad in gradients:
+                if grad.layout != torch.strided or grad.is_inference():
+                    raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
+        places = [*map(Tensor.data_ptr, gradients)], [*map(Tensor.stride, gradients)]
+        if places != self.gradient_places:
+            check_changed([("groups: an adapter's .grad", grad) for grad in gradients], self.teachers)
+            self.after = [[], [], [], []]
+            for layer in self.layers:
+                (self._after_output if layer[0] == "output" else self._after_input)(*layer[1:])
+            self.after = [_without_collisions(stage) for stage in self.after]
+            self.then = self._tables([], self.after).at(None).stages if any(self.after) else ()
+            self.gradient_places = places
+        self.gradients = gradients
+
+    def _set_own(self, missing: list[int]) -> None:
+        if self.own_gradients is None:
             sizes = [-(-t.numel() // 4) * 4 for t in self.adapters]
             self.flat_gradients = self.like.new_empty(sum(sizes))
             parts = self.flat_gradients.split(sizes)
             self.own_gradients = [part[: t.numel()].view(t.shape) for part, t in zip(parts, self.adapters)]
-        if missing and len(missing) == len(self.adapters):
+        if len(missing) == len(self.adapters):
             self.flat_gradients.zero_()
-        elif missing:
+        else:
             torch._foreach_zero_([self.own_gradients[index] for index in missing])
         for index in missing:
             self.adapters[index].grad = self.own_gradients[index]
-        for t in self.adapters:
-            if t.grad.layout != torch.strided or t.grad.is_inference():
-                raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
-        places = [(t.grad.data_ptr(), t.grad.stride()) for t in self.adapters]
-        if places != self.gradient_places:
-            check_changed([("groups: an adapter's .grad", t.grad) for t in self.adapters], self.teachers)
-            self.after: list[list[Product]] = [[], [], [], []]
-            for layer in self.layers:
-                (self._after_output if layer[0] == "output" else self._after_input)(*layer[1:])
-            self.after = [_without_collisions(stage) for stage in self.after]
-            self.after_tables = [dispatch.product_tables(self.backend, stage) for stage in self.after if stage]
-            self.gradient_places = places
 
     def _add(self, stage: int, form: str, adapter: Tensor, *terms: Term, last: Tensor | None = None) -> None:
         if adapter.requires_grad:

@@ -1,28 +1,62 @@
 """One call per optimizer step: teachers, loss and adapter gradients of a whole model, without autograd."""
 
+import operator
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from peft_kernels.backend import resolve
+from peft_kernels.autocast import autocast_off
+from peft_kernels.backend import requested_by, resolve
 from peft_kernels.checks import check_choice, check_scale
-from peft_kernels.imitation.groups import ImitationGroup, check_group, named_teachers
+from peft_kernels.imitation.groups import LISTS, ImitationGroup, check_group, named_teachers
 from peft_kernels.imitation.plan import Memory, Plan
 from peft_kernels.ops.weight_distance import REDUCTIONS, check_changed, check_decay
 
+_PARTS = operator.attrgetter(*LISTS, "transform")
+_DTYPE, _NEEDS, _PLACEMENT = map(operator.attrgetter, ("dtype", "requires_grad", "placement"))
 
-def _identity(groups: Sequence[ImitationGroup], backend: str) -> list:
-    """Differs whenever a tensor of the groups is another one, or elsewhere."""
-    identity = [backend]
-    for index, group in enumerate(groups):
-        lists = group.lists()
-        for name, each in (*lists.items(), ("transform", group.transform or ())):
-            if not all(isinstance(t, Tensor) for t in each):
-                raise TypeError(f"groups[{index}].{name}: expected tensors, got {[type(t).__name__ for t in each]}")
-        identity += [group.placement, group.transform is None, *((name, len(each)) for name, each in lists.items())]
-        identity += [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in group.tensors()]
-    return identity
+
+class _Prepared:
+    """Plans, and all that they depend on: `fits` says whether it is as it was."""
+
+    def __init__(self, groups: list[ImitationGroup], requested: tuple[str, str], plans: list[Plan]):
+        self.asked, self.plans = (requested, [*map(type, groups)]), plans
+        self.structure, self.tensors = _structure(groups)
+        self.differentiated = [t for group in groups for t in (*group.learners(), *group.teachers())]
+        self.strided = [t for t in self.tensors if not t.is_contiguous()]
+        self.facts = self._facts()
+
+    def fits(self, groups: list[ImitationGroup], requested: tuple[str, str]) -> bool:
+        """Same tensors in the same places of groups, none of them elsewhere or of another kind."""
+        if self.asked != (requested, [*map(type, groups)]):
+            return False
+        try:
+            structure, tensors = _structure(groups)
+        except TypeError:  # which the checks will name
+            return False
+        same = structure == self.structure and all(map(operator.is_, tensors, self.tensors))
+        return same and self.facts == self._facts()
+
+    def _facts(self) -> dict[str, list]:
+        """What may change about these tensors; but for their numbers."""
+        return {
+            "addresses": [*map(Tensor.data_ptr, self.tensors)],
+            "sizes": [*map(Tensor.size, self.tensors)],
+            "dtypes": [*map(_DTYPE, self.tensors)],
+            "contiguous": [*map(Tensor.is_contiguous, self.tensors)],
+            "strides": [*map(Tensor.stride, self.strided)],  # of the others they follow from the sizes
+            "gradients": [*map(_NEEDS, self.differentiated)],
+        }
+
+
+def _structure(groups: list[ImitationGroup]) -> tuple[tuple, list[Tensor]]:
+    """Placements, how many tensors there are of each kind, None where there are none of it; and all of them."""
+    parts = [*chain.from_iterable(map(_PARTS, groups))]
+    given, absent = [part for part in parts if part is not None], [part is None for part in parts]
+    tensors = [*chain.from_iterable(given)]
+    return (len(tensors), absent, [*map(len, given)], [*map(_PLACEMENT, groups)]), tensors
 
 
 def _plans(groups: list[ImitationGroup], backend: str) -> list[Plan]:
@@ -63,18 +97,13 @@ def imitation_step(
     """
     check_decay(decay)
     check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(groups, ImitationGroup):
-        groups = [groups]
-    groups = list(groups) if hasattr(groups, "__iter__") else []
-    if not groups or not all(isinstance(group, ImitationGroup) and group.weight0 for group in groups):
-        raise TypeError("groups: expected ImitationGroups, at least one, each with at least one projection")
-    like = groups[0].weight0[0]
+    groups = [*groups] if hasattr(groups, "__iter__") else [groups]
+    plans = _prepared(groups, backend)
+    like = plans[0].like
     check_scale(loss_scale, like, "loss_scale")
-    name = resolve("imitation_step", (like,), backend).name
     if isinstance(loss_scale, Tensor):
         loss_scale = loss_scale.to(like.dtype)
-    with torch.inference_mode(False), torch.no_grad():
-        plans = _prepared(groups, name)
+    with torch.inference_mode(False), torch.no_grad(), autocast_off(like):
         for plan in plans:
             plan.find_gradients()
         results = [plan.run(decay if update_teacher else None, reduction, loss_scale) for plan in plans]
@@ -88,15 +117,27 @@ def imitation_step(
 
 def _prepared(groups: list[ImitationGroup], backend: str) -> list[Plan]:
     """The plans that the first group keeps, or new ones if anything has changed."""
-    identity = _identity(groups, backend)
-    kept, plans = groups[0].plan or (None, None)
-    if kept != identity:
-        for index, group in enumerate(groups):
-            check_group(f"groups[{index}]", group, groups[0].weight0[0])
-        teachers = [pair for index, group in enumerate(groups) for pair in named_teachers(f"groups[{index}]", group)]
-        check_changed(teachers, (t for group in groups for t in group.unchanged()))
-        plans = _plans(groups, backend)
-        groups[0].plan = (identity, plans)
+    requested, kept = requested_by(backend), getattr(groups[0], "plan", None) if groups else None
+    if kept is not None and kept.fits(groups, requested):
+        return kept.plans
+    if not groups or not all(isinstance(group, ImitationGroup) and group.weight0 for group in groups):
+        raise TypeError("groups: expected ImitationGroups, at least one, each with at least one projection")
+    like = groups[0].weight0[0]
+    for index, group in enumerate(groups):
+        for name, each in (*group.lists().items(), ("transform", group.transform or ())):
+            if not all(isinstance(t, Tensor) for t in each):
+                raise TypeError(f"groups[{index}].{name}: expected tensors, got {[type(t).__name__ for t in each]}")
+    for index, group in enumerate(groups):
+        check_group(f"groups[{index}]", group, like)
+    largest = tuple(max(t.shape[dim] for group in groups for t in group.weight0) for dim in (0, 1))
+    lives = (t.dtype for group in groups for t in (*group.live, *(group.live_bias or ())))
+    widest = max(lives, key=lambda dtype: dtype.itemsize)
+    name = resolve("imitation_step", (like,), backend, shape=largest, live=widest).name
+    teachers = [pair for index, group in enumerate(groups) for pair in named_teachers(f"groups[{index}]", group)]
+    check_changed(teachers, (t for group in groups for t in group.unchanged()))
+    with torch.inference_mode(False), torch.no_grad():
+        plans = _plans(groups, name)
+    groups[0].plan = _Prepared(groups, requested, plans)
     return plans
 
 

@@ -1,19 +1,34 @@
-"""`weight_distance` in torch: in-place calls, matrix by matrix. Records: peft_kernels/dispatch/weight_distance.py."""
+"""`weight_distance` in torch: in-place calls, matrix by matrix. Records: peft_kernels/records.py."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from peft_kernels.records import Distance, Product, Results
+from peft_kernels.tables import Placed
+
 FLOOR = 1e-12  # of a relative distance's denominator, relative to the base
 
 
-def weight_distance_tables(distances: Sequence[Any], results: Any) -> Any:
-    return distances, results
+class Tables(NamedTuple):
+    """The records themselves."""
+
+    distances: Sequence[Distance]
+    stages: Sequence[Sequence[Product]]
+
+    def at(self, results: Results | None) -> Placed:
+        return Placed((self.distances, results), self.stages)
 
 
-def weight_distance_fwd(tables: Any, decay: float | None, reduction: str, loss_scale: float | Tensor) -> None:
+def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
+    return Tables(distances, stages)
+
+
+def weight_distance_fwd(
+    tables: tuple[Sequence[Distance], Results], decay: float | None, reduction: str, loss_scale: float | Tensor
+) -> None:
     """Targets, errors, sums, losses, factors and bias gradients of all matrices."""
     distances, results = tables
     for index, d in enumerate(distances):
@@ -44,11 +59,7 @@ def weight_distance_fwd(tables: Any, decay: float | None, reduction: str, loss_s
             d.bias_gradient.copy_(e.mul_(2 * coefficient * loss_scale))
 
 
-def product_tables(products: Sequence[Any]) -> Any:
-    return products
-
-
-def product_fwd(tables: Any) -> None:
+def product_fwd(tables: Sequence[Product]) -> None:
     """Every product, one call for each term."""
     for product in tables:
         columns, keep = product.result.shape[1], product.accumulate

@@ -130,10 +130,7 @@ def test_two_blocks_fit_a_multiprocessor():
 @pytest.mark.parametrize("dtype", DTYPE_CODES)
 def test_strips_are_planned_for_the_blocks_that_run_at_a_time(dtype, rank):
     """Two on a multiprocessor with registers (65,536, by 256 for a warp) and shared memory for two of every pass."""
-    import torch
-
     from peft_kernels import _C
-    from peft_kernels.cuda_kernels.common import resident
 
     code = DTYPE_CODES[dtype]
     shared = max(_C.lowrank_linear_shared_bytes(code, rank), _C.batched_lowrank_linear_shared_bytes(code, rank)) + 1024
@@ -142,7 +139,7 @@ def test_strips_are_planned_for_the_blocks_that_run_at_a_time(dtype, rank):
         if kernel.name in ("wide_bwd", "gram", "expand") and (kernel.dtype, kernel.rank) == (dtype, rank):
             warps = 65536 // (-(-kernel.registers * 32 // 256) * 256) // 4 * 4
             fit = min(fit, warps // 8, (SHARED_LIMIT[kernel.arch] + 1024) // shared)
-    assert resident(getattr(torch, dtype), rank) == fit
+    assert _C.lowrank_linear_resident(code, rank) == fit
 
 
 def test_shared_memory_within_limits():

@@ -13,13 +13,12 @@ from aot import ARCHITECTURES, binaries, check_resources, compile_launch
 from imitation_cases import Layer
 
 from peft_kernels.backend import Choice
-from peft_kernels.dispatch.weight_distance import Distance, Product, Term
 from peft_kernels.imitation import step
 from peft_kernels.ops.weight_distance import new_results
+from peft_kernels.records import Distance, Product, Term
 from peft_kernels.triton_kernels import common
 from peft_kernels.triton_kernels import weight_distance as kernels
 from peft_kernels.triton_kernels import weight_distance_product as products
-from peft_kernels.triton_kernels import weight_distance_records as records
 
 DISTANCE, FINISH, PRODUCT = "_distance_kernel", "_finish_kernel", "_product_kernel"
 
@@ -61,13 +60,14 @@ class Call:
         results = new_results(1, error)
         gradients = [torch.empty_like(t) for t in pair]
         with common.record_launches(run=False) as launches:
-            tables = kernels.weight_distance_tables([Distance(target, base, (pair,), error)], results)
-            kernels.weight_distance_fwd(tables, None, self.reduction, 1.0)
             both = [
                 Product("nt", gradients[0], (Term(error, pair[1], results.factors[0]),)),
                 Product("tn", gradients[1], (Term(pair[0], error, results.factors[0]),)),
             ]
-            kernels.product_fwd(kernels.product_tables(both))
+            distance = Distance(target, base, (pair,), error)
+            tables = kernels.weight_distance_tables([distance], [both]).at(results)
+            kernels.weight_distance_fwd(tables.distance, None, self.reduction, 1.0)
+            kernels.product_fwd(tables.stages[0])
         return launches
 
 
@@ -92,8 +92,7 @@ def asynchronous(size: int, ptx: str) -> int:
 
 
 def chosen(call: Step | Call, name: str, arch: int, monkeypatch) -> common.Launch:
-    for module in (records, products):
-        monkeypatch.setattr(module, "architecture", lambda device: arch)
+    monkeypatch.setattr(kernels, "architecture", lambda device: arch)
     return next(launch for launch in call.launches() if launch.kernel.__name__ == name)
 
 

@@ -1,1 +1,0 @@
-"""From an operation to the backend that was chosen: called directly in eager runs, as custom operators in graphs."""
