@@ -9,7 +9,8 @@ from unittest import mock
 from peft_kernels.backend import SUPPORT
 from peft_kernels.cuda_kernels import extension
 from peft_kernels.devices import importable
-from peft_kernels.ops import lowrank_linear
+
+from .kept import afresh
 
 KERNELS = {"triton": "triton", "cuda": "peft_kernels._C"}  # what each backend cannot do without
 
@@ -27,7 +28,7 @@ def launching_nothing() -> Iterator[Counter[str]]:
     """
     counts: Counter[str] = Counter()
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.dict(lowrank_linear._plans, clear=True))  # none holds the other launches
+        patches.enter_context(afresh())
         for name, launching in (("triton", _triton), ("cuda", _cuda)):
             problem = "" if importable(KERNELS[name]) else f"there is no {KERNELS[name]} here"
             patches.enter_context(mock.patch.object(SUPPORT[name], "_missing", _cached(problem)))
