@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from peft_kernels import backend
+from peft_kernels.backend import SUPPORT
 from peft_kernels.cuda_kernels import extension
+from peft_kernels.devices import importable
+
+from .kept import afresh
 
 KERNELS = {"triton": "triton", "cuda": "peft_kernels._C"}  # what each backend cannot do without
 
@@ -25,17 +28,18 @@ def launching_nothing() -> Iterator[Counter[str]]:
     """
     counts: Counter[str] = Counter()
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(backend, "_find_missing", _missing))
-        if not _missing("triton", "cpu"):
-            patches.enter_context(_triton(counts))
-        if not _missing("cuda", "cpu"):
-            patches.enter_context(_cuda(counts))
+        patches.enter_context(afresh())
+        for name, launching in (("triton", _triton), ("cuda", _cuda)):
+            problem = "" if importable(KERNELS[name]) else f"there is no {KERNELS[name]} here"
+            patches.enter_context(mock.patch.object(SUPPORT[name], "_missing", _cached(problem)))
+            if not problem:
+                patches.enter_context(launching(counts))
         yield counts
 
 
-@functools.lru_cache  # as the function has in whose place this is
-def _missing(name: str, device_type: str) -> str:
-    return "" if backend._importable(KERNELS[name]) else f"there is no {KERNELS[name]} here"
+def _cached(problem: str) -> Callable[[str], str]:
+    """As the function is in whose place this is: a profiler sees the same calls."""
+    return functools.lru_cache(lambda device_type: problem)
 
 
 def _counting(counts: Counter[str], name: str) -> Callable[..., None]:

@@ -114,7 +114,7 @@ WIDE = {"dtype": HALF, "columns_in": 264}
 THIN = {"design": "fused", "dtype": HALF, "columns_in": 72, "rank": 20, "out_blocks": 2}
 CASES: dict[str, dict[str, Run]] = {
     "lowrank_linear": {
-        "lora": lowrank(**WIDE, dropout_p=0.3),
+        "lora": lowrank(**WIDE, rank=12, dropout_p=0.3),
         "diagonal": lowrank(core="diagonal", out_blocks=2, dtype=HALF, dropout_p=0.3, dropout_on="rank"),
         "dense": lowrank(core="dense", in_blocks=2, dtype=HALF, dropout_p=0.3, dropout_on="core"),
         "hidden": lowrank("x core", in_blocks=2, core="diagonal", dtype=HALF, precomputed_hidden=True),

@@ -4,9 +4,12 @@ import threading
 
 import pytest
 import torch
+from able_machine import OnGpu, constant, everything_runs
 
 import peft_kernels
 from peft_kernels import BackendUnavailableError, Choice, backend, lowrank_linear, resolve, use_backend
+from peft_kernels.triton_kernels import support as triton_support
+from peft_kernels.triton_kernels.config import MAX_RANK, LowRankShape, batched_config, lowrank_linear_config
 
 X = torch.ones(2, 4)
 
@@ -18,14 +21,7 @@ def no_environment(monkeypatch):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A machine where everything can run, whatever this one has."""
-    monkeypatch.setattr(backend, "_missing", lambda name, device_type: "")
-    return torch.empty(2, 4, device="meta", dtype=torch.float32), monkeypatch
-
-
-class FakeCuda:
-    def __init__(self, dtype=torch.float32):
-        self.device, self.dtype = torch.device("cuda"), dtype
+    everything_runs(monkeypatch)
 
 
 def test_auto_takes_torch_on_a_cpu():
@@ -34,18 +30,18 @@ def test_auto_takes_torch_on_a_cpu():
 
 
 def test_auto_takes_triton_on_a_gpu(on_gpu):
-    choice = resolve("lowrank_linear", [FakeCuda()])
+    choice = resolve("lowrank_linear", [OnGpu()])
     assert choice.name == "triton" and "GPU" in choice.reason
 
 
 @pytest.mark.parametrize(("dtype", "rank", "reason"), [(torch.float64, 4, "float64"), (torch.float32, 65, "64")])
 def test_auto_falls_back_to_torch_and_says_why(on_gpu, dtype, rank, reason):
-    choice = resolve("lowrank_linear", [FakeCuda(dtype)], rank=rank)
+    choice = resolve("lowrank_linear", [OnGpu(dtype)], rank=rank)
     assert choice.name == "torch" and reason in choice.reason
 
 
 def test_precedence_is_call_then_context_then_environment(on_gpu, monkeypatch):
-    tensors = [FakeCuda()]
+    tensors = [OnGpu()]
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "torch")
     assert resolve("op", tensors) == Choice("torch", f"asked for by {backend.ENVIRONMENT_VARIABLE}")
     with use_backend("cuda"):
@@ -72,13 +68,13 @@ def test_context_ends_after_an_exception_and_stays_in_its_thread():
 def test_one_context_object_may_be_entered_twice(on_gpu):
     context = use_backend("torch")
     with context, context:
-        assert resolve("op", [FakeCuda()]).name == "torch"
-    assert resolve("op", [FakeCuda()]).name == "triton"
+        assert resolve("op", [OnGpu()]).name == "torch"
+    assert resolve("op", [OnGpu()]).name == "triton"
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_named_backend_that_cannot_run_raises_with_the_reason(name, monkeypatch):
-    monkeypatch.setattr(backend, "_missing", lambda name, device_type: "no such device here")
+    monkeypatch.setattr(backend.SUPPORT[name], "missing", lambda device_type: "no such device here")
     message = rf"backend '{name}' \(asked for by backend=\) cannot run: no such device here"
     with pytest.raises(BackendUnavailableError, match=message):
         resolve("op", [X], name)
@@ -99,12 +95,28 @@ def test_unknown_names_are_refused(monkeypatch):
         resolve("op", [X])
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_kernels_refuse_float64_and_large_ranks(name):
-    with pytest.raises(ValueError, match="float64"):
-        resolve("op", [X.double()], name)
-    with pytest.raises(ValueError, match="ranks up to"):
-        resolve("op", [X], name, rank=backend.MAX_RANK[name] + 1)
+@pytest.mark.parametrize(("name", "most"), [("triton", MAX_RANK), ("cuda", constant("kLowRankLinearMaxRank"))])
+def test_kernels_refuse_float64_and_large_ranks(name, most, on_gpu):
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        resolve("lowrank_linear", [X.double()], name)
+    assert resolve("lowrank_linear", [OnGpu()], name, rank=most).name == name
+    with pytest.raises(BackendUnavailableError, match=f"ranks up to {most}, not {most + 1}"):
+        resolve("lowrank_linear", [OnGpu()], name, rank=most + 1)
+
+
+@pytest.mark.parametrize("op", ["lowrank_linear", "lowrank_hidden"])
+@pytest.mark.parametrize("blocks", [(16, 1), (1, 16), (16, 16)])
+def test_cuda_refuses_wide_hidden_activations(op, blocks, on_gpu):
+    """As soon as the backend is chosen, by name or not."""
+    with pytest.raises(BackendUnavailableError, match=r"'cuda' .* cannot run: .* rank × blocks up to 1024, not 1600"):
+        resolve(op, [OnGpu()], "cuda", rank=100, blocks=blocks)
+    assert resolve(op, [OnGpu()], "cuda", rank=64, blocks=blocks).name == "cuda"
+
+
+def test_cuda_refuses_wide_hidden_activations_of_a_call(on_gpu):
+    x, weight, core = torch.ones(2, 4), torch.ones(32, 4), torch.ones(16, 1, 100)
+    with pytest.raises(BackendUnavailableError, match="rank × blocks up to 1024, not 1600"):
+        lowrank_linear(x, weight, None, torch.ones(100, 4), torch.ones(2, 100), core, backend="cuda")
 
 
 def test_status_names_every_backend():
@@ -126,8 +138,18 @@ def test_explain_names_each_adapter_layer():
     assert peft_kernels.explain(model)["1"].name == "none"
 
 
-def test_triton_rank_limit_is_the_kernels_own():
-    pytest.importorskip("triton")
-    from peft_kernels.triton_kernels.config import MAX_RANK
+def test_triton_has_one_rank_limit(on_gpu):
+    """What the backend says before a call, and what its tiles say in one."""
+    assert triton_support.MAX_RANK is MAX_RANK
+    for function in (lambda rank: lowrank_linear_config(LowRankShape(8, 8, rank), torch.float32, 90),
+                     lambda rank: batched_config(rank, torch.float32, 90)):  # fmt: skip
+        function(MAX_RANK)
+        with pytest.raises(ValueError, match=f"ranks up to {MAX_RANK}, not {MAX_RANK + 1}"):
+            function(MAX_RANK + 1)
 
-    assert backend.MAX_RANK["triton"] == MAX_RANK
+
+def test_the_built_extension_has_the_limits_of_its_source():
+    pytest.importorskip("peft_kernels._C")
+    limits = backend.SUPPORT["cuda"]._limits()
+    assert limits["LOWRANK_LINEAR_MAX_RANK"] == constant("kLowRankLinearMaxRank")
+    assert limits["LOWRANK_LINEAR_MAX_HIDDEN"] == constant("kLowRankLinearMaxHidden")

@@ -311,14 +311,13 @@ def test_all_rows_are_one_strip_while_a_sanitizer_watches():
     sizes = [(130, Tile(64, 64), 3), (520, Tile(32, 64), 6), (120, Tile(8, 64), 5)]  # rows, tile, column tiles
 
     def tiles(rows, tile, columns, arch=90):
-        return config.strip_tiles(rows, tile, config.programs(tile, arch) // columns)
+        return config.strip_tiles(rows, tile, columns, arch)
 
     usual = [tiles(*each) for each in sizes]
     with gpu_work.one_strip():
         for (rows, tile, columns), before in zip(sizes, usual):
             assert all(tiles(rows, tile, columns, arch) * tile.rows >= rows for arch in config.PROCESSORS)
-            strips = config.adapter_strips(rows, tile, config.programs(tile, 90) // (2 * columns))
-            assert strips == 1 and before * tile.rows < rows
+            assert config.adapter_strips(rows, 2, tile, columns, 90) == 1 and before * tile.rows < rows
         assert cuda_common.PROCESSORS == cuda_gated_query.PROCESSORS == 0  # one strip, whatever the shape
     assert [tiles(*each) for each in sizes] == usual
 

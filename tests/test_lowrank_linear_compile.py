@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_kernels import lowrank_hidden, lowrank_linear, use_backend
 from peft_kernels.layers import LowRankLinear
 from peft_kernels.ops import lowrank_linear as op
+from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
 
 BACKENDS = ["torch", "triton"]
 
@@ -124,23 +125,26 @@ def test_gradients_take_the_mask_of_their_own_forward(backend, compiler, place, 
             assert leaves[i].grad.equal(results[i])
 
 
+def flat(*args):
+    """As an operator takes them: the fields of records one after the other."""
+    return [part for arg in args for part in (arg if hasattr(arg, "_fields") else (arg,))]
+
+
 def operators(device: str):
     problem = Problem(core="dense", out_blocks=2, in_blocks=2)
     t = {name: tensor.detach() for name, tensor in problem.tensors(device).items()}
-    scale, rng = torch.tensor(0.5, device=device), torch.tensor([3, 4], device=device)
-    args = (t["x"], t["weight"], t["bias"], t["down"], t["up"], t["core"], scale)
+    factors = Factors(t["down"], t["up"], t["core"], torch.tensor(0.5, device=device))
     dy, z = problem.gradient(device), torch.randn(problem.rows, 8, device=device)
+    outside, all_own = factors._replace(down=None, z=z), Needs(x=True, down=True, up=True, core=True)
+    rng = torch.tensor([3, 4], device=device)
     ns = torch.ops.peft_kernels
-    yield ns.lowrank_linear_fwd, (*args, None, rng, 0.3, "core", None, "triton")
-    yield ns.lowrank_linear_fwd, (*args, z, None, 0.0, "input", None, "triton")
-    yield (
-        ns.lowrank_linear_bwd,
-        (dy, *args[:2], *args[3:], z, rng, 0.3, "rank", [True, True, True, True, False], None, "triton"),
-    )
-    yield (
-        ns.lowrank_linear_bwd,
-        (dy, None, args[1], None, *args[4:], z, None, 0.0, "rank", [True, False, False, True, True], None, "triton"),
-    )
+    forward = t["x"], t["weight"], t["bias"]
+    yield ns.lowrank_linear_fwd, flat(*forward, factors, Dropout(rng, 0.3, "core"), None, "triton")
+    yield ns.lowrank_linear_fwd, flat(*forward, outside, KEEP_ALL, None, "triton")
+    backward = dy, t["x"], t["weight"], factors._replace(z=z), Dropout(rng, 0.3, "rank"), all_own
+    yield ns.lowrank_linear_bwd, flat(*backward, "triton")
+    backward = dy, None, t["weight"], outside, KEEP_ALL, Needs(x=True, core=True, z=True)
+    yield ns.lowrank_linear_bwd, flat(*backward, "triton")
     yield ns.lowrank_hidden_fwd, (t["x"], t["down"], 2, "triton")
     yield ns.lowrank_hidden_bwd, (z, t["x"], t["down"], [True, True], "triton")
     yield ns.lowrank_hidden_bwd, (z, None, t["down"], [True, False], "triton")

@@ -38,7 +38,7 @@ def tiles(monkeypatch):
 
 GRID = lowrank(dtype=torch.float16, columns_in=40, columns_out=40, rank=5, core="diagonal", out_blocks=2, in_blocks=2)
 DENSE = lowrank("core", rows=40, dtype=torch.float16, columns_in=24, columns_out=24, core="flat dense")
-COLUMNS = lowrank("x down", rows=40, columns_in=72, columns_out=136, rank=20)
+COLUMNS = lowrank("x down", rows=40, columns_in=136, columns_out=136, rank=12, dtype=torch.float16)
 ONE_KERNEL = lowrank("x", design="fused", rows=70, columns_in=40, columns_out=72, rank=20)
 BATCH = batched("up", inputs=24, outputs=40, rank=5)
 ADDITIVE, GATED = gated("additive", "text beta"), gated("gated", "hidden text beta", batch=2)
@@ -68,10 +68,13 @@ MUTANTS = {
         "d_core's rows all the first": ("offs_r = a + tl.arange", "offs_r = 0 * a + tl.arange", DENSE, BOTH_WRITE),
         "dA without strips": ("part = i * tl.num_programs(1) + strip", "part = i + 0 * strip", GRID, BOTH_WRITE),
         "column tiles overlap": ("% column_tiles * BLOCK_K", "% column_tiles * (BLOCK_K - 8)", COLUMNS, None),
+        "one chunk too many in down_bwd": ("static_range(CHUNKS)", "static_range(CHUNKS + 1)", COLUMNS, OUTSIDE),
+        "chunks too far apart": ("tl.cast(M, tl.int64) * O * R", "tl.cast(M + 1, tl.int64) * O * R", COLUMNS, OUTSIDE),
         "d_core not masked": ("(offs_a < R)[:, None] & (offs_r", "(offs_a >= 0)[:, None] & (offs_r", DENSE, None),
     },
     common: {
         "sums beyond the end": ("mask=offsets < size)", "mask=offsets >= 0)", GRID, OUTSIDE),
+        "two sums in one": ("_add_parts(b_ptr, b_out_ptr,", "_add_parts(b_ptr, a_out_ptr,", GRID, BOTH_WRITE),
         "sums overlap": (".to(tl.int64) * BLOCK + ", ".to(tl.int64) * (BLOCK - 1) + ", COLUMNS, BOTH_WRITE),
     },
     batched_lowrank_linear: {

@@ -1,5 +1,7 @@
 """What the Triton operations share: the dropout mask against Philox's definition, tf32, recorded launches."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -50,6 +52,26 @@ def test_masks_are_philox_of_seed_offset_row_and_column(seed, offset, device):
             assert sorted(map(bool, out[row, 8 * group : 8 * group + 8].tolist())) == halves
 
 
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.kernels
+def test_up_to_three_sums_in_one_launch(given, device):
+    """Each in the type and shape of what it is a gradient of, whichever of them there are."""
+    sizes = ((5, (70, 3), torch.float32), (33, (1,), torch.float16), (1, (2, 130), torch.bfloat16))
+    sums = [(torch.randn(count, *shape, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for count, shape, dtype in sizes]  # fmt: skip
+    asked = [pair if is_given else (None, pair[1]) for pair, is_given in zip(sums, given)]
+    with common.record_launches() as launches:
+        outs = common.sum_partials(asked)
+    assert len(launches) == any(given)
+    for (parts, like), out in zip(asked, outs, strict=True):
+        assert (out is None) == (parts is None)
+        if out is not None:
+            assert out.shape == like.shape and out.dtype == like.dtype
+            torch.testing.assert_close(out, parts.double().sum(0).to(out.dtype))
+            (alone,) = common.sum_partials([(parts, like)])
+            assert torch.equal(out, alone)  # the order is the number of parts' alone
+
+
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_float32_products_follow_torchs_own_setting(setting):
     before = torch.backends.cuda.matmul.fp32_precision
@@ -63,9 +85,9 @@ def test_float32_products_follow_torchs_own_setting(setting):
 def test_recorded_launches_need_not_run(device):
     partials = torch.ones(3, 4, device=device)
     with common.record_launches(run=False) as launches:
-        assert common.sum_partials(partials, partials[0]).isnan().all()
+        assert common.sum_partials([(partials, partials[0])])[0].isnan().all()
     with common.record_launches() as ran:
-        assert (common.sum_partials(partials, partials[0]) == 3).all()
+        assert (common.sum_partials([(partials, partials[0])])[0] == 3).all()
     assert [launch.kernel for launch in launches] == [launch.kernel for launch in ran]
     with common.record_launches() as none:
         pass

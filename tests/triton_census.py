@@ -79,9 +79,11 @@ class Census:
             name, value = getattr(node.left, "id", None), node.comparators[0].value
             if isinstance(value, str) and value not in constants.get(name, ()):
                 yield f"{where}: never with {name} = {value}"
+            if isinstance(value, int) and name in constants:
+                yield from _missing(f"{where}: never with {name} == {value}:", {value == v for v in constants[name]})
         elif isinstance(node, ast.If | ast.IfExp) and getattr(node.test, "id", None) in constants:
-            yield from (
-                f"{where}: never with {node.test.id} = {value}"
-                for value in (True, False)
-                if value not in constants[node.test.id]
-            )
+            yield from _missing(f"{where}: never with {node.test.id} =", set(map(bool, constants[node.test.id])))
+
+
+def _missing(what: str, seen: set[bool]) -> Iterator[str]:
+    yield from (f"{what} {value}" for value in (True, False) if value not in seen)

@@ -8,6 +8,7 @@ MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
 LONGEST_CHAIN = 64  # float32 products that are added one after another; csrc is compiled with it
+MOST_CHUNK_READS = 64  # of each row of up_bwd's chunks, by all column tiles of down_bwd; above, hidden_bwd costs less
 LONGEST_RUN = 128  # tiles that one program adds up: 512 of 16 rows err more than torch, whose sums are sliced
 SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; csrc is compiled with it
 
@@ -142,6 +143,16 @@ def fused_problem(shape: LowRankShape) -> str | None:
     if shape.rank > 32 or shape.in_features > 1024:
         return f"takes rank ≤ 32 and in_features ≤ 1024, not {shape.rank} and {shape.in_features}"
     return None
+
+
+def down_bwd_makes_dz(config: LowRankLinearConfig, in_columns: int, out_columns: int) -> bool:
+    """Where there is no core: does down_bwd add up_bwd's chunks itself, so that there is no hidden_bwd?
+
+    It loads all of them ahead: more than these spill, or do not fit into shared memory. In float32 even one may spill.
+    """
+    most = 0 if config.dtype == torch.float32 else {16: 6, 32: 3, 64: 0}[config.block_r]
+    chunks, column_tiles = -(-out_columns // config.up_bwd.columns), -(-in_columns // config.down_bwd.columns)
+    return chunks <= most and chunks * column_tiles <= MOST_CHUNK_READS
 
 
 def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:

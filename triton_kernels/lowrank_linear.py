@@ -19,12 +19,10 @@ from torch import Tensor
 
 from ..records import Dropout, Factors, Needs
 from .common import allows_tf32, architecture, sum_partials
-from .config import LowRankLinearConfig, LowRankShape, lowrank_linear_config
-from .lowrank_linear_bwd import core_bwd, down_bwd, down_column_tiles, hidden_bwd, up_bwd, up_chunks
+from .config import LowRankLinearConfig, LowRankShape, down_bwd_makes_dz, lowrank_linear_config
+from .lowrank_linear_bwd import core_bwd, down_bwd, hidden_bwd, up_bwd
 from .lowrank_linear_fwd import drop_of, expand, fused, mix, shrink
 from .replay import Memo, again, replayed
-
-MOST_CHUNK_READS = 64  # of each row of t, by all column tiles of down_bwd; above it, hidden_bwd's launch costs less
 
 
 def lowrank_linear_fwd(
@@ -89,7 +87,7 @@ def _backward(
         t, d_up = up_bwd(dy, s, factors, needs_dz or needs.core, needs.up, config)
     if needs.core:
         d_core = core_bwd(t, factors.z, factors, drop, config)
-    if needs_dz and not (any(through_down) and _makes_dz(factors, needs, config)):
+    if needs_dz and not (any(through_down) and _makes_dz_late(factors, needs, config)):
         dz = hidden_bwd(t, factors, drop, dy.dtype, config)
     if any(through_down):
         dx, d_down = down_bwd(x, t if dz is None else dz, factors, drop, through_down, config)
@@ -101,11 +99,11 @@ def _backward(
 _forward_again, _backward_again = again(_forward), again(_backward)
 
 
-def _makes_dz(factors: Factors, needs: Needs, config: LowRankLinearConfig) -> bool:
+def _makes_dz_late(factors: Factors, needs: Needs, config: LowRankLinearConfig) -> bool:
     """Does down_bwd make dz of the chunks?"""
     if factors.core is not None or needs.z:
         return False
-    return up_chunks(factors, config) * down_column_tiles(factors, config) <= MOST_CHUNK_READS
+    return down_bwd_makes_dz(config, factors.down.shape[1], factors.up.shape[0])
 
 
 @again

@@ -253,7 +253,7 @@ def up_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> t (chunks, M, O·R) float32 with dy_o B = Σ_chunks t; partial sums of d_up"""
     tile, up, rows = config.up_bwd, factors.up, dy.shape[0]
-    (columns, rank), chunks = up.shape, up_chunks(factors, config)
+    (columns, rank), chunks = up.shape, triton.cdiv(up.shape[0], tile.columns)
     out_blocks = dy.shape[1] // columns
     tiles, strips = _strips(rows, tile, out_blocks * chunks, dy.device)
     t = dy.new_empty(chunks, rows, out_blocks * rank, dtype=torch.float32) if needs_t else None
@@ -272,11 +272,6 @@ def up_bwd(
         tile,
     )  # fmt: skip
     return t, partials
-
-
-def up_chunks(factors: Factors, config: LowRankLinearConfig) -> int:
-    """Into how many chunks of columns up_bwd divides an output block."""
-    return triton.cdiv(factors.up.shape[0], config.up_bwd.columns)
 
 
 def hidden_bwd(t: Tensor, factors: Factors, drop: Drop, dtype: torch.dtype, config: LowRankLinearConfig) -> Tensor:
@@ -329,7 +324,7 @@ def down_bwd(
     """
     (needs_x, needs_down), chunks = needs, dz.shape[0] if dz.dim() == 3 else 0
     tile, (rank, columns), (rows, width) = config.down_bwd, factors.down.shape, dz.shape[-2:]
-    in_blocks, column_tiles = width // rank, down_column_tiles(factors, config)
+    in_blocks, column_tiles = width // rank, triton.cdiv(columns, tile.columns)
     tiles, strips = _strips(rows, tile, in_blocks * column_tiles, dz.device)
     dx = dz.new_empty(rows, in_blocks * columns, dtype=config.dtype) if needs_x else None
     partials = dz.new_empty(in_blocks * strips, rank, columns, dtype=torch.float32) if needs_down else None
@@ -349,11 +344,6 @@ def down_bwd(
         tile,
     )  # fmt: skip
     return dx, partials
-
-
-def down_column_tiles(factors: Factors, config: LowRankLinearConfig) -> int:
-    """Into how many tiles of columns down_bwd divides an input block."""
-    return triton.cdiv(factors.down.shape[1], config.down_bwd.columns)
 
 
 def _strips(rows: int, tile: Tile, column_tiles: int, device: torch.device) -> tuple[int, int]:

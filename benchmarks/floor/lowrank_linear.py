@@ -3,6 +3,10 @@
 Sizes: M rows, K in features, N out features, R rank, `size` bytes per element.
 """
 
+import torch
+
+from peft_kernels.triton_kernels.config import MAX_RANK, LowRankShape, down_bwd_makes_dz, lowrank_linear_config
+
 from . import Pass, Work
 
 # "eager" is a LoRA written down as in its paper, PEFT's too; "unsloth" adds to what is there, and has neither bias nor
@@ -105,16 +109,28 @@ def passes(design: str, M: int, K: int, N: int, R: int, size: int, dropout: bool
             "tail": [shrink, Pass("y = x Wᵀ + s z Bᵀ + b", gemm + thin_y, x + weight + z + up + y)],
             "fused": [Pass("fused", gemm + thin_x * tiles + thin_y, x + weight + down + up + y + z)],
         }[design]
-        sums = [Pass("sum of dB", 0, up), Pass("sum of dA", 0, down)]
-        backward = [Pass("up_bwd: dy B, dB", 2 * thin_y, y + z + up), Pass("hidden_bwd: dz", M * R, z), *sums]
+        backward = [Pass("up_bwd: dy B, dB", 2 * thin_y, y + z + up), Pass("sums of dB and dA", 0, up + down)]
+        if design == "tail" or not _down_bwd_makes_dz(K, N, R, size, dropout):
+            backward.insert(1, Pass("hidden_bwd: dz", M * R, z))
+            z_read = z
+        else:
+            z_read = 0  # down_bwd reads the chunks of dy B instead
         if design == "tail":
             backward += [Pass("dA", thin_x, x + z + down)]
             backward += [Pass("dx = dy W + mask · dz A", gemm + thin_x, y + weight + z + down + x)]
         else:
-            backward += [Pass("down_bwd: mask · dz A, dA", 2 * thin_x, x + z + down + x)]
+            backward += [Pass("down_bwd: mask · dz A, dA", 2 * thin_x, x + z_read + down + x)]
             backward += [Pass("dx += dy W", gemm, y + weight + 2 * x)]
         if dropout:
             forward.insert(0, Pass("seed", 0, 16))
         return forward, backward
 
     raise ValueError(f"design: expected one of {DESIGNS}, got {design!r}")
+
+
+def _down_bwd_makes_dz(K: int, N: int, R: int, size: int, dropout: bool) -> bool:
+    """On an H200, whose tiles the model takes for every GPU."""
+    if R > MAX_RANK:
+        return False
+    dtype = torch.float32 if size == 4 else torch.bfloat16
+    return down_bwd_makes_dz(lowrank_linear_config(LowRankShape(0, N, R, dropout=dropout), dtype, 90), K, N)

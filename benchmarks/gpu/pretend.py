@@ -43,14 +43,19 @@ _data_ptr = torch._C.TensorBase.data_ptr
 _profile = torch.profiler.profile
 _known = WeakTensorKeyDictionary()  # what is in few tensors: numbers that were sent, what shapes depend on
 _capturing = False
-BLOCK = 2**20
-_free, _places = itertools.count(2**40, BLOCK), {}  # addresses; by storage its size and where it begins
+BLOCK, FIRST, LAST = 2**20, 2**40, 2**46  # what a machine's own addresses begin behind
+_free, _places = itertools.count(FIRST, BLOCK), {}  # addresses; by storage its size and where it begins
 _SO = {getattr(torch.ops.aten, name) for name in ("all", "eq", "ge", "le")}  # true: everything reads as 0
 
 
 def is_there(tensor: Tensor) -> bool:
     """Whether a tensor is on the pretended GPU."""
     return _device(tensor) == META
+
+
+def is_address(number: int) -> bool:
+    """Whether something may lie there on the pretended GPU."""
+    return FIRST <= number < LAST
 
 
 def _says_so(tensor: Tensor) -> bool:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from peft_kernels.cuda_kernels import extension
+from peft_kernels.cuda_kernels import common, extension
 
 from .. import results, steps_methods
+from ..kept import afresh
 from . import process
 from .driver import checked_launches
 from .pretend import pretended_gpu
@@ -80,9 +81,15 @@ def stage() -> Iterator[Rehearsed]:
     """This process has a GPU, as far as the package and its benchmarks can tell, until the block ends."""
     from triton import knobs
 
+    from peft_kernels.triton_kernels import replay
+
     done = Rehearsed()
     with ExitStack() as scenery:
+        scenery.enter_context(afresh())
         scenery.enter_context(pretended_gpu())
+        for module in (replay, common):  # what torch knows of CUDA itself, if it does
+            scenery.enter_context(mock.patch.object(module, "_current_device", lambda: 0))
+            scenery.enter_context(mock.patch.object(module, "_raw_stream", lambda index: 0))
         done.launches = scenery.enter_context(checked_launches())
         scenery.enter_context(mock.patch.object(knobs.compilation, "listener", done.listen))
         scenery.enter_context(_called_up_to_the_launch(done.cuda))

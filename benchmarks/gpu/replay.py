@@ -19,6 +19,7 @@ from peft_kernels.triton_kernels.common import Launch, record_launches
 from peft_kernels.triton_kernels.config import Tile
 
 from .. import cases, runner, timing
+from ..kept import afresh
 
 
 class Unfit(Exception):
@@ -82,6 +83,7 @@ def used(op: str, step: Callable[[], object]) -> dict[str, Tile]:
 @contextmanager
 def _replaced(place: Place, choosing: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     with ExitStack() as patches:
+        patches.enter_context(afresh())
         for name in place.modules:
             module = importlib.import_module(f"peft_kernels.triton_kernels.{name}")
             choose = choosing(getattr(module, place.function))

@@ -18,6 +18,7 @@ from peft_kernels.triton_kernels import config, lowrank_linear
 from peft_kernels.triton_kernels.common import Launch, record_launches
 
 from .. import cases, runner, timing
+from ..kept import afresh
 
 # (M, K, N): ViLT-B's and BLIP's layers at batches of 4 and 16 images, and a language model's.
 LAYERS = ((2308, 768, 768), (9232, 768, 768), (9232, 768, 3072), (9232, 3072, 768), (8192, 4096, 4096))
@@ -92,7 +93,7 @@ def compare(bench: runner.Bench, case: cases.Case, device: torch.device, most: i
         if variant.base not in bases:
             bases[variant.base] = runner.build(bench, variant.base, problem)
         try:
-            with variant.patch():
+            with afresh(), variant.patch():
                 built = runner.build(bench, variant.provider, problem)
             if why := next((each for each in (bases[variant.base], built) if isinstance(each, str)), None):
                 record["absent"] = why
@@ -121,7 +122,7 @@ def _run(
     inputs: list[runner.Input],
     patch: Callable[[], AbstractContextManager],
 ) -> list[dict]:
-    with patch():
+    with afresh(), patch():
         return [runner.results(built, given, case.backward) for given in inputs]
 
 

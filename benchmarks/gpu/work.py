@@ -23,6 +23,7 @@ from peft_kernels.triton_kernels import config
 
 from .. import cases, runner
 from ..__main__ import BENCHES
+from ..kept import afresh
 from . import search as tiles
 from . import variants as choices
 from .launches import counted
@@ -178,6 +179,7 @@ def check(work: Work) -> None:
 def one_strip() -> Iterator[None]:
     """Every pass over rows is one strip, as if there were no processors: its loop goes over all rows."""
     with (
+        afresh(),
         mock.patch.dict(config.PROCESSORS, dict.fromkeys(config.PROCESSORS, 0)),
         mock.patch.object(common, "PROCESSORS", 0),
         mock.patch.object(gated_query, "PROCESSORS", 0),

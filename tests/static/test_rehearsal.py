@@ -15,17 +15,19 @@ import triton.language as tl
 from torch.autograd import Function
 from triton.runtime import driver
 
-from peft_kernels import backend
+from peft_kernels import backend, lowrank_linear
 from peft_kernels.benchmarks import runner
 from peft_kernels.benchmarks.__main__ import BENCHES
 from peft_kernels.benchmarks.gpu.driver import BadLaunch, resources
+from peft_kernels.benchmarks.gpu.launches import counted
 from peft_kernels.benchmarks.gpu.pretend import H100, pretended_gpu
 from peft_kernels.benchmarks.gpu.rehearsal import stage
 from peft_kernels.benchmarks.gpu.work import SMALL
+from peft_kernels.ops import lowrank_linear as lowrank
 
 BF16, GPU = torch.bfloat16, torch.device("cuda", 0)
 KERNELS = {  # what each operation's first small case launches
-    "lowrank_linear": {"_shrink_kernel", "_expand_kernel", "_up_bwd_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel"},
+    "lowrank_linear": {"_shrink_kernel", "_expand_kernel", "_up_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"},
     "weight_distance": {"_distance_kernel", "_finish_kernel"},
     "batched_lowrank_linear": {"_batched_shrink_kernel", "_batched_expand_kernel"},
     "reconstruct": {"_reconstruct_kernel"},
@@ -51,6 +53,39 @@ def test_every_operation_compiles_and_launches(op, rehearsed):
     found = runner.results(bench.providers[name].build(case, problem.tensors), problem.tensors.input, case.backward)
     assert rehearsed.launches.keys() >= KERNELS[op]
     assert all(each.device == GPU for each in found.values())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_launches_that_are_made_again_are_checked_by_their_addresses(dropout_p, rehearsed):
+    """The second call of a kind goes its short way; counted() counts there, too."""
+    x, weight, down, up = (torch.empty(*shape, device="cuda", requires_grad=True)
+                           for shape in ((64, 48), (32, 48), (4, 48), (32, 4)))  # fmt: skip
+
+    def step(x):
+        return lowrank_linear(x, weight, None, down, up, dropout_p=dropout_p, backend="triton").sum().backward()
+
+    seen = []
+    for _ in range(3):
+        before = rehearsed.launches.copy()
+        with counted() as counts:
+            step(x)
+        seen.append(rehearsed.launches - before)
+        assert dict(counts) == {"triton on cuda": seen[-1].total()}
+    assert seen[0] == seen[1] == seen[2] and seen[0].total() == 6
+    (plan,) = lowrank._plans.values()
+    assert len(plan.memo) == 2  # forward and backward
+    (one, *_), *_ = (again.launches for again in plan.memo.values())
+    with pytest.raises(BadLaunch, match="_shrink_kernel: x_ptr: compiled for addresses that 16 divides, got 8 more"):
+        launch_on(one, [x.data_ptr() + 8] * 64)
+    with pytest.raises(BadLaunch, match="_shrink_kernel: x_ptr: its address is no multiple of 4 bytes"):
+        launch_on(one, [x.data_ptr() + 2] * 64)
+    with pytest.raises(BadLaunch, match="_shrink_kernel: x_ptr: expected an address on the GPU, got 0x10"):
+        launch_on(one, [16] * 64)
+
+
+def launch_on(step, addresses):
+    run, grid, compiled, pick, rest = step
+    run(*grid, 0, *compiled, *pick(addresses), *rest)
 
 
 @triton.jit
@@ -98,6 +133,7 @@ def test_a_launch_as_it_was_compiled_for_passes(copy, rehearsed):
         ({"x": lambda: torch.empty(64, device="cuda")}, "x_ptr: expected torch.bfloat16, got torch.float32"),
         ({"y": lambda: torch.empty(64, dtype=BF16)}, "y_ptr: expected a tensor on the GPU, got one on cpu"),
         ({"y": lambda: 1.5}, "y_ptr: expected a tensor of bf16, got float"),
+        ({"y": lambda: True}, "y_ptr: expected a tensor of bf16, got bool"),
         ({"count": lambda: 65}, "count: compiled for multiples of 16, got 65"),
         ({"count": lambda: 2**31}, "count: 2147483648 does not fit i32"),
         ({"count": lambda: 64.0}, "count: expected a whole number, got float"),

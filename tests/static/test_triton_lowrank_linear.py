@@ -4,7 +4,7 @@ No spill, shared memory within the limit, tensor cores where they belong, 16-byt
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,7 +22,9 @@ from aot import (
 )
 from triton_mutants import load
 
+from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
 from peft_kernels.triton_kernels import common, lowrank_linear, lowrank_linear_bwd, lowrank_linear_fwd
+from peft_kernels.triton_kernels.config import LowRankShape, lowrank_linear_config
 
 
 @dataclass(frozen=True)
@@ -34,33 +36,40 @@ class Call:
     rank: int = 16
     rows: int = 512
     width: int = 768
+    outputs: int = 768
     out_blocks: int = 1
     in_blocks: int = 1
     core: str | None = None
     dropout_on: str | None = None
     design: str | None = None
     tensor_scale: bool = True  # what layers and compiled graphs pass
+    needs_z: bool = False  # where it is given: then hidden_bwd makes dz, and down_bwd reads it
 
     def launches(self) -> list[common.Launch]:
         def empty(*shape, dtype=self.dtype):
             return torch.empty(shape, dtype=dtype)
 
-        x, weight, bias = empty(self.rows, self.width), empty(self.width, self.width), empty(self.width)
+        x, weight, bias = empty(self.rows, self.width), empty(self.outputs, self.width), empty(self.outputs)
         down = empty(self.rank, self.width // self.in_blocks, dtype=self.factor_dtype)
-        up = empty(self.width // self.out_blocks, self.rank, dtype=self.factor_dtype)
+        up = empty(self.outputs // self.out_blocks, self.rank, dtype=self.factor_dtype)
         core = None
         if self.core is not None:
             shape = (self.rank,) if self.core == "diagonal" else (self.rank, self.rank)
             core = empty(self.out_blocks, self.in_blocks, *shape, dtype=self.factor_dtype)
-        rng = None if self.dropout_on is None else torch.zeros(2, dtype=torch.int64)
-        options = (rng, 0.1, self.dropout_on or "input")
-        scale = torch.ones(()) if self.tensor_scale else 2.0
-        needs = (True, True, True, core is not None, False)
+        rng = torch.zeros(2, dtype=torch.int64)
+        dropout = KEEP_ALL if self.dropout_on is None else Dropout(rng, 0.1, self.dropout_on)
+        factors = Factors(down, up, core, torch.ones(()) if self.tensor_scale else 2.0)
+        needs = Needs(x=True, down=True, up=True, core=core is not None, z=self.needs_z)
         with common.record_launches(run=False) as launches:
-            factors = (down, up, core, scale)
-            y, z = lowrank_linear.lowrank_linear_fwd(x, weight, bias, *factors, None, *options, self.design)
-            lowrank_linear.lowrank_linear_bwd(torch.empty_like(y), x, weight, *factors, z, *options, needs)
+            y, z = lowrank_linear.lowrank_linear_fwd(x, weight, bias, factors, dropout, self.design)
+            dy = torch.empty_like(y)
+            lowrank_linear.lowrank_linear_bwd(dy, x, weight, factors._replace(z=z), dropout, needs)
         return launches
+
+    @property
+    def makes_dz_late(self) -> bool:
+        """In down_bwd: then there is no hidden_bwd."""
+        return self.dtype != FP32 and self.core is None and self.rank <= 32 and not self.needs_z
 
 
 # The calls that users make, each with the dropout that costs its kernels most registers.
@@ -69,6 +78,7 @@ CALLS = {
     "lora-without-dropout-bf16-factors": Call(factor_dtype=BF16, rank=8, tensor_scale=False),
     "lora-fp16": Call(FP16, dropout_on="input"),
     "lora-32-fused": Call(rank=32, dropout_on="input", design="fused"),
+    "lora-64": Call(rank=64, dropout_on="input"),
     "aurora-qkv": Call(rank=64, out_blocks=3, core="diagonal", dropout_on="core"),
     "aurora-released": Call(rank=64, core="dense", dropout_on="rank"),
     "lora-32-fp32": Call(FP32, rank=32, dropout_on="input"),
@@ -79,7 +89,9 @@ CALLS = {
 PRODUCTS = ("_shrink_kernel", "_expand_kernel", "_fused_kernel", "_up_bwd_kernel", "_down_bwd_kernel")
 STRIPS = ("_up_bwd_kernel", "_core_bwd_kernel", "_down_bwd_kernel")
 SWEEP = {
-    f"{dtype}-{rank}-{core}-{blocks}-{place}-{design}": Call(dtype, FP32, rank, 512, 768, *blocks, core, place, design)
+    f"{dtype}-{rank}-{core}-{blocks}-{place}-{design}": Call(
+        dtype, FP32, rank, 512, 768, 768, *blocks, core, place, design
+    )
     for dtype in (BF16, FP32)
     for rank in (16, 32, 64)
     for core, blocks in ((None, (1, 1)), ("diagonal", (1, 4)), ("dense", (3, 1)))
@@ -87,6 +99,7 @@ SWEEP = {
     for design in (None, "fused")
     if design is None or (rank <= 32 and blocks[1] == 1)
 }
+MOST_CHUNKS = {16: 6, 32: 3}  # that down_bwd adds up
 
 
 def check(call: Call, arch: int, monkeypatch) -> list[str]:
@@ -120,9 +133,46 @@ def check(call: Call, arch: int, monkeypatch) -> list[str]:
 def test_machine_code(name, arch, monkeypatch):
     kernels = check(CALLS[name], arch, monkeypatch)
     expected = {"_fused_kernel"} if CALLS[name].design == "fused" else {"_shrink_kernel", "_expand_kernel"}
-    assert expected | {"_up_bwd_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"} <= set(kernels)
+    assert expected | {"_up_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"} <= set(kernels)
+    assert ("_hidden_bwd_kernel" in kernels) == (not CALLS[name].makes_dz_late)
     if CALLS[name].core:
         assert {"_mix_kernel", "_core_bwd_kernel"} <= set(kernels)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rank", MOST_CHUNKS)
+def test_machine_code_of_the_most_chunks(rank, arch, monkeypatch):
+    """Each of them takes shared memory for every stage, and registers. With one more there is a hidden_bwd."""
+    check_chunks(rank, arch, MOST_CHUNKS[rank], "input", monkeypatch)
+    columns, call = _chunk_columns(rank, arch, monkeypatch), Call(rank=rank)
+    for chunks, late in ((MOST_CHUNKS[rank], True), (MOST_CHUNKS[rank] + 1, False)):
+        names = [each.kernel.__name__ for each in replace(call, width=16, outputs=chunks * columns).launches()]
+        assert ("_hidden_bwd_kernel" in names) != late
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("place", [None, "input", "rank", "core"])
+@pytest.mark.parametrize(("rank", "chunks"), [(rank, n + 1) for rank, most in MOST_CHUNKS.items() for n in range(most)])
+def test_machine_code_of_every_number_of_chunks(rank, chunks, place, arch, monkeypatch):
+    check_chunks(rank, arch, chunks, place, monkeypatch)
+
+
+def check_chunks(rank: int, arch: int, chunks: int, place: str | None, monkeypatch) -> None:
+    columns = _chunk_columns(rank, arch, monkeypatch)
+    for tensor_scale in (False, True):
+        call = Call(rank=rank, width=256, outputs=chunks * columns, dropout_on=place, tensor_scale=tensor_scale)
+        (down_bwd,) = (launch for launch in call.launches() if launch.kernel.__name__ == "_down_bwd_kernel")
+        assert down_bwd.constants["CHUNKS"] == chunks
+        kernel = compile_launch(down_bwd, arch)
+        check_resources(kernel, arch)
+        check_resident(kernel, exactly=False)
+
+
+def _chunk_columns(rank: int, arch: int, monkeypatch) -> int:
+    for module in (lowrank_linear, lowrank_linear_bwd):
+        monkeypatch.setattr(module, "architecture", lambda device: arch)
+    return lowrank_linear_config(LowRankShape(0, 512, rank), BF16, arch).up_bwd.columns
 
 
 @pytest.mark.sweep
@@ -158,8 +208,10 @@ def test_one_binary_for_all_rows_scales_and_ranks_of_a_bucket():
 
 
 def test_launch_counts():
-    """For LoRA two launches forward and five backward; cuBLAS adds one GEMM to each."""
+    """For LoRA two launches forward and three backward; cuBLAS adds one GEMM to each."""
     names = [launch.kernel.__name__ for launch in CALLS["lora"].launches()]
     assert names[:2] == ["_shrink_kernel", "_expand_kernel"]
-    assert names[2:] == ["_up_bwd_kernel", "_sum_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"]
+    assert names[2:] == ["_up_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"]
+    names = [launch.kernel.__name__ for launch in replace(CALLS["lora"], needs_z=True).launches()]
+    assert names[2:] == ["_up_bwd_kernel", "_hidden_bwd_kernel", "_down_bwd_kernel", "_sum_kernel"]
     assert CALLS["lora-32-fused"].launches()[0].kernel.__name__ == "_fused_kernel"
