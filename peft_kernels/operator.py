@@ -105,7 +105,8 @@ class Operator:
             if hasattr(kind, "_fields"):
                 yield kind(*(next(remaining) for _ in kind._fields))
             else:
-                yield next(remaining)
+                value = next(remaining)
+                yield tuple(value) if kind == tuple[bool, ...] else value
 
     def _schema(self) -> str:
         parts = []

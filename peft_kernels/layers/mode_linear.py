@@ -99,20 +99,20 @@ class SharedCores:
     """The cores of several layers of one decomposition, by one product in each pass."""
 
     def __init__(self, decomposition: Decomposition):
-        self.decomposition, self.shared, self.rows = decomposition, PerPass(), []
+        self.decomposition, self.shared, self.rows, self.several = decomposition, PerPass(), [], False
 
     def join(self, first: int, count: int) -> int:
         """A layer's number among those that share; its slots are rows first, first + 1, … of P."""
         self.rows.append((first, count))
+        self.several = len(self.rows) > 1
         return self.shared.join()
 
     def get(self, member: int, state: tuple | EllipsisType | None = ...) -> Tensor:
         """(count, R) or (count, R, R) of that layer;  state: as in PerPass.get"""
         of, (first, count) = self.decomposition, self.rows[member]
         slots, small = of.core_parameters()
-        shared = len(self.rows) > 1
-        state = sharing_state(slots) if shared and state is ... else state
-        if not shared or state is None or slots.is_inference() or state[-1] is not None or in_recomputation():
+        state = sharing_state(slots) if self.several and state is ... else state
+        if not self.several or state is None or slots.is_inference() or state[-1] is not None or in_recomputation():
             return of.cores(slots[first : first + count], small)  # checkpointing recomputes what each region took
         return self.shared.get(member, (slots, small), self._all, state)[member]
 

@@ -40,6 +40,7 @@ from peft_kernels.checks import (
 from peft_kernels.operator import Operator
 from peft_kernels.quantized import QuantizedWeight, dense
 from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
+from peft_kernels.remembered import remembered
 from peft_kernels.rows import rows, shaped
 from peft_kernels.torch_kernels import lowrank_linear as launchers
 
@@ -239,7 +240,7 @@ def lowrank_linear(
             scale = float(scale)
     dropout = KEEP_ALL
     if plan.drops:
-        dropout = Dropout(_draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on)
+        dropout = tuple.__new__(Dropout, (_draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on))
     apply = _LowRankLinear.apply if plan.memo is None else _apply
     down = down if hidden is None else down.detach()
     return apply(x, weight, bias, down, up, core, scale, hidden, dropout, plan)
@@ -325,9 +326,17 @@ def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str 
     returns z: (..., input_blocks · R) in x's dtype, for `lowrank_linear(..., hidden=z)`
     Raises ValueError or TypeError, naming the argument, before anything runs.
     """
+    name, dtype = _checked_hidden(x, down, input_blocks, backend)
+    x = x if x.dtype is dtype else x.to(dtype)
+    return _LowRankHidden.apply(x, down.contiguous(), input_blocks, name)
+
+
+@remembered
+def _checked_hidden(x: Tensor, down: Tensor, input_blocks: int, backend: str) -> tuple[str, torch.dtype]:
+    """-> the backend's name, and the dtype that x is computed in"""
     check_tensor("x", x)
-    x = x.to(linear_dtype(x))
-    check_factor("down", down, x)
+    dtype = linear_dtype(x)
+    check_factor("down", down, x.to(dtype))
     if isinstance(input_blocks, bool) or not isinstance(input_blocks, int) or input_blocks < 1:
         raise ValueError(f"input_blocks: expected an integer ≥ 1, got {input_blocks!r}")
     if down.dim() != 2 or 0 in down.shape or x.dim() == 0 or down.shape[1] * input_blocks != x.shape[-1]:
@@ -335,6 +344,6 @@ def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str 
             f"down: expected (R, in_features / input_blocks) with R ≥ 1 for x {tuple(x.shape)} and "
             f"input_blocks {input_blocks}, got {tuple(down.shape)}"
         )
-    shape = (x.numel() // x.shape[-1], x.shape[-1])
-    choice = resolve("lowrank_hidden", (x, down), backend, rank=down.shape[0], blocks=(1, input_blocks), shape=shape)
-    return _LowRankHidden.apply(x, down.contiguous(), input_blocks, choice.name if x.numel() else "torch")
+    case = {"rank": down.shape[0], "blocks": (1, input_blocks), "shape": (x.numel() // x.shape[-1], x.shape[-1])}
+    choice = resolve("lowrank_hidden", (x.to(dtype), down), backend, **case)
+    return choice.name if x.numel() else "torch", dtype
