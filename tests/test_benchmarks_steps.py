@@ -256,7 +256,7 @@ def _without_padding(logits):
         (steps_methods.AuthorsImitation, "layer_distance", staticmethod(_no_bias), {MOIL, AUTHORS}),
         (steps_methods.AuthorsImitation, "_follow", lambda self, group: None, {MOIL, AUTHORS}),
         (steps_methods, "_our_name", lambda name: name, {PEFT, LORA}),
-        (AdaptedLinear, "forward", _unadapted, {PEFT, LORA, AURORA}),
+        (AdaptedLinear, "_adapted", _unadapted, {PEFT, LORA, AURORA}),
     ],
 )
 def test_what_differs_is_found(monkeypatch, owner, name, mutant, wrong):
