@@ -134,6 +134,50 @@ def test_leading_dimensions_and_strides(backend_design, shape, device):
 
 
 @pytest.mark.kernels(run=False)
+@pytest.mark.parametrize("given", [False, True], ids=["own", "hidden"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_row_without_a_batch(backend, given, device):
+    """As one row of a batch, whatever needs a gradient: x, hidden, weight and bias, too."""
+    results = []
+    for row in (lambda t: t, lambda t: t[None]):
+        t = Problem(rows=1, core="diagonal", out_blocks=2).tensors(device)
+        hidden = torch.linspace(-1, 1, 4, device=device).requires_grad_() if given else None
+        x = t["x"].detach()[0].requires_grad_()
+        down = t["down"].detach() if given else t["down"]
+        y = lowrank_linear(
+            row(x), t["weight"], t["bias"], down, t["up"], t["core"], hidden=None if hidden is None else row(hidden),
+            backend=backend,
+        )  # fmt: skip
+        leaves = [x, t["weight"], t["bias"], t["up"], t["core"], hidden if given else down]
+        results.append((y.view(-1), *torch.autograd.grad(y.square().sum(), leaves)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_hidden_of_any_strides(backend, device):
+    """A contiguous hidden first: what is kept of that call must not read the next one."""
+    t, results = Problem(core="diagonal", out_blocks=2).tensors(device), []
+    wide = torch.randn(37, 12, device=device)
+    for hidden in (wide[:, :4].contiguous(), wide[:, :4], wide.t().contiguous().t()[:, :4]):
+        hidden = hidden.detach().requires_grad_()
+        y = lowrank_linear(**t, hidden=hidden, backend=backend)
+        leaves = [t[name] for name in ("x", "weight", "bias", "up", "core")]
+        results.append((y, *torch.autograd.grad(y.square().sum(), [*leaves, hidden])))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.kernels
+def test_one_kernel_reads_a_weight_of_any_strides(device):
+    """A contiguous weight first: what is kept of that call must not read the next one."""
+    t = Problem().tensors(device)
+    weight, results = t.pop("weight").detach(), []
+    wide = torch.cat([weight, weight], 1)
+    for each in (weight, weight.t().contiguous().t(), wide[:, : weight.shape[1]]):
+        results.append(lowrank_linear(weight=each, **t, backend="triton", design="fused"))
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
+
+
 def test_empty_batch(backend_design, device):
     tensors = Problem().tensors(device)
     x = torch.empty(2, 0, 24, device=device, requires_grad=True)

@@ -32,7 +32,7 @@ def lowrank_linear_fwd(
     """-> y (M, N), z (M, I·R); z is None when factors.z was given."""
     one_kernel = design == "fused" and factors.z is None
     args = x, weight, bias, factors, dropout, design
-    if memo is None:
+    if memo is None or (one_kernel and not weight.is_contiguous()):
         y, z = _forward_again(*args)
     else:
         tensors = x, weight if one_kernel else None, bias, dropout.rng, *factors

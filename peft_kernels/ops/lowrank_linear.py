@@ -87,10 +87,10 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, down, up, core, scale, z, dropout, plan):
         needs_x, needs_weight, _, needs_down, needs_up, needs_core, *_ = ctx.needs_input_grad
         factors = Factors(None if z is not None else down, up, core, scale, z)
-        backend, memo = plan.backend, plan.memo
-        if z is not None and (z.ndim > 2 or not z.is_contiguous()):
-            memo = memo if z.is_contiguous() else None
+        if z is not None and (z.ndim != 2 or not z.is_contiguous()):
+            plan = plan if z.is_contiguous() else plan._replace(memo=None)  # nor in the backward, which reads z, too
             factors = factors._replace(z=rows(z))
+        backend, memo = plan.backend, plan.memo
         if memo is None:
             stored = dense(weight, x.dtype)
             y, own_z = lowrank_linear_fwd(backend, rows(x), stored, bias, factors, dropout, plan.design)
@@ -123,7 +123,7 @@ class _LowRankLinear(torch.autograd.Function):
         plan, dy = ctx.plan, rows(dy)
         if needs_x and ctx.quantized is not None:
             weight = dense(ctx.quantized, dy.dtype)
-        if x is not None and (plan.memo is None or x.ndim > 2):
+        if x is not None and (plan.memo is None or x.ndim != 2):
             x = rows(x)
         dx = d_down = d_up = d_core = d_z = d_weight = d_bias = None
         if True in needs:
