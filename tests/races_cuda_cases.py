@@ -76,7 +76,7 @@ def _weight_distance(case):
         return [record.error for record in records] + [record.target for record in records] + list(results)
     seed, layout = case
     records = distance.products(distance.Placer(layout, "cpu"), random.Random(seed).choice, 6)
-    distance_kernels.product_fwd(distance_kernels.product_tables(records))
+    distance_kernels.product_fwd(distance_kernels.weight_distance_tables([], [records]).at(None).stages[0])
     return [record.result for record in records]
 
 
