@@ -137,6 +137,20 @@ def backend_problems(root):
                 yield f"{op}: no {op}_fwd in {folder}"
 
 
+def argument_problems(root):
+    """What belongs together is passed together: no function that others call demands more than six arguments in order."""
+    for module, path in modules(root).items():
+        if part_of(module) in ("benchmarks", "demo"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            demanded = len(node.args.posonlyargs) + len(node.args.args) - len(node.args.defaults)
+            if demanded > 6 and not is_kernel:
+                yield f"{module}: {node.name} takes {demanded} arguments in order"
+
+
 def flow_problems(root):
     """Imports go down the list."""
     for module, name, _ in every_import(root):
@@ -249,6 +263,7 @@ WRONG = [
     (backend_problems, "triton_kernels/double.py", LAUNCHERS.replace("double_bwd(dy", "double_bwd(grad")),
     (backend_problems, "triton_kernels/double.py", LAUNCHERS + "\n\ndef other_fwd(x):\n    pass\n"),
     (backend_problems, "peft_kernels/cuda_kernels/double.py", ""),
+    (argument_problems, "peft_kernels/rows.py", "def join(a, b, c, d, e, f, g):\n    pass\n"),
     (flow_problems, "peft_kernels/backend.py", "import peft_kernels.ops.double\n"),
     (flow_problems, "peft_kernels/backend.py", "def late():\n    from .layers import double\n"),
     (flow_problems, "peft_kernels/backend.py", "from . import layers\n"),

@@ -110,21 +110,9 @@ def _mix_kernel(
         if CORE == "dense":
             for b in range(0, BLOCK_R, CHUNK_R):
                 z = load_hidden(
-                    z_ptr,
-                    rng_ptr,
-                    rows,
-                    i,
-                    b,
-                    M,
-                    R,
-                    stride_zm,
-                    threshold,
-                    keep_scale,
-                    DROPOUT,
-                    BLOCK_M,
-                    BLOCK_R,
-                    CHUNK_R,
-                )
+                    z_ptr, rng_ptr, rows, i, b, M, R, stride_zm, threshold, keep_scale,
+                    DROPOUT, BLOCK_M, BLOCK_R, CHUNK_R,
+                )  # fmt: skip
                 core = load_dense(core_ptr, o * I + i, 0, b, R, BLOCK_R, CHUNK_R)
                 mixed = add_dot(mixed, z.to(DOT), tl.trans(core.to(DOT)), PRECISION)
         else:

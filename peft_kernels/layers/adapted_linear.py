@@ -175,10 +175,11 @@ class AdaptedLinear(nn.Linear):
         """The backend that the next forward on the weight's device takes, and the reason."""
         if self.merged:
             return Choice("torch", "merged: a plain linear")
-        factors = self.factors()
+        *_, core = factors = self.factors()
         kind = kinds.linear(self.in_features, self.out_features, self.training and self.dropout_p > 0)
+        blocks = (1, 1) if core is None else core.shape[:2]
         tensors = (self.weight, self.bias, *factors)
-        return resolve("lowrank_linear", tensors, self.backend, rank=factors[0].shape[0], kind=kind)
+        return resolve("lowrank_linear", tensors, self.backend, kind=kind, rank=factors[0].shape[0], blocks=blocks)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), *self._describe()]
