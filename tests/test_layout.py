@@ -138,7 +138,7 @@ def backend_problems(root):
 
 
 def argument_problems(root):
-    """What belongs together is passed together: no function that others call demands more than six arguments in order."""
+    """What belongs together is passed together: nobody has to give another module's function more than six in order."""
     for module, path in modules(root).items():
         if part_of(module) in ("benchmarks", "demo"):
             continue
