@@ -21,8 +21,16 @@ from peft_kernels.benchmarks import host
 torch.set_num_threads(1)
 with host.stage(device := torch.device("cpu")) as launches:
     asked = [("", "PEFT", host.providers(0.1))] * 2 + list(host.asked(["imitation"], device))
-    print(json.dumps([host.measure(found, against, launches, 1, device) for _, against, found in asked]))
+    measured = [host.measure(found, against, launches, 1, device) for _, against, found in asked]
+    plain = []
+    for name, provider in host.providers(0.0).items():
+        with provider.running():
+            plain.append({"provider": name, "forward_calls": host.counted_calls(provider.forward) / provider.shared_by})
+    print(json.dumps([*measured, plain]))
 """
+BUDGETS = {  # the most calls of functions of Python and of C that a layer's forward may take, at p = 0 and at 0.1
+    "LowRankLinear, triton": (50, 50),
+}
 NEEDED = {"triton": "triton", "cuda": "peft_kernels._C"}
 KERNELS = [backend for backend, module in NEEDED.items() if importlib.util.find_spec(module) is not None]
 INTERPRETED = "triton" in KERNELS and os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,7 +38,8 @@ INTERPRETED = "triton" in KERNELS and os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(scope="module")
 def counted():
-    """{provider: its record} of one layer with dropout, two times, of an imitation step and of a weight distance."""
+    """{provider: its record} of one layer with dropout, two times, of an imitation step and of a weight distance; then
+    calls alone, of a layer without dropout."""
     if importlib.util.find_spec("peft") is None:  # not imported: that takes seconds, and would not be used here
         pytest.skip("peft is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -59,11 +68,20 @@ def test_calls_repeat(counted):
 
 def test_launches_are_the_kernels_of_the_backend(counted):
     endings = {"triton": "_kernel", "cuda": ("_fwd", "_bwd")}
-    assert all({record["backend"] for record in records.values()} == {None, "torch", *KERNELS} for records in counted)
-    for record in (record for records in counted for record in records.values()):
+    measured = counted[:4]
+    assert all({record["backend"] for record in records.values()} == {None, "torch", *KERNELS} for records in measured)
+    for record in (record for records in measured for record in records.values()):
         ending = endings.get(record["backend"])
         assert bool(record["kernels"]) == bool(record["launches"]) == (ending is not None), record
         assert all(name.endswith(ending) for name in record["kernels"])
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_warm_forward_stays_within_its_budget(name, counted):
+    if name.rpartition(", ")[2] not in ("torch", *KERNELS):
+        pytest.skip("this backend is not built here")
+    for p, records, most in zip((0.0, 0.1), (counted[4], counted[0]), BUDGETS[name], strict=True):
+        assert records[name]["forward_calls"] <= most, f"p = {p}"
 
 
 # ---- without another process -----------------------------------------------------------------------------------------
