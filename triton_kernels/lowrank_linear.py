@@ -36,7 +36,9 @@ def lowrank_linear_fwd(
         y, z = _forward_again(*args)
     else:
         tensors = x, weight if one_kernel else None, bias, dropout.rng, *factors
-        y, z = replayed(memo, ("fwd", *_key(x, factors)), lambda: _forward(*args), tensors)
+        number = factors.scale if type(factors.scale) is float else None
+        key = "fwd", x.shape[0], number, x.dtype is torch.float32 and allows_tf32()
+        y, z = replayed(memo, key, lambda: _forward(*args), tensors)
     return y if one_kernel else y.addmm_(x, weight.t()), z
 
 
@@ -67,7 +69,9 @@ def lowrank_linear_bwd(
         dx, *grads = _backward_again(*args)
     else:
         tensors = dy, x, dropout.rng, *factors
-        dx, *grads = replayed(memo, (needs, *_key(dy, factors)), lambda: _backward(*args), tensors)
+        number = factors.scale if type(factors.scale) is float else None
+        key = needs, dy.shape[0], number, dy.dtype is torch.float32 and allows_tf32()
+        dx, *grads = replayed(memo, key, lambda: _backward(*args), tensors)
     if needs.x:
         dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
     return dx, *grads
@@ -129,9 +133,3 @@ def _hidden_config(rows: Tensor, rank: int, in_blocks: int) -> LowRankLinearConf
 def _shape(in_features: int, out_features: int, factors: Factors, place: str) -> LowRankShape:
     out_blocks, in_blocks = factors.blocks
     return LowRankShape(in_features, out_features, factors.rank, in_blocks, out_blocks, place == "input")
-
-
-def _key(x: Tensor, factors: Factors) -> tuple:
-    """What a call's launches depend on beside what a memo's owner keeps the same."""
-    scale = factors.scale
-    return x.shape[0], scale if type(scale) is float else None, x.dtype is torch.float32 and allows_tf32()
