@@ -103,12 +103,10 @@ BASES = {
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("base", BASES)
 def test_one_change_after_the_other(base, name):
-    """Every setting's values, each between two calls with the base's own."""
-    usual = USUAL | BASES[base]
-    checked(usual)
-    for value in SETTINGS[name]:
-        checked(usual | {name: value})
-        checked(usual)
+    """Every setting's values, there and back again."""
+    values = SETTINGS[name]
+    for value in (*values, values[0]):
+        checked(USUAL | BASES[base] | {name: value})
 
 
 class Calls(RuleBasedStateMachine):
