@@ -103,12 +103,10 @@ BASES = {
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("base", BASES)
 def test_one_change_after_the_other(base, name):
-    """Every setting's values, each between two calls with the base's own."""
-    usual = USUAL | BASES[base]
-    checked(usual)
-    for value in SETTINGS[name]:
-        checked(usual | {name: value})
-        checked(usual)
+    """Every setting's values, there and back again."""
+    values = SETTINGS[name]
+    for value in (*values, values[0]):
+        checked(USUAL | BASES[base] | {name: value})
 
 
 class Calls(RuleBasedStateMachine):
@@ -153,12 +151,18 @@ def test_most_calls_are_made_again():
                 assert again, (name, value)
 
 
-def test_a_change_that_no_key_tells_is_noticed(monkeypatch):
-    """The comparison can fail: here rows are left out of the key."""
-    monkeypatch.setattr("peft_kernels.triton_kernels.lowrank_linear._key", lambda x, factors: ())
+@pytest.mark.parametrize(("name", "value"), [("rows", 37), ("scale", 0.5), ("tf32", "tf32"), ("grads", "x")])
+def test_a_change_that_no_key_tells_is_noticed(name, value, monkeypatch):
+    """The comparison can fail: here the keys tell forward from backward alone."""
+
+    def forgetful(memo, key, function, tensors):
+        return replay.replayed(memo, key[0] == "fwd", function, tensors)
+
+    monkeypatch.setattr("peft_kernels.triton_kernels.lowrank_linear.replayed", forgetful)
+    checked(USUAL)
     checked(USUAL)
     with pytest.raises(AssertionError):
-        checked(USUAL | {"rows": 37})
+        checked(USUAL | {name: value})
 
 
 class Layers(RuleBasedStateMachine):
