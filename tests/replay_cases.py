@@ -67,8 +67,9 @@ class Launcher:
         )  # fmt: skip
 
     def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args) -> None:
-        if enter is not None:
-            enter(launch_metadata)
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(launch_metadata)
         assert len(args) == len(self.kinds)
         found = []
         for place, (kind, arg) in enumerate(zip(self.kinds, args)):

@@ -478,7 +478,7 @@ def test_a_memo_is_bounded(floats, monkeypatch):
     assert function.calls == 8
 
 
-@pytest.mark.parametrize("watch", ["hook", "other hooks", "record"])
+@pytest.mark.parametrize("watch", ["enter", "exit", "other hooks", "record"])
 def test_a_watched_launch_takes_the_long_way(floats, watch):
     memo, function, watched_launches = {}, Function(), []
     again(memo, function, *floats[:2])
@@ -488,13 +488,13 @@ def test_a_watched_launch_takes_the_long_way(floats, watch):
         with common.record_launches() as recorded:
             seen, _ = again(memo, function, *floats[:2])
         watched_launches = recorded
-    elif watch == "hook":
-        hook = watched_launches.append
-        knobs.runtime.launch_enter_hook.add(hook)
+    elif watch in ("enter", "exit"):
+        hook, hooks = watched_launches.append, getattr(knobs.runtime, f"launch_{watch}_hook")
+        hooks.add(hook)
         try:
             seen, _ = again(memo, function, *floats[:2])
         finally:
-            knobs.runtime.launch_enter_hook.remove(hook)
+            hooks.remove(hook)
     else:
         with mock.patch.object(knobs.runtime, "launch_enter_hook", watched_launches.append):
             seen, _ = again(memo, function, *floats[:2])

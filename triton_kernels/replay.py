@@ -33,7 +33,9 @@ def replayed(memo: Memo | None, key: Hashable, function: Callable[[], tuple], te
     memo: kept by the caller for as long as dtypes, device, sizes and presence of all tensors, and whatever else
         `function` and compilation depend on, are the same, but for what is in the key. None: nothing is kept
     """
-    if memo is None or common._record is not None or _HOOKS is not knobs.runtime.launch_enter_hook or _HOOKS.calls:
+    runtime = knobs.runtime
+    replaced = runtime.launch_enter_hook is not _ENTER or runtime.launch_exit_hook is not _EXIT
+    if memo is None or common._record is not None or replaced or _ENTER.calls or _EXIT.calls:
         return function()
     try:
         device, present, kinds, parts, launches, results = memo[key]
@@ -184,6 +186,6 @@ def _getter(indices: list[int]) -> Callable[[Sequence], tuple]:
 
 
 empty = torch.empty_strided
-_HOOKS = knobs.runtime.launch_enter_hook
+_ENTER, _EXIT = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # whose calls watch launches
 _current_device = getattr(torch._C, "_cuda_getDevice", None)  # both missing where torch has no CUDA
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
