@@ -1,6 +1,5 @@
 """Launches that do nothing, so that all the host does for one can be counted and timed without a GPU."""
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,7 +7,7 @@ from unittest import mock
 
 from peft_kernels.backend import SUPPORT
 from peft_kernels.cuda_kernels import extension
-from peft_kernels.devices import importable
+from peft_kernels.devices import asked_once, importable
 
 from .kept import afresh
 
@@ -31,15 +30,11 @@ def launching_nothing() -> Iterator[Counter[str]]:
         patches.enter_context(afresh())
         for name, launching in (("triton", _triton), ("cuda", _cuda)):
             problem = "" if importable(KERNELS[name]) else f"there is no {KERNELS[name]} here"
-            patches.enter_context(mock.patch.object(SUPPORT[name], "_missing", _cached(problem)))
+            answer = asked_once(lambda device_type, told=problem: told)  # in which a profiler sees the same calls
+            patches.enter_context(mock.patch.object(SUPPORT[name], "missing", answer))
             if not problem:
                 patches.enter_context(launching(counts))
         yield counts
-
-
-def _cached(problem: str) -> Callable[[str], str]:
-    """As the function is in whose place this is: a profiler sees the same calls."""
-    return functools.lru_cache(lambda device_type: problem)
 
 
 def _counting(counts: Counter[str], name: str) -> Callable[..., None]:

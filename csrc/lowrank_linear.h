@@ -58,9 +58,9 @@ struct LowRankLinear : LowRankKind {
 constexpr int kLowRankLinearColumns = 128, kLowRankLinearRows = 64;  // of a tile: a chunk of columns, a step of a strip
 constexpr int kLowRankLinearMaxRank = 128, kLowRankLinearMaxHidden = 1024;  // of R, of R times O or I
 
-// Of each row of T, by all column tiles of the pass that gives dA and dx0. Up to here, and without a core, that pass makes
-// dz of T itself; above it, hidden_bwd's launch costs less. The same as MOST_CHUNK_READS in Triton's lowrank_linear.py.
-constexpr int kMostChunkReads = 64;
+// All column tiles of the pass that gives dA and dx0 read each row of T. Up to so many reads, and without a core, that
+// pass makes dz of T itself; above it, hidden_bwd's launch costs less.
+constexpr int kMostChunkReads = PEFT_KERNELS_MOST_CHUNK_READS;
 
 // `stream`: a cudaStream_t. Every kernel is launched on it; nothing waits. workspace: as many floats as a call of that
 // kind and with so many rows takes, at a multiple of 16 bytes; free again when the stream gets there.

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
     });
 }
 
-// Of dY's columns, in an output block: as many pieces of T.
+// The chunks into which an output block of dY's columns is divided: as many as T has pieces.
 __host__ __device__ inline int column_chunks(const LowRankKind& p) {
     return ceil_div(p.out_features / p.out_blocks, kCols);
 }

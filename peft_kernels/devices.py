@@ -14,14 +14,23 @@ def constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
-@constant_in_graphs
+def asked_once(function: Callable) -> Callable:
+    """A decorator: the answer is kept, and graphs take it as a constant.
+
+    Marked as one, an lru_cache alone would not do: Dynamo looks through it.
+    """
+    kept = functools.lru_cache(maxsize=1024)(function)
+
+    def ask(*args):
+        return kept(*args)
+
+    ask.__name__, ask.__doc__, ask.cache_clear = function.__name__, function.__doc__, kept.cache_clear
+    return constant_in_graphs(ask)
+
+
+@asked_once
 def architecture(index: int | None = None) -> int:
     """80 for sm_80, 90 for sm_90 and so on; 0 without a GPU."""
-    return _architecture(index)
-
-
-@functools.lru_cache  # apart from the decorator above, which Dynamo would look through
-def _architecture(index: int | None) -> int:
     if not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(index)

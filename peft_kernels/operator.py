@@ -131,7 +131,7 @@ class _Modules(dict):
 
 
 def _fields(kind: Any) -> tuple[bool, ...]:
-    """Of a record's fields, or of a lone argument: which are scales."""
+    """Which fields of a record are scales; one answer for an argument that is no record."""
     hints = typing.get_type_hints(kind).values() if hasattr(kind, "_fields") else (kind,)
     return tuple(hint == Scale for hint in hints)
 

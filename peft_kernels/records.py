@@ -20,7 +20,7 @@ class Case(NamedTuple):
     rank: int = 1
     blocks: tuple[int, int] = (1, 1)  # O, I
     shape: tuple[int, int] = (1, 1)  # rows and columns of what is computed, or of one block
-    live: torch.dtype | None = None  # of weights that a teacher follows
+    live: torch.dtype | None = None  # the dtype of weights that a teacher follows
 
 
 # ---- low-rank updates (docs/method.md, section 1) -------------------------------------------------------------------

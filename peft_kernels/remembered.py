@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.autocast import autocasts
+from peft_kernels.autocast import linear_dtype
 from peft_kernels.backend import requested_by
 
 MOST = 4096  # calls of a function that are told apart
@@ -26,7 +26,7 @@ def remembered(check: Callable) -> Callable:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return check(*args)
         try:
-            key = (*map(_looks, args), _first_autocasts(args), requested_by("auto"))
+            key = (*map(_looks, args), _first_dtype(args), requested_by("auto"))
             found = known.get(key)
         except TypeError:
             return check(*args)  # which names what is no tensor
@@ -51,8 +51,8 @@ def _looks(arg: Any) -> Any:
     return kind if kind is float else (kind, arg)
 
 
-def _first_autocasts(args: tuple) -> bool:
+def _first_dtype(args: tuple) -> torch.dtype:
     first = args[0][0] if isinstance(args[0], tuple) else args[0]
     if not isinstance(first, Tensor):
         raise TypeError("no tensor comes first")
-    return autocasts(first)
+    return linear_dtype(first) == first.dtype

@@ -35,6 +35,6 @@ def everything_runs(patch: pytest.MonkeyPatch, arch: int = 90) -> None:
         "RECONSTRUCT_ROWS": constant("kReconstructRows"),
         "RECONSTRUCT_COLUMNS": constant("kReconstructColumns"),
     }
-    patch.setattr(backend.SUPPORT["cuda"], "_limits", lambda: limits)
+    patch.setattr(backend.SUPPORT["cuda"], "_limit", limits.get)
     patch.setattr(backend.SUPPORT["cuda"], "_too_much_shared_memory", lambda *sizes: None)
     patch.setattr(backend, "architecture", lambda index=None: arch)

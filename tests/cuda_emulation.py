@@ -28,7 +28,7 @@ TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 DEFINES = (
     *("PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'),
-    *(f"PEFT_KERNELS_{name}={getattr(config, name)}" for name in ("LONGEST_CHAIN", "SEGMENT_ROWS")),
+    *(f"PEFT_KERNELS_{name}={getattr(config, name)}" for name in ("LONGEST_CHAIN", "MOST_CHUNK_READS", "SEGMENT_ROWS")),
 )
 FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 

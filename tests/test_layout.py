@@ -24,7 +24,7 @@ ORDER = (
     ("layers",),
     ("objectives", "presets", "environment", "cores", "imitation"),
     ("ops",),
-    ("operator", "checks", "quantized", "rows", "remembered"),
+    ("operator", "checks", "distance_plan", "quantized", "rows", "remembered"),
     ("autocast", "backend"),
     ("fastest", "kinds"),
     BACKENDS,

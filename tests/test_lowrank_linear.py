@@ -217,6 +217,14 @@ def test_autocast(backend_design, device):
     assert error(y.detach(), oracle) < 1e-2
 
 
+def test_hidden_has_the_dtype_of_the_autocast_around_it(device):
+    x, down = torch.ones(3, 8, device=device), torch.ones(2, 8, device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(device, dtype):
+            assert peft_kernels.lowrank_hidden(x, down).dtype == dtype
+    assert peft_kernels.lowrank_hidden(x, down).dtype == torch.float32
+
+
 @pytest.mark.parametrize("outer", [torch.bfloat16, torch.float16])
 def test_backward_inside_another_autocast(backend_design, outer, device):
     """What was computed without autocast is differentiated without it, wherever backward is called."""

@@ -55,12 +55,13 @@ def test_what_looks_alike_is_not(checked):
 
 def test_what_is_around_a_call_counts(checked, monkeypatch):
     assert checked(X) == 1
-    with torch.autocast("cpu"):
-        assert checked(X) == 2
+    for count, dtype in ((2, torch.bfloat16), (3, torch.float16)):
+        with torch.autocast("cpu", dtype):
+            assert checked(X) == count
     with use_backend("torch"):
-        assert checked(X) == 3
+        assert checked(X) == 4
     monkeypatch.setenv("PEFT_KERNELS_BACKEND", "torch")
-    assert requested_by("auto")[0] == "torch" and checked(X) == 4
+    assert requested_by("auto")[0] == "torch" and checked(X) == 5
     monkeypatch.undo()
     assert checked(X) == 1
 

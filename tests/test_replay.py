@@ -34,6 +34,7 @@ from replay_cases import (
     check,
     forward_and_backward,
     laid,
+    multiplying,
     scale_of,
     seen_in,
     tensors,
@@ -518,6 +519,8 @@ def test_launchers_with_a_memo_by_how_their_arguments_look():
             _, is_again = check(step, leaves)
             assert is_again == (layout == "plain")
             calls.append(is_again)
+    with multiplying("tf32"):
+        check(step, leaves)  # what was kept of the same call multiplies otherwise
     replay.forget()
     assert not any(replay._memos.values()) and any(calls)
 

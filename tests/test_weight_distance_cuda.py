@@ -31,10 +31,10 @@ from peft_kernels.records import Distance
 
 @pytest.fixture(params=cuda_emulation.DEVICES)
 def device(request):
-    support._missing.cache_clear()
+    support.missing.cache_clear()
     with cuda_emulation.kernels_on(request.param):
         yield request.param
-    support._missing.cache_clear()
+    support.missing.cache_clear()
 
 
 # ---- by records ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ MAX_RANK = 64  # above it the tiles spill
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes for one block
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
 LONGEST_CHAIN = 64  # float32 products that are added one after another; csrc is compiled with it
-MOST_CHUNK_READS = 64  # of each row of up_bwd's chunks, by all column tiles of down_bwd; above, hidden_bwd costs less
+# All column tiles of down_bwd read each row of up_bwd's chunks; above so many, hidden_bwd costs less. So too for csrc.
+MOST_CHUNK_READS = 64
 LONGEST_RUN = 128  # tiles that one program adds up: 512 of 16 rows err more than torch, whose sums are sliced
 SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; csrc is compiled with it
 
@@ -49,7 +50,7 @@ class LowRankLinearConfig:
     """design "passes": low-rank first, cuBLAS adds to it; "fused": one kernel for small widths. One tile per kernel."""
 
     design: str
-    dtype: torch.dtype  # of activations
+    dtype: torch.dtype  # the activations'
     block_r: int
     chunk_r: int
     shrink: Tile

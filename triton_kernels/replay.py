@@ -1,4 +1,4 @@
-"""Calls made again: what launched kernels once launches them again from a list, at a tenth of the host's time.
+"""Calls made again: what launched kernels once launches them again from a list, for a fraction of the host's time.
 
 Triton's own launch works out at every call what it has compiled for such arguments, which takes 8 to 17 µs, and before
 it tiles, grids and constants are chosen. All that depends on kinds, sizes and numbers, and not on where tensors lie. So
@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 
 from . import common
 
-Memo = dict[Hashable, "Replay"]  # of one kind of call, by what else a launch depends on
+Memo = dict[Hashable, "Replay"]  # replays of one kind of call, by what else a launch depends on
 ALIGNED = 16  # bytes: Triton compiles another kernel for what does not begin at a multiple
 PART = 256  # bytes: parts of a workspace begin at multiples, as a GPU's allocations do
 MOST = 1024  # replays of one kind
@@ -99,9 +99,9 @@ class Replay(NamedTuple):
     device: torch.device
     present: Callable[[Sequence], tuple]  # those of the call's tensors that are not None
     made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # what the call returns, and a workspace
-    parts: list[tuple[int, int]]  # of those tensors: its index, and bytes from where it begins
+    parts: list[tuple[int, int]]  # a tensor's index among those, and how many bytes the part lies behind its start
     launches: list[tuple[Callable, tuple, tuple, Callable, tuple]]
-    results: Callable[[Sequence], tuple]  # of what is made, and None
+    results: Callable[[Sequence], tuple]  # picks the results from what is made, and None
 
 
 def _recorded(memo: Memo, key: Hashable, function: Callable[[], tuple], tensors: tuple) -> tuple:

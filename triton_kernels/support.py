@@ -1,11 +1,10 @@
 """What the Triton kernels cannot run; this file imports no triton, which may be what is missing."""
 
-import functools
 import os
 
 import torch
 
-from ..devices import constant_in_graphs, importable, no_gpu_for_kernels
+from ..devices import asked_once, importable, no_gpu_for_kernels
 from ..records import Case
 from .config import MAX_RANK
 
@@ -21,14 +20,9 @@ def unsupported(case: Case) -> str | None:
     return missing(case.device.type) or None
 
 
-@constant_in_graphs
+@asked_once
 def missing(device_type: str) -> str:
     """What this machine lacks to run them on tensors of such a device; "" for nothing."""
-    return _missing(device_type)
-
-
-@functools.lru_cache
-def _missing(device_type: str) -> str:
     if problem := no_gpu_for_kernels(device_type):
         return problem
     if not importable("triton"):

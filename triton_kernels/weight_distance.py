@@ -220,7 +220,7 @@ def _finish_kernel(
 
 
 def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
-    """Of all matrices, and of all products that run together; the records' tensors are the caller's to keep."""
+    """Tables for all matrices and all products that run together; the caller keeps the records' tensors."""
     device = (distances[0].error if distances else stages[0][0].result).device
     config = weight_distance_config(architecture(device))
     made = [make_distances(distances, config)] if distances else []

@@ -92,8 +92,8 @@ def _params(like: Tensor, text: Modulated, cross: Modulated | None = None) -> An
 def _vector_grads(
     params: Any, like: Tensor, **vectors: tuple[Tensor | None, bool]
 ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-    """Of each vector, by name, and whether it needs a gradient -> the gradients to be, None where not needed, and their
-    partial sums; d_beta and d_cross_beta share theirs."""
+    """Takes each vector by name, and whether it needs a gradient -> places for the gradients, None where not needed,
+    and for their partial sums; d_beta and d_cross_beta share theirs."""
     grads = {name: torch.empty_like(vector) if needed else None for name, (vector, needed) in vectors.items()}
     hand_over(params, **{f"d_{name}": grad for name, grad in grads.items()})
     summed = dict.fromkeys(name.replace("cross_beta", "beta") for name, grad in grads.items() if grad is not None)

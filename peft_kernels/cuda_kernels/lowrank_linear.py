@@ -160,7 +160,7 @@ def _kind_of(
 
 
 def _hidden_kind(like: Tensor, down: Tensor, blocks: int, needs: tuple[bool, ...]) -> _Kind:
-    """Of z alone; needs: x, down"""
+    """The kind of a call that computes z alone; needs: x, down"""
     rank, columns = down.shape
     needs = (*needs, False, False, False)
     return _kind(

@@ -1,10 +1,8 @@
 """What the CUDA kernels cannot run: limits of their code, of this build and of the GPU."""
 
-import functools
-
 import torch
 
-from peft_kernels.devices import constant_in_graphs, no_gpu_for_kernels
+from peft_kernels.devices import asked_once, no_gpu_for_kernels
 from peft_kernels.records import Case
 
 from . import extension
@@ -48,24 +46,13 @@ def _too_large(case: Case) -> str | None:
     return None
 
 
-@constant_in_graphs
+@asked_once
 def _limit(name: str) -> int:
-    return _limits()[name]
+    return getattr(extension(), name)
 
 
-@functools.lru_cache
-def _limits() -> dict[str, int]:
-    names = ("LOWRANK_LINEAR_MAX_RANK", "LOWRANK_LINEAR_MAX_HIDDEN", "GATED_QUERY_COLUMNS", "RECONSTRUCT_ROWS")
-    return {name: getattr(extension(), name) for name in (*names, "RECONSTRUCT_COLUMNS")}
-
-
-@constant_in_graphs
+@asked_once
 def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device: torch.device) -> str | None:
-    return _shared_memory_problem(op, dtype, rank, device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _shared_memory_problem(op: str, dtype: torch.dtype, rank: int, device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     module = extension()
@@ -82,14 +69,9 @@ def _shared_memory_problem(op: str, dtype: torch.dtype, rank: int, device: torch
     return None
 
 
-@constant_in_graphs
+@asked_once
 def missing(device_type: str) -> str:
     """What this machine lacks to run them on tensors of such a device; "" for nothing."""
-    return _missing(device_type)
-
-
-@functools.lru_cache
-def _missing(device_type: str) -> str:
     if problem := no_gpu_for_kernels(device_type):
         return problem
     try:

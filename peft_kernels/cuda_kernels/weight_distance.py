@@ -57,7 +57,7 @@ class Products(NamedTuple):
 
 
 def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
-    """Of all matrices, and of all products that run together; the records' tensors are the caller's to keep."""
+    """Tables for all matrices and all products that run together; the caller keeps the records' tensors."""
     device = (distances[0].error if distances else stages[0][0].result).device
     return Tables(device, [_distances(distances)] if distances else [], [_products(stage) for stage in stages])
 

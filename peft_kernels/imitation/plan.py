@@ -26,9 +26,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_kernels.distance_plan import kernels, new_results
 from peft_kernels.imitation.factors import Transform
 from peft_kernels.imitation.groups import ImitationGroup
-from peft_kernels.ops.weight_distance import check_changed, kernels, new_results
+from peft_kernels.ops.weight_distance import check_changed
 from peft_kernels.records import Distance, Product, Results, Term
 from peft_kernels.tables import Tables
 

@@ -18,20 +18,16 @@ def in_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def saved_tensor_hooks() -> tuple | None:
-    """The pair that is on, if any: each region of non-reentrant checkpointing, and its recomputation, has its own."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
 def sharing_state(x: Tensor) -> tuple | None:
     """Values computed in one state serve in no other: thread, grad mode, autocast, hooks. None: nothing is shared."""
     if torch.compiler.is_compiling():
         return None
     autocast = linear_dtype(x) if torch._C._is_any_autocast_enabled() else None
-    return threading.get_ident(), torch.is_grad_enabled(), autocast, _top_hooks(True)
+    return threading.get_ident(), torch.is_grad_enabled(), autocast, _saved_tensor_hooks(True)
 
 
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# The pair that is on, if any: each region of non-reentrant checkpointing, and its recomputation, has its own
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class _Pass:

@@ -120,7 +120,7 @@ class _Plan(NamedTuple):
     """What the checks of calls that look alike came to."""
 
     backend: str
-    dtype: torch.dtype  # of the result, and of all that is as large
+    dtype: torch.dtype  # the result's, and that of all tensors as large
 
 
 @remembered

@@ -17,6 +17,7 @@ Kept for the backward: x itself (not a copy), z, and the random seed. Uses: LoRA
 (doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation (arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from peft_kernels.checks import (
 from peft_kernels.operator import Operator
 from peft_kernels.quantized import QuantizedWeight, dense
 from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
-from peft_kernels.remembered import remembered
+from peft_kernels.remembered import MOST, remembered
 from peft_kernels.rows import rows, shaped
 from peft_kernels.torch_kernels import lowrank_linear as launchers
 
@@ -224,10 +225,10 @@ def lowrank_linear(
         if key is not None and _PLAIN.issuperset(key[:7]) and (key[7] in _PLAIN or not isinstance(scale, Tensor)):
             if plan.ready and x.is_contiguous() and x.device.type != "meta":
                 plan = plan._replace(memo={})
-            if len(_plans) >= 4096:
+            if len(_plans) >= MOST:
                 _plans.clear()
             _plans[key] = plan
-    if type(scale) in (float, int) and not -_LARGEST <= scale <= _LARGEST:
+    if type(scale) in (float, int) and not -sys.float_info.max <= scale <= sys.float_info.max:
         check_scale(scale, x)
     if not plan.ready:
         x, weight, bias, hidden = (_cast(t, plan.dtype) for t in (x, weight, bias, hidden))
@@ -249,7 +250,6 @@ def lowrank_linear(
 _plans: dict[tuple, _Plan] = {}
 _TENSORS = (Tensor, nn.Parameter)
 _PLAIN = frozenset((*_TENSORS, type(None)))  # what other types hide changes without a sign
-_LARGEST = torch.finfo(torch.float64).max
 _apply = super(torch.autograd.Function, _LowRankLinear).apply  # without unwrapping what functorch left
 
 

@@ -171,7 +171,7 @@ class _Plan(NamedTuple):
     """What the checks of calls that look alike came to."""
 
     backend: str
-    dtype: torch.dtype  # of the result
+    dtype: torch.dtype  # the result's
     shape: tuple[int, ...]
 
 

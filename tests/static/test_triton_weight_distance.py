@@ -13,8 +13,8 @@ from aot import ARCHITECTURES, binaries, check_resources, compile_launch
 from imitation_cases import Layer
 
 from peft_kernels.backend import Choice
+from peft_kernels.distance_plan import new_results
 from peft_kernels.imitation import step
-from peft_kernels.ops.weight_distance import new_results
 from peft_kernels.records import Distance, Product, Term
 from peft_kernels.triton_kernels import common
 from peft_kernels.triton_kernels import weight_distance as kernels

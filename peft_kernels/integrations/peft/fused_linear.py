@@ -26,6 +26,7 @@ from peft_kernels.checks import DTYPES
 from peft_kernels.integrations.peft.mixed_batches import shared_rows, sorted_rows
 from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear, stack_adapters
 from peft_kernels.ops.lowrank_linear import lowrank_linear
+from peft_kernels.remembered import MOST
 
 _PLAIN = (nn.Parameter, Tensor)  # subclasses (DTensor, quantised weights, …) have products of their own
 
@@ -140,7 +141,7 @@ _fused: set[tuple] = set()  # how layers and inputs looked of which `why_stock` 
 
 
 def _remember(looks: tuple) -> None:
-    if len(_fused) >= 4096:
+    if len(_fused) >= MOST:
         _fused.clear()
     _fused.add(looks)
 
