@@ -55,4 +55,4 @@ def _first_dtype(args: tuple) -> torch.dtype:
     first = args[0][0] if isinstance(args[0], tuple) else args[0]
     if not isinstance(first, Tensor):
         raise TypeError("no tensor comes first")
-    return linear_dtype(first) == first.dtype
+    return linear_dtype(first)
