@@ -5,6 +5,7 @@ import torch
 from per_pass_cases import RANK, D, Stack, close, count_products, data, expected_grads, grads, same
 from torch import nn
 
+from peft_kernels.layers.mode_linear import Decomposition, SharedCores
 from peft_kernels.ops import lowrank_linear as op
 
 
@@ -38,6 +39,17 @@ def test_any_order(stack, order):
         grads(stack, x, lambda: sum(stack.layers[m](x).square().sum() for m in order).backward()),
         expected_grads(stack, x, order),
     )
+
+
+@pytest.mark.parametrize("rows", [[(0, 2), (2, 4)], [(3, 1), (4, 2)], [(0, 1), (7, 1), (2, 1)], [(4, 2), (0, 1)]])
+@pytest.mark.parametrize("core", ["cp", "tucker"])
+def test_cores_stand_anywhere(core, rows):
+    of = Decomposition([(D, D)], [(8, D)], RANK, core)
+    shared = SharedCores(of)
+    members = [shared.join(*its) for its in rows]
+    for member, (first, count) in zip(members, rows):
+        expected = of.cores(of.slots[first : first + count], of.core_parameters()[1])
+        torch.testing.assert_close(shared.get(member), expected)
 
 
 def test_changes_in_place_between_members(stack):

@@ -99,31 +99,33 @@ class SharedCores:
     """The cores of several layers of one decomposition, by one product in each pass."""
 
     def __init__(self, decomposition: Decomposition):
-        self.decomposition, self.shared, self.rows, self.several = decomposition, PerPass(), [], False
+        self.decomposition, self.shared, self.several = decomposition, PerPass(), False
+        self.rows: list[slice] = []
 
     def join(self, first: int, count: int) -> int:
         """A layer's number among those that share; its slots are rows first, first + 1, … of P."""
-        self.rows.append((first, count))
+        self.rows.append(slice(first, first + count))
         self.several = len(self.rows) > 1
+        self.counts = [rows.stop - rows.start for rows in self.rows]
+        self.neighbours = all(a.stop == b.start for a, b in zip(self.rows, self.rows[1:]))
         return self.shared.join()
 
     def get(self, member: int, state: tuple | EllipsisType | None = ...) -> Tensor:
         """(count, R) or (count, R, R) of that layer;  state: as in PerPass.get"""
-        of, (first, count) = self.decomposition, self.rows[member]
+        of = self.decomposition
         slots, small = of.core_parameters()
         state = sharing_state(slots) if self.several and state is ... else state
         if not self.several or state is None or slots.is_inference() or state[-1] is not None or in_recomputation():
-            return of.cores(slots[first : first + count], small)  # checkpointing recomputes what each region took
+            return of.cores(slots[self.rows[member]], small)  # checkpointing recomputes what each region took
         return self.shared.get(member, (slots, small), self._all, state)[member]
 
     def _all(self) -> tuple[Tensor, ...]:
         slots, small = self.decomposition.core_parameters()
-        first, last = self.rows[0][0], sum(self.rows[-1])
-        if last - first == sum(count for _, count in self.rows):
-            slots = slots[first:last]
+        if self.neighbours:
+            slots = slots[self.rows[0].start : self.rows[-1].stop]
         else:
-            slots = torch.cat([slots[f : f + count] for f, count in self.rows])
-        return self.decomposition.cores(slots, small).split([count for _, count in self.rows])
+            slots = torch.cat([slots[rows] for rows in self.rows])
+        return self.decomposition.cores(slots, small).split_with_sizes(self.counts)
 
 
 class ModeLinear(AdaptedLinear):

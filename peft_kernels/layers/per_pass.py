@@ -35,10 +35,11 @@ class _Pass:
 
     def __init__(self, state: tuple, of: Sequence[Tensor], value: Any, member: int):
         self.state, self.value, self.asked = state, value, {member}
-        self.of = [(weakref.ref(t, self._ender()), t._version, t.requires_grad) for t in of]
+        self.end = _ender(weakref.ref(self))
+        self.of = [(weakref.ref(t, self.end), t._version, t.requires_grad) for t in of]
         node = (value if isinstance(value, Tensor) else value[0]).grad_fn
         if node is not None:
-            node.register_prehook(self._ender())  # a backward frees the graph that later members would join
+            node.register_prehook(self.end)  # a backward frees the graph that later members would join
 
     def serves(self, member: int, state: tuple, of: Sequence[Tensor]) -> bool:
         if self.state != state or member in self.asked:
@@ -52,17 +53,17 @@ class _Pass:
         """The value's graph holds a whole model's activations: let go of it with the last result that needs it."""
         node = result.grad_fn
         if isinstance(node, FunctionCtx):  # torch's own nodes cannot be referred to weakly
-            self.node = weakref.ref(node, self._ender())
+            self.node = weakref.ref(node, self.end)
 
-    def _ender(self) -> Callable[..., None]:
-        """Ends the pass, if it is still there: the hook and the callbacks keep no value alive."""
-        this = weakref.ref(self)
 
-        def end(*_) -> None:
-            if (alive := this()) is not None:
-                alive.state = alive.value = None  # a checkpointed region's hooks in the state hold its inputs
+def _ender(this: weakref.ref[_Pass]) -> Callable[..., None]:
+    """Ends the pass, if it is still there: hooks and callbacks keep no value alive."""
 
-        return end
+    def end(*_) -> None:
+        if (alive := this()) is not None:
+            alive.state = alive.value = None  # a checkpointed region's hooks in the state hold its inputs
+
+    return end
 
 
 class PerPass:
@@ -116,7 +117,7 @@ class PerPass:
 
     def needed_by(self, result: Tensor) -> None:
         """What the last request's value went into. Without this, a value waits for the next pass."""
-        if self._pass is not None and not torch.compiler.is_compiling():
+        if self._pass is not None and not torch.compiler.is_dynamo_compiling():
             self._pass.needed_by(result)
 
     def __getstate__(self) -> dict:
