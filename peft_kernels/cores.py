@@ -43,7 +43,7 @@ def tucker_core(C: Tensor, p: Tensor, layout: str = "blocks") -> Tensor:
     check_tensor("C", C)
     check_tensor("p", p, C, dtypes=(C.dtype,))
     check_choice("layout", layout, LAYOUTS)
-    if C.dim() != 3 or len(set(C.shape)) != 1 or p.dim() != 2 or p.shape[1] != C.shape[0]:
+    if p.dim() != 2 or C.shape != (p.shape[1],) * 3:
         raise ValueError(f"C, p: expected shapes (R, R, R) and (N, R), got {tuple(C.shape)} and {tuple(p.shape)}")
     slots, rank = p.shape
     matrices = torch.matmul(C.reshape(rank * rank, rank), p.t()).view(rank, rank, slots)  # K_k[a, b] at [a, b, k]

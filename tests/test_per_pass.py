@@ -176,3 +176,13 @@ def test_an_error_in_mid_pass(stack, monkeypatch):
         patch.setattr(op, "lowrank_hidden_fwd", lambda *_: (_ for _ in ()).throw(MemoryError))
         stack(data())
     close(grads(stack, x, lambda: stack(x).square().sum().backward()), expected_grads(stack, x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_in_mid_pass(stack):
+    x = data(True)
+    same(stack, x, 0)
+    traced = torch.jit.trace(stack, (x,), check_trace=False)
+    other = data()
+    torch.testing.assert_close(traced(other), torch.stack([twin(other) for twin in stack.twins]))
+    same(stack, x, 1, 2)
