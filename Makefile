@@ -9,7 +9,7 @@
 #   make bench     the benchmarks' cases under pytest-benchmark; python -m peft_kernels bench is the one with peers
 #   make gpu       on a GPU machine, three runs of nine minutes: PARTS="truth speed tuning" OUT=gpu_out (docs/gpu.md)
 #   make gpu-rehearsal  all of make gpu but the numbers, without a GPU: kernels compiled, launches checked; long
-#   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; half an hour on two cores
+#   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; 12 minutes on two cores
 #   make tables    docs/measured.md, its pictures and README's line and figure from the result files
 #   make wheel     dist/*.whl
 #   make clean     removes build outputs; distclean also .venv
