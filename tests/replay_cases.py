@@ -1,10 +1,11 @@
 """Every launch of a call as a driver would see it, without code for a GPU: for tests of what is kept from call to call.
 
 Kernels are specialised, looked up and handed to a launcher by Triton itself, but not compiled, so that many kinds of
-calls take little time. Not for a process with TRITON_INTERPRET=1.
+calls take little time. Importing it skips the importing tests in a process with TRITON_INTERPRET=1.
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,11 @@ from unittest import mock
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels never reach Triton's launcher", allow_module_level=True)
+
 import triton.compiler
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +29,7 @@ from triton.compiler import CompiledKernel
 from peft_kernels import lowrank_linear, use_backend
 from peft_kernels.benchmarks.kept import afresh
 from peft_kernels.benchmarks.nothing import launching_nothing
+from peft_kernels.ops import lowrank_linear as op
 from peft_kernels.triton_kernels import replay
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -114,6 +121,21 @@ def watched() -> Iterator[None]:
 
     with launching_nothing(), mock.patch.object(triton.compiler, "compile", uncompiled):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launcher() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with watched():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> None:
+    op._plans.clear()
+    replay.forget()
 
 
 def seen_in(call: Callable[[], Any], thread: bool = False) -> tuple[Seen, Any]:
