@@ -139,14 +139,17 @@ def own_groups(case: Case, t: Tensors) -> list[ImitationGroup]:
     return groups
 
 
-def _step(groups: Sequence[ImitationGroup], run: Callable[[], Tensor]) -> Built:
-    """`run` returns the loss, having left gradients in `.grad`."""
+def _step(groups: Sequence[ImitationGroup], loss: Callable[[], Tensor], backward: bool = True) -> Built:
+    """`loss` is differentiable, or without `backward` has left gradients in `.grad`."""
     adapters = [tensor for group in groups for tensor in group.adapters()]
 
     def forward(_: None) -> Tensor:
         for adapter in adapters:
             adapter.grad = None
-        return run()
+        found = loss()
+        if backward:
+            found.backward()
+        return found.detach()
 
     def found() -> dict[str, Tensor]:
         kinds = {"dA": [g.down for g in groups], "dB": [g.up for g in groups]}
@@ -156,7 +159,7 @@ def _step(groups: Sequence[ImitationGroup], run: Callable[[], Tensor]) -> Built:
         grads = {name: [t.grad.flatten() for each in lists for t in each] for name, lists in kinds.items()}
         return {name: torch.cat(each) for name, each in grads.items()} | _teachers(groups)
 
-    return Built(forward, {}, found)
+    return Built(forward, {}, found, loss if backward else None)
 
 
 def _followers(groups: Sequence[ImitationGroup]) -> tuple[list[Tensor], list[Tensor]]:
@@ -178,17 +181,16 @@ def _by_autograd(case: Case, t: Tensors, distance: Callable[[ImitationGroup, int
     """distance: of one projection, differentiable."""
     groups = own_groups(case, t)
 
-    def run() -> Tensor:
+    def loss() -> Tensor:
         total = 0
         for group in groups:
             if case.kind == STEP:
                 _follow(*_followers([group]))
             for m in range(PROJECTIONS):
                 total = total + distance(group, m)
-        total.backward()
-        return total.detach()
+        return total
 
-    return _step(groups, run)
+    return _step(groups, loss)
 
 
 def _authors(case: Case, t: Tensors, shared: bool = False) -> Built:
@@ -246,14 +248,9 @@ def _ours(backend: str) -> Callable[[Case, Tensors], Built]:
         names = ("teacher", "weight0", "up", "down")
         lists = [[tensor for group in groups for tensor in getattr(group, name)] for name in names]
 
-        def run() -> Tensor:
-            if case.kind == STEP:
-                return imitation_step(groups, decay=DECAY, backend=backend)
-            loss = weight_distance(*lists, backend=backend)
-            loss.backward()
-            return loss.detach()
-
-        return _step(groups, run)
+        if case.kind == STEP:
+            return _step(groups, partial(imitation_step, groups, decay=DECAY, backend=backend), backward=False)
+        return _step(groups, partial(weight_distance, *lists, backend=backend))
 
     return build
 

@@ -172,7 +172,9 @@ def imitation_providers(kind: str, device: torch.device, backends: Sequence[str]
     found = {}
     for name in ("authors' formula", "low-rank form, autograd", *(f"ours, {backend}" for backend in backends)):
         provider = bench_weight_distance.PROVIDERS[name]
-        found[name] = Provider(partial(provider.build(case, tensors).forward, None), provider.backend)
+        built = provider.build(case, tensors)
+        loss = built.loss if kind == bench_weight_distance.PLAIN else None
+        found[name] = Provider(partial(built.forward, None), provider.backend, loss)
     return found
 
 

@@ -37,6 +37,7 @@ class Built(NamedTuple):
     forward: Callable[[Tensor | None], Tensor]
     factors: dict[str, Tensor]
     found: Callable[[], dict[str, Tensor]] | None = None  # of a whole step, gradients included: what else it wrote
+    loss: Callable[[], Tensor] | None = None  # of a whole step: its forward without the backward, where they are apart
 
 
 @dataclass(frozen=True)

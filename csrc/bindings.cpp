@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "batched_lowrank_linear.h"
 #include "gated_query.h"
@@ -46,6 +47,44 @@ py::dict build_info() {
     info["emulated"] = bool(PEFT_KERNELS_EMULATED);
     return info;
 }
+
+// ---- what tensors look like: DLPack's exchange interface, by which torch's tensors show it without torch's headers ----
+
+struct DLTensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t dimensions;
+    uint32_t dtype;  // code, bits and lanes
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+struct DLPackExchange {  // of DLPack 1.3, which keeps it within its version 1
+    uint32_t major, minor;
+    void *older, *allocate, *from_object, *to_object;
+    int (*look)(void* object, DLTensor* out);
+    void* stream;
+};
+
+// Sizes, strides, dtype and device of each tensor, with its address, or how far that is from a multiple of 16 bytes.
+py::bytes looks(const py::list& tensors, const py::capsule& exchange, bool addresses) {
+    const auto* dlpack = static_cast<const DLPackExchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    if (!dlpack) throw py::error_already_set();
+    if (dlpack->major != 1 || !dlpack->look) throw std::runtime_error("looks: another version of DLPack");
+    std::vector<int64_t> found;
+    found.reserve(8 * tensors.size());
+    for (py::handle tensor : tensors) {
+        DLTensor t;
+        if (dlpack->look(tensor.ptr(), &t)) throw py::error_already_set();
+        const auto address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
+        found.insert(found.end(), {addresses ? address : address % 16, t.dimensions, t.dtype, t.device_type, t.device_id});
+        found.insert(found.end(), t.shape, t.shape + t.dimensions);
+        found.insert(found.end(), t.strides, t.strides + t.dimensions);
+    }
+    return {reinterpret_cast<const char*>(found.data()), sizeof(int64_t) * found.size()};
+}
+
+// ---- params structs --------------------------------------------------------------------------------------------------
 
 using Stream = uintptr_t;
 using Address = uintptr_t;  // 0: there is no such tensor
@@ -198,6 +237,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CUDA kernels of peft_kernels; call them through peft_kernels.cuda_kernels.";
     m.def("build_info", build_info,
           "The architectures, CUDA version and operations that this module was compiled for.");
+    m.def("looks", looks, "What tensors look like, as one value; peft_kernels/looks.py calls it.");
     bind_lowrank_linear(m);
     bind_batched_lowrank_linear(m);
     bind_reconstruct(m);

@@ -31,6 +31,7 @@ with host.stage(device := torch.device("cpu")) as launches:
 # The most calls of functions of Python and of C that a layer's forward may take, at p = 0 and at 0.1; or whose calls.
 BUDGETS = {f"{name}, {backend}": 50 for name in ("LowRankLinear", "Aurora") for backend in ("triton", "cuda")}
 BUDGETS |= {f"PEFT accelerated, {backend}": "PEFT" for backend in ("triton", "cuda")}
+BUDGET_OF_MANY = 200  # of a warm call for 36 projections: none for each of its 144 or 336 tensors
 NEEDED = {"triton": "triton", "cuda": "peft_kernels._C"}
 KERNELS = [backend for backend, module in NEEDED.items() if importlib.util.find_spec(module) is not None]
 INTERPRETED = "triton" in KERNELS and os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,7 +53,8 @@ def test_everybody_is_in_the_table(counted):
     ours = ("PEFT accelerated", "LowRankLinear", "Aurora", "Aurora, one of three")
     expected = {f"{name}, {backend}" for name in ours for backend in ("torch", *KERNELS)}
     assert counted[0].keys() == {"frozen linear", "PEFT"} | expected
-    for records, against, columns in ((counted[0], "PEFT", 10), (counted[2], "authors' formula", 6)):
+    asked = zip(counted, ("PEFT", "PEFT", "authors' formula", "authors' formula"), (10, 10, 6, 10))
+    for records, against, columns in asked:
         record = {"title": "", "against": against, "results": list(records.values()), "absent": {"cuda": "why"}}
         shown = host.table(record)
         assert shown.notes == ["cuda: why"] and all(len(row) == len(shown.headers) == columns for row in shown.rows)
@@ -83,6 +85,12 @@ def test_a_warm_forward_stays_within_its_budget(name, counted):
     for p, records in ((0.0, counted[4]), (0.1, counted[0])):
         most = BUDGETS[name] if BUDGETS[name] != "PEFT" else records["PEFT"]["forward_calls"]
         assert records[name]["forward_calls"] <= most, f"p = {p}"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_warm_call_for_many_matrices_stays_within_its_budget(backend, counted):
+    step, distance = (records[f"ours, {backend}"] for records in counted[2:4])
+    assert step["step_calls"] <= BUDGET_OF_MANY and distance["step_calls"] <= BUDGET_OF_MANY
 
 
 # ---- without another process -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ ORDER = (
     ("ops",),
     ("operator", "checks", "distance_plan", "quantized", "rows", "remembered"),
     ("autocast", "backend"),
-    ("fastest", "kinds"),
+    ("fastest", "kinds", "looks"),
     BACKENDS,
     ("tables",),
     ("records", "devices"),

@@ -11,6 +11,7 @@ from test_weight_distance import SHAPES, problem
 from torch.nn import Parameter
 
 from peft_kernels import momentum_weight_distance, use_backend, weight_distance
+from peft_kernels.looks import in_python
 from peft_kernels.ops import weight_distance as op
 
 NAMES = ("target", "base", "left", "right")
@@ -194,8 +195,11 @@ MUTANTS = {  # a part of the signature that is left out, and a change that shows
 @pytest.mark.kernels
 @pytest.mark.parametrize("field", MUTANTS)
 def test_a_part_of_the_signature_is_missed(field, monkeypatch, device):
-    signature = op._signature
-    monkeypatch.setattr(op, "_signature", lambda *call: signature(*call)._replace(**{field: None}))
+    signature, missed = op._signature, {field: None}
+    if field == "needs":
+        monkeypatch.setattr(op, "_signature", lambda *call: signature(*call)._replace(**missed))
+    else:
+        monkeypatch.setattr(op, "looks", lambda tensors: in_python(tensors, False)._replace(**missed))
     with pytest.raises((AssertionError, RuntimeError)):
         test_a_changed_call_is_as_the_first_of_its_kind(MUTANTS[field], "triton", device)
 

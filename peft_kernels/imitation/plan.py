@@ -29,6 +29,7 @@ from torch import Tensor
 from peft_kernels.distance_plan import kernels, new_results
 from peft_kernels.imitation.factors import Transform
 from peft_kernels.imitation.groups import ImitationGroup
+from peft_kernels.looks import looks
 from peft_kernels.ops.weight_distance import check_changed
 from peft_kernels.records import Distance, Product, Results, Term
 from peft_kernels.tables import Tables
@@ -112,7 +113,7 @@ class Plan:
         self.layers = [(group.placement, group.transform, self._students(group)) for group in groups]
         self.ready = self._tables(self.distances, self.before).at(self.results)
         self.own_gradients, self.flat_gradients = None, None
-        self.gradients, self.gradient_places = [], None
+        self.gradients, self.gradient_places = [None] * len(self.adapters), None
         self.after: list[list[Product]] = []
         self.then: Sequence = ()
 
@@ -192,15 +193,13 @@ class Plan:
     def find_gradients(self) -> None:
         """Where `.grad` is missing, one of the plan's own takes its place; products are made anew if any moved."""
         gradients = [*map(_GRAD, self.adapters)]
-        if not self._are_known(gradients):
-            if missing := [index for index, grad in enumerate(gradients) if grad is None]:
-                self._set_own(missing)
-                gradients = [*map(_GRAD, self.adapters)]
-            if not self._are_known(gradients):
-                for grad in gradients:
-                    if grad.layout != torch.strided or grad.is_inference():
-                        raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
-        places = [*map(Tensor.data_ptr, gradients)], [*map(Tensor.stride, gradients)]
+        if missing := [index for index, grad in enumerate(gradients) if grad is None]:
+            self._set_own(missing, gradients)
+        if not all(map(operator.is_, gradients, self.gradients)):
+            for grad in gradients:
+                if grad.layout != torch.strided or grad.is_inference():
+                    raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
+        places = looks(gradients, addresses=True)
         if places != self.gradient_places:
             check_changed([("groups: an adapter's .grad", grad) for grad in gradients], self.teachers)
             self.after = [[], [], [], []]
@@ -211,10 +210,7 @@ class Plan:
             self.gradient_places = places
         self.gradients = gradients
 
-    def _are_known(self, gradients: list[Tensor | None]) -> bool:
-        return len(gradients) == len(self.gradients) and all(map(operator.is_, gradients, self.gradients))
-
-    def _set_own(self, missing: list[int]) -> None:
+    def _set_own(self, missing: list[int], gradients: list[Tensor | None]) -> None:
         if self.own_gradients is None:
             sizes = [-(-t.numel() // 4) * 4 for t in self.adapters]
             self.flat_gradients = self.like.new_empty(sum(sizes))
@@ -225,7 +221,7 @@ class Plan:
         else:
             torch._foreach_zero_([self.own_gradients[index] for index in missing])
         for index in missing:
-            self.adapters[index].grad = self.own_gradients[index]
+            gradients[index] = self.adapters[index].grad = self.own_gradients[index]
 
     def _add(self, stage: int, form: str, adapter: Tensor, *terms: Term, last: Tensor | None = None) -> None:
         if adapter.requires_grad:

@@ -1,7 +1,7 @@
 """One call per optimizer step: teachers, loss and adapter gradients of a whole model, without autograd."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain
 
 import torch
@@ -12,10 +12,11 @@ from peft_kernels.backend import requested_by, resolve
 from peft_kernels.checks import check_choice, check_scale
 from peft_kernels.imitation.groups import LISTS, ImitationGroup, check_group, named_teachers
 from peft_kernels.imitation.plan import Memory, Plan
+from peft_kernels.looks import looks
 from peft_kernels.ops.weight_distance import REDUCTIONS, check_changed, check_decay
 
 _PARTS = operator.attrgetter(*LISTS, "transform")
-_DTYPE, _NEEDS, _PLACEMENT = map(operator.attrgetter, ("dtype", "requires_grad", "placement"))
+_NEEDS, _PLACEMENT = operator.attrgetter("requires_grad"), operator.attrgetter("placement")
 
 
 class _Prepared:
@@ -25,8 +26,7 @@ class _Prepared:
         self.asked, self.plans = (requested, [*map(type, groups)]), plans
         self.structure, self.tensors = _structure(groups)
         self.differentiated = [t for group in groups for t in (*group.learners(), *group.teachers())]
-        self.strided = [t for t in self.tensors if not t.is_contiguous()]
-        self.values = {name: [*map(fact, tensors)] for name, (fact, tensors) in self._facts().items()}
+        self.looks, self.needs = self._facts()
 
     def fits(self, groups: list[ImitationGroup], requested: tuple[str, str]) -> bool:
         """Same tensors in the same places of groups, none of them elsewhere or of another kind."""
@@ -36,23 +36,12 @@ class _Prepared:
             structure, tensors = _structure(groups)
         except TypeError:  # which the checks will name
             return False
-        if structure != self.structure or not all(map(operator.is_, tensors, self.tensors)):
-            return False
-        for name, (fact, those) in self._facts().items():  # one value at a time: lists of them would wake the collector
-            if not all(map(operator.eq, map(fact, those), self.values[name])):
-                return False
-        return True
+        same = structure == self.structure and all(map(operator.is_, tensors, self.tensors))
+        return same and self._facts() == (self.looks, self.needs)
 
-    def _facts(self) -> dict[str, tuple[Callable, list[Tensor]]]:
-        """What may change about which tensors; but for their numbers."""
-        return {
-            "addresses": (Tensor.data_ptr, self.tensors),
-            "sizes": (Tensor.size, self.tensors),
-            "dtypes": (_DTYPE, self.tensors),
-            "contiguous": (Tensor.is_contiguous, self.tensors),
-            "strides": (Tensor.stride, self.strided),  # of the others they follow from the sizes
-            "gradients": (_NEEDS, self.differentiated),
-        }
+    def _facts(self) -> tuple[Hashable, list[bool]]:
+        """What may change about the tensors; but for their numbers."""
+        return looks(self.tensors, addresses=True), [*map(_NEEDS, self.differentiated)]
 
 
 def _structure(groups: list[ImitationGroup]) -> tuple[tuple, list[Tensor]]:
@@ -60,7 +49,7 @@ def _structure(groups: list[ImitationGroup]) -> tuple[tuple, list[Tensor]]:
     parts = [*chain.from_iterable(map(_PARTS, groups))]
     given, absent = [part for part in parts if part is not None], [part is None for part in parts]
     tensors = [*chain.from_iterable(given)]
-    return (len(tensors), absent, [*map(len, given)], [*map(_PLACEMENT, groups)]), tensors
+    return (absent, [*map(len, given)], [*map(_PLACEMENT, groups)]), tensors
 
 
 def _plans(groups: list[ImitationGroup], backend: str) -> list[Plan]:

@@ -12,9 +12,8 @@ hand, and the backward only scales them. Never ‖D‖² − 2⟨D, F C⟩ + ‖
 Sources: MoIL, doi 10.1109/TPAMI.2024.3435790, and docs/method.md, section 3, whose low-rank form this is.
 """
 
-import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain, compress
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from peft_kernels.backend import requested_by, resolve
 from peft_kernels.checks import check_choice, check_shape, check_tensor, refuse_second_derivative
 from peft_kernels.distance_plan import DistancePlan, matrices_of
+from peft_kernels.looks import looks
 
 REDUCTIONS = ("mean", "sum", "relative")
 WIDE = (torch.float32, torch.float64)
@@ -62,11 +62,7 @@ class _Signature(NamedTuple):
     op: str
     requested: tuple[str, str]
     kinds: tuple
-    sizes: tuple
-    strides: tuple | None  # None: contiguous tensors
-    alignment: tuple | None  # None: multiples of 16 bytes
-    dtypes: tuple
-    devices: frozenset
+    looks: Hashable
     needs: tuple | None  # None: no gradients are recorded
 
 
@@ -74,7 +70,7 @@ MOST_PLANS = 256  # then all of them go
 _plans: dict[_Signature, DistancePlan] = {}
 _PLAIN = frozenset((Tensor, nn.Parameter))  # what other types hide changes without a sign
 _apply = super(torch.autograd.Function, _WeightDistance).apply  # without unwrapping what functorch left
-_DTYPE, _DEVICE, _NEEDS = map(operator.attrgetter, ("dtype", "device", "requires_grad"))
+_NEEDS = operator.attrgetter("requires_grad")
 
 
 def _distance(op: str, given: dict[str, object], decay: float | None, reduction: str, backend: str) -> Tensor:
@@ -87,7 +83,7 @@ def _distance(op: str, given: dict[str, object], decay: float | None, reduction:
         inputs = [*chain.from_iterable(parts)]
         if _PLAIN.issuperset(map(type, inputs)):
             addresses = [*map(Tensor.data_ptr, inputs)]
-            key = _signature(op, parts, inputs, addresses, backend)
+            key = _signature(op, parts, inputs, backend)
             plan = _plans.get(key)
     except (AttributeError, RuntimeError, TypeError):
         pass  # an argument that the checks will name
@@ -118,20 +114,15 @@ def _is_list(value: object) -> bool:
     return hasattr(value, "__iter__") and not isinstance(value, str | Tensor)
 
 
-def _signature(op: str, parts: Sequence, inputs: list[Tensor], addresses: list[int], backend: str) -> _Signature:
+def _signature(op: str, parts: Sequence, inputs: list[Tensor], backend: str) -> _Signature:
     """Raises TypeError where tensors are more than they show."""
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         raise TypeError
-    together = functools.reduce(operator.or_, addresses)
     return _Signature(
         op,
         requested_by(backend),
         (*map(len, parts), *map(type, parts)),
-        tuple(map(Tensor.size, inputs)),
-        None if all(map(Tensor.is_contiguous, inputs)) else tuple(map(Tensor.stride, inputs)),
-        None if together % 16 == 0 else tuple(address % 16 for address in addresses),
-        tuple(map(_DTYPE, inputs)),
-        frozenset(map(_DEVICE, inputs)),
+        looks(inputs),
         tuple(map(_NEEDS, inputs)) if torch.is_grad_enabled() else None,
     )
 
