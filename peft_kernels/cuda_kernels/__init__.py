@@ -1,13 +1,18 @@
 """CUDA backend: launchers over the compiled module `peft_kernels._C`, one file per operation."""
 
 import importlib
+import sys
 from types import ModuleType
+
+_NAME = "peft_kernels._C"
 
 
 def extension() -> ModuleType:
     """The compiled module `peft_kernels._C`; ImportError, saying how to get it, if there is none."""
+    if (imported := sys.modules.get(_NAME)) is not None:  # which spares every launch five calls
+        return imported
     try:
-        return importlib.import_module("peft_kernels._C")
+        return importlib.import_module(_NAME)
     except ImportError as error:
         raise ImportError(
             "the CUDA kernels (peft_kernels._C) are not available: "
