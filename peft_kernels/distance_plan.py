@@ -92,9 +92,7 @@ class DistancePlan:
                 placed = self._placed(inputs, errors, kept, results)
             else:
                 placed = self.tables.at(results, (*addresses, errors.data_ptr(), kept.data_ptr()))
-            module.weight_distance_fwd(placed.distance, decay, reduction, 1.0)
-            for stage in placed.stages:
-                module.product_fwd(stage)
+            module.weight_distance_fwd(placed, decay, reduction, 1.0)
             return losses.sum(), (gradients, *((factors, errors) if self.wide else ()))
 
     def _placed(self, inputs: list[Tensor], errors: Tensor, kept: Tensor, results: Results) -> Placed:
@@ -115,7 +113,7 @@ class DistancePlan:
                 products.append(Product("nt", d_left, (Term(error, right, factor),)))
             if d_right is not None:
                 products.append(Product("tn", d_right, (Term(left, error, factor),)))
-        tables = kernels(self.backend).weight_distance_tables(distances, [products] if products else [])
+        tables = kernels(self.backend).weight_distance_tables([distances, products] if products else [distances])
         placed = tables.at(results)
         if self.backend != "torch":
             behind = [*own, of_errors, [*chain(*taken), *factors]]

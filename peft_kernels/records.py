@@ -3,6 +3,7 @@
 torch.library knows no records: `peft_kernels/operator.py` flattens them, and nothing else does.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,9 +96,10 @@ class Gate(NamedTuple):
 
 # ---- distances of weights, and products of many matrices (docs/method.md, section 3) --------------------------------
 #
-# A backend turns lists of these into tables once (`…_tables`) and runs them as often as wanted; on a GPU running is one
-# or two launches for all records together, whatever their shapes, and reads nothing back. Every matrix has unit column
-# stride and any row stride, and is float32 unless said otherwise (the torch backend takes float64, too).
+# A stage is a list of distances, or of products, that run side by side; stages run one after the other. A backend turns
+# them into tables once (`…_tables`) and runs these as often as wanted; on a GPU a stage is one or two launches for all
+# its records together, whatever their shapes, and nothing is read back. Every matrix has unit column stride and any row
+# stride, and is float32 unless said otherwise (the torch backend takes float64, too).
 
 
 class Distance(NamedTuple):
@@ -145,3 +147,6 @@ class Product(NamedTuple):
     terms: tuple[Term, ...]
     accumulate: bool = False
     result_last: Tensor | None = None  # (M,): where the product has one column more than `result`, its last one
+
+
+Stage = Sequence[Distance] | Sequence[Product]

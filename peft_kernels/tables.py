@@ -80,35 +80,34 @@ class Table:
 
 
 class Part(Protocol):
-    """What one launcher needs, but for addresses."""
+    """What its backend knows of one stage, but for addresses."""
 
     def at(self, sections: Sequence[Tensor], results: Results | None) -> Any:
-        """What the launcher takes, with the part's sections on the device."""
+        """What else launching it takes, with the part's sections on the device."""
 
 
 class Placed(NamedTuple):
-    """What `weight_distance_fwd` and, stage by stage, `product_fwd` take."""
+    """What `weight_distance_fwd` takes."""
 
-    distance: Any
-    stages: Sequence[Any]
+    stages: list[tuple[Part, Any]]
+    memo: dict  # for whatever a backend works out about all stages together
 
 
 class Tables:
-    """Distances and stages of products, whose rows are in one table; what of them does not depend on addresses.
+    """Stages of distances or of products, whose rows are in one table; what of them does not depend on addresses.
 
-    Each comes as its part and the sections of rows that this has.
+    stages: the part of each, and the sections of rows that it has
     """
 
-    def __init__(self, device: torch.device, distance: Sequence[tuple[Part, list[Rows]]], stages: Sequence[tuple]):
-        both = [*distance, *stages]
-        self.device, self.distances = device, len(distance)
-        self.table = Table(rows for _, sections in both for rows in sections)
-        self.parts = [(part, len(sections)) for part, sections in both]
+    def __init__(self, stages: Sequence[tuple[Part, list[Rows]]]):
+        self.table, self.memo = Table(rows for _, sections in stages for rows in sections), {}
+        self.device = self.table.tensors[0].device
+        self.parts = [(part, len(sections)) for part, sections in stages]
 
     def at(self, results: Results | None, addresses: Sequence[int] | None = None) -> Placed:
         """Ready to run as often as wanted, while the tensors stay; addresses: as `Table.to` takes them."""
-        sections, first, placed = self.table.to(self.device, addresses), 0, []
+        sections, first, stages = self.table.to(self.device, addresses), 0, []
         for part, count in self.parts:
-            placed.append(part.at(sections[first : first + count], results))
+            stages.append((part, part.at(sections[first : first + count], results)))
             first += count
-        return Placed(placed[0] if self.distances else None, placed[self.distances :])
+        return Placed(stages, self.memo)

@@ -16,6 +16,7 @@ from peft_kernels.benchmarks import bench_weight_distance as bench
 from peft_kernels.benchmarks import cases, floor, providers, runner, terminal, timing
 from peft_kernels.benchmarks.floor import weight_distance as costs
 from peft_kernels.imitation.plan import Memory, Plan
+from peft_kernels.records import Product
 
 CPU = torch.device("cpu")
 HYBRID, LORA, PLAIN = bench.shaped((2, 40, 5, 3), "float32")
@@ -116,7 +117,7 @@ def _plan(case, backend):
 def test_flops_of_ours_are_those_of_the_plan(case):
     plan = _plan(case, "torch")
     flops = 0
-    for product in [product for stage in (*plan.before, *plan.after) for product in stage]:
+    for product in [record for stage in plan.stages() for record in stage if isinstance(record, Product)]:
         inner = 0 if product.form == "tn" else 1
         for term in product.terms:
             columns = product.result.shape[1] + (product.result_last is not None)

@@ -1,6 +1,8 @@
 """What a step keeps with the groups never shows: changed groups are as new ones, to the last bit."""
 
 import copy
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,3 +256,20 @@ def test_a_warm_step_makes_nothing_anew(backend, monkeypatch, device):
     stepped(groups, backend)
     no_gradients(groups)
     stepped(groups, backend)
+
+
+@pytest.mark.kernels
+def test_tables_follow_gradients_that_move(monkeypatch, device):
+    """In every step, as where a backward put them there: nothing is made anew, and no gradient of before is kept."""
+    groups = made(device)
+    stepped(groups, "triton")
+    (plan,) = groups[0].plan.plans
+    monkeypatch.setattr(plan, "kernels", SimpleNamespace(weight_distance_fwd=plan.kernels.weight_distance_fwd))
+    for _ in range(3):
+        before = [weakref.ref(t.grad) for t in adapters(groups)]
+        for t in adapters(groups):
+            t.grad = t.grad.clone()
+        new = as_new(groups)
+        assert all(map(torch.equal, stepped(groups, "triton"), stepped(new, "triton")))
+        own = {id(t) for t in plan.own_gradients}
+        assert all(ref() is None or id(ref()) in own for ref in before)

@@ -15,6 +15,7 @@ from weight_distance_cuda_cases import (
     Case,
     Placer,
     distances,
+    multiply,
     new_results,
     products,
     run,
@@ -57,13 +58,13 @@ def test_tables_run_again(device):
     place = Placer("dense", device)
     records = distances(Case(bias="shift"), place)
     results = new_results(len(records), device)
-    tables = kernels.weight_distance_tables(records).at(results).distance
+    tables = kernels.weight_distance_tables([records]).at(results)
     kernels.weight_distance_fwd(tables, 0.5, "sum", torch.tensor(3.0, device=device))
     kernels.weight_distance_fwd(tables, None, "mean", 1.0)
     alone = [Distance(*d)._replace(error=torch.empty_like(d.error)) for d in records]
     for index, d in enumerate(alone):
         own = new_results(1, device)
-        kernels.weight_distance_fwd(kernels.weight_distance_tables([d]).at(own).distance, None, "mean", 1.0)
+        kernels.weight_distance_fwd(kernels.weight_distance_tables([[d]]).at(own), None, "mean", 1.0)
         assert torch.equal(d.error, records[index].error)
         assert all(torch.equal(a[0], b[index]) for a, b in zip(own, results))
 
@@ -89,7 +90,7 @@ def test_product_bits_repeat(device):
     for _ in range(2):
         place = Placer("dense", device)
         records = products(place, random.Random(2).choice, 6)
-        kernels.product_fwd(kernels.weight_distance_tables([], [records]).at(None).stages[0])
+        multiply(records)
         results.append([p.result for p in records])
     assert all(map(torch.equal, *results))
 
@@ -199,6 +200,6 @@ def test_accesses_stay_in_bounds():
             run(case, Placer(case.layout, "cpu", fence))
         for seed, layout in enumerate(EXTRA):
             records = products(Placer(layout, "cpu", fence), random.Random(seed).choice, 6)
-            kernels.product_fwd(kernels.weight_distance_tables([], [records]).at(None).stages[0])
+            multiply(records)
 
     cuda_emulation.assert_inside_bounds(check)

@@ -136,8 +136,8 @@ def run(case, place):
               for d in records]  # fmt: skip
     results = new_results(len(records), place.device)
     scale = torch.tensor(64.5, device=place.device) if case.tensor_scale else 64.5
-    tables = kernels.weight_distance_tables(records).at(results)
-    kernels.weight_distance_fwd(tables.distance, case.decay, case.reduction, scale)
+    tables = kernels.weight_distance_tables([records]).at(results)
+    kernels.weight_distance_fwd(tables, case.decay, case.reduction, scale)
     return records, before, results, float(scale)
 
 
@@ -241,12 +241,16 @@ def defined(product, change=lambda t: t):
     return total
 
 
+def multiply(records):
+    kernels.weight_distance_fwd(kernels.weight_distance_tables([records]).at(None), None, "mean", 1.0)
+
+
 def verify_products(seed, layout, device):
     place = Placer(layout, device)
     place.generator.manual_seed(seed)
     records = products(place, random.Random(seed).choice, 6)
     exact, absolute = ([defined(p, change) for p in records] for change in (lambda t: t, torch.abs))
-    kernels.product_fwd(kernels.weight_distance_tables([], [records]).at(None).stages[0])
+    multiply(records)
     place.assert_gaps_untouched()
     for product, value, bound in zip(records, exact, absolute):
         last = [] if product.result_last is None else [product.result_last[:, None]]

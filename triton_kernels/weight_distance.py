@@ -10,17 +10,18 @@ together, and so does what they share in the L2.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..records import Distance, Product
-from ..tables import Tables
-from .common import architecture, launch, load_pointer, load_scale, load_size, scale_arguments
+from ..records import Product, Stage
+from ..tables import Placed, Tables
+from .common import allows_tf32, architecture, launch, load_pointer, load_scale, load_size, scale_arguments
 from .config import weight_distance_config
 from .replay import replayed
-from .weight_distance_product import ProductTables, make_products, multiply
+from .weight_distance_product import make_products, multiply
 from .weight_distance_records import (
     BASE,
     BASE_BIAS,
@@ -46,7 +47,7 @@ from .weight_distance_records import (
     TARGET,
     TARGET_BIAS,
     TILES,
-    DistanceTables,
+    Distances,
     load_live,
     load_tile,
     make_distances,
@@ -219,32 +220,40 @@ def _finish_kernel(
     tl.store(factors_ptr + index, 2 * coefficient * scale)
 
 
-def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
-    """Tables for all matrices and all products that run together; the caller keeps the records' tensors."""
-    device = (distances[0].error if distances else stages[0][0].result).device
-    config = weight_distance_config(architecture(device))
-    made = [make_distances(distances, config)] if distances else []
-    return Tables(device, made, [make_products(stage, config.product) for stage in stages])
+def weight_distance_tables(stages: Sequence[Stage]) -> Tables:
+    """Tables for all stages; the caller keeps the records' tensors."""
+    first = stages[0][0]
+    config = weight_distance_config(architecture((first.result if isinstance(first, Product) else first.error).device))
+    return Tables([
+        make_products(stage, config.product) if isinstance(stage[0], Product) else make_distances(stage, config)
+        for stage in stages
+    ])  # fmt: skip
 
 
-def weight_distance_fwd(
-    tables: DistanceTables, decay: float | None, reduction: str, loss_scale: float | Tensor
-) -> None:  # fmt: skip
-    """Targets, errors, sums, losses, factors and bias gradients of all matrices."""
-    run, records, tiles, partial, results = tables
-    scale_ptr, scale = scale_arguments(loss_scale)
-    replayed(
-        run.memo,
-        (decay, reduction, None if scale_ptr is not None else scale),
-        lambda: _launch(tables, decay, reduction, (scale_ptr, scale)),
-        (records, tiles, partial, *results, scale_ptr),
-    )
+def weight_distance_fwd(placed: Placed, decay: float | None, reduction: str, loss_scale: float | Tensor) -> None:
+    """Every stage: targets, errors, sums, losses, factors and bias gradients of all matrices; products."""
+    (scale_ptr, scale), tf32 = scale_arguments(loss_scale), allows_tf32()
+
+    def launch_all() -> tuple[()]:
+        for part, tensors in placed.stages:
+            if isinstance(part, Distances):
+                _launch(part, tensors, decay, reduction, (scale_ptr, scale))
+            else:
+                multiply(part, tensors, tf32)
+        return ()
+
+    tensors = (*chain.from_iterable([tensors for _, tensors in placed.stages]), scale_ptr)
+    replayed(placed.memo, (decay, reduction, tf32, None if scale_ptr is not None else scale), launch_all, tensors)
 
 
 def _launch(
-    tables: DistanceTables, decay: float | None, reduction: str, scale: tuple[Tensor | None, float]
-) -> tuple[()]:
-    run, records, tiles, partial, results = tables
+    run: Distances,
+    tensors: Sequence[Tensor],
+    decay: float | None,
+    reduction: str,
+    scale: tuple[Tensor | None, float],
+) -> None:
+    records, tiles, partial, *results = tensors
     follow, moving = decay is not None, (1.0, 0.0) if decay is None else (float(decay), 1.0 - decay)
     wide, short = run.config.distance, run.config.finish
     launch(
@@ -267,9 +276,3 @@ def _launch(
         },
         short,
     )  # fmt: skip
-    return ()
-
-
-def product_fwd(tables: ProductTables) -> None:
-    """Every product, whatever their forms, in one launch."""
-    multiply(tables)

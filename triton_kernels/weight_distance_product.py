@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ..records import Product, Results, Term
 from ..tables import Address, Rows, place
-from .common import add_afresh, allows_tf32, launch, load_pointer, load_size
+from .common import add_afresh, launch, load_pointer, load_size
 from .config import Tile
-from .replay import Memo, replayed
 from .weight_distance_records import is_aligned
 
 _FORMS = {"nn": 0, "nt": 1, "tn": 2}
@@ -189,24 +188,16 @@ def _product_kernel(
         _write_last(product_ptr, terms_ptr, tile_m, ALIGNED, BLOCK_M, BLOCK_K)
 
 
-class ProductTables(NamedTuple):
-    """What one launch needs."""
+class Products(NamedTuple):
+    """How many programs, what tile and which promise."""
 
-    products: "Products"
-    rows: Tensor
-    terms: Tensor
-    tiles: Tensor  # the product that each program works on
+    tile: Tile
+    programs: int
+    aligned: bool
 
-
-class Products:
-    """How many programs, what tile and which promise; and the launch, once it has been made."""
-
-    def __init__(self, tile: Tile, programs: int, aligned: bool):
-        self.tile, self.programs, self.aligned = tile, programs, aligned
-        self.memo: Memo = {}
-
-    def at(self, sections: Sequence[Tensor], results: Results | None) -> ProductTables:
-        return ProductTables(self, *sections)
+    def at(self, sections: Sequence[Tensor], results: Results | None) -> Sequence[Tensor]:
+        """Products, terms, and the product that each program works on."""
+        return sections
 
 
 def make_products(products: Sequence[Product], tile: Tile) -> tuple[Products, list[Rows]]:
@@ -263,14 +254,8 @@ def _is_aligned(term: Term, form: str, M: int, N: int) -> bool:
     return depth == 1 or (all(map(is_aligned, matrices)) and all(length % 4 == 0 for length in along))
 
 
-def multiply(tables: ProductTables) -> None:
-    """All products of the tables in one launch."""
-    run, tf32 = tables.products, allows_tf32()
-    replayed(run.memo, tf32, lambda: _launch(tables, tf32), tables[1:])
-
-
-def _launch(tables: ProductTables, tf32: bool) -> tuple[()]:
-    run, tile = tables.products, tables.products.tile
+def multiply(run: Products, tensors: Sequence[Tensor], tf32: bool) -> None:
+    """All products of one stage in one launch."""
+    tile, precision = run.tile, "tf32" if tf32 else "tf32x3"
     constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "ALIGNED": run.aligned}
-    launch(_product_kernel, (run.programs,), tables[1:], constants | {"PRECISION": "tf32" if tf32 else "tf32x3"}, tile)
-    return ()
+    launch(_product_kernel, (run.programs,), tensors, constants | {"PRECISION": precision}, tile)

@@ -12,7 +12,6 @@ from ..records import Distance, Results
 from ..tables import Address, Rows, place
 from .common import load_pointer, load_size
 from .config import WeightDistanceConfig
-from .replay import Memo
 
 _LIVE_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
@@ -54,27 +53,19 @@ def pointers_of(place_ptr, rows, columns, ALIGNED: tl.constexpr):
     return pointer + rows * stride + columns
 
 
-class DistanceTables(NamedTuple):
-    """What the two launches need."""
+class Distances(NamedTuple):
+    """How many matrices and programs, what tiles and which promises."""
 
-    distances: "Distances"
-    records: Tensor
-    tiles: Tensor  # the matrix that each program works on
-    partial: Tensor  # (programs, 3)
-    results: Results
+    count: int
+    programs: int
+    config: WeightDistanceConfig
+    aligned: bool
+    thin_aligned: bool
 
-
-class Distances:
-    """How many matrices and programs, what tiles and which promises; and the launches, once they have been made."""
-
-    def __init__(self, distances: Sequence[Distance], config: WeightDistanceConfig, programs: int):
-        self.count, self.programs, self.config = len(distances), programs, config
-        self.aligned, self.thin_aligned = all(map(_is_aligned, distances)), all(map(_is_thin_aligned, distances))
-        self.memo: Memo = {}
-
-    def at(self, sections: Sequence[Tensor], results: Results) -> DistanceTables:
+    def at(self, sections: Sequence[Tensor], results: Results) -> tuple[Tensor, ...]:
+        """Records, the matrix that each program works on, what each sums up (programs, 3), and results."""
         partial = torch.empty(self.programs, 3, dtype=torch.float32, device=results.losses.device)
-        return DistanceTables(self, *sections, partial, results)
+        return (*sections, partial, *results)
 
 
 def make_distances(distances: Sequence[Distance], config: WeightDistanceConfig) -> tuple[Distances, list[Rows]]:
@@ -84,7 +75,8 @@ def make_distances(distances: Sequence[Distance], config: WeightDistanceConfig) 
         count = triton.cdiv(d.base.shape[0], tile.rows) * triton.cdiv(d.base.shape[1], tile.columns)
         records.append(_record(d, len(tiles), count))
         tiles += [index] * count
-    return Distances(distances, config, len(tiles)), [records, [tiles]]
+    aligned = all(map(_is_aligned, distances)), all(map(_is_thin_aligned, distances))
+    return Distances(len(distances), len(tiles), config, *aligned), [records, [tiles]]
 
 
 def is_aligned(matrix: Tensor) -> bool:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from peft_kernels.records import Distance, Product, Results, Term
-from peft_kernels.tables import Address, Rows, Tables, place
+from peft_kernels.records import Distance, Product, Results, Stage, Term
+from peft_kernels.tables import Address, Placed, Rows, Tables, place
 
 from . import extension
 from .common import floats, launch, set_scale
@@ -56,25 +56,24 @@ class Products(NamedTuple):
         return Prepared(params, sections[0], (sections,))
 
 
-def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
-    """Tables for all matrices and all products that run together; the caller keeps the records' tensors."""
-    device = (distances[0].error if distances else stages[0][0].result).device
-    return Tables(device, [_distances(distances)] if distances else [], [_products(stage) for stage in stages])
+def weight_distance_tables(stages: Sequence[Stage]) -> Tables:
+    """Tables for all stages; the caller keeps the records' tensors."""
+    return Tables([_products(stage) if isinstance(stage[0], Product) else _distances(stage) for stage in stages])
 
 
-def weight_distance_fwd(tables: Prepared, decay: float | None, reduction: str, loss_scale: float | Tensor) -> None:
-    """Targets, errors, sums, losses, factors and bias gradients of all matrices: two kernels."""
-    params = tables.params
-    params.follow, params.reduction = decay is not None, _REDUCTIONS[reduction]
-    params.decay = 1.0 if decay is None else decay
-    params.scale_ptr = 0
-    set_scale(params, loss_scale)
-    launch(extension().weight_distance_fwd, params, tables.like)
-
-
-def product_fwd(tables: Prepared) -> None:
-    """Every product: one kernel."""
-    launch(extension().product_fwd, tables.params, tables.like)
+def weight_distance_fwd(placed: Placed, decay: float | None, reduction: str, loss_scale: float | Tensor) -> None:
+    """Every stage: targets, errors, sums, losses, factors and bias gradients of all matrices, two kernels; products,
+    one."""
+    module = extension()
+    for part, (params, like, _) in placed.stages:
+        if isinstance(part, Products):
+            launch(module.product_fwd, params, like)
+            continue
+        params.follow, params.reduction = decay is not None, _REDUCTIONS[reduction]
+        params.decay = 1.0 if decay is None else decay
+        params.scale_ptr = 0
+        set_scale(params, loss_scale)
+        launch(module.weight_distance_fwd, params, like)
 
 
 # ---- rows of tables --------------------------------------------------------------------------------------------------

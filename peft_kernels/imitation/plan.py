@@ -22,6 +22,7 @@ Source: docs/method.md, section 3.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ from peft_kernels.imitation.factors import Transform
 from peft_kernels.imitation.groups import ImitationGroup
 from peft_kernels.looks import looks
 from peft_kernels.ops.weight_distance import check_changed
-from peft_kernels.records import Distance, Product, Results, Term
-from peft_kernels.tables import Tables
+from peft_kernels.records import Distance, Product, Results, Stage, Term
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Plan:
     """The records of one set of groups, and the memory between them. Only gradients may move from step to step."""
 
     def __init__(self, groups: Sequence[ImitationGroup], backend: str, memory: Memory):
-        self.kernels, self.like, self.memory = kernels(backend), groups[0].weight0[0], memory
+        self.backend, self.kernels, self.like, self.memory = backend, kernels(backend), groups[0].weight0[0], memory
         memory.begin()
         self.adapters = list({id(t): t for group in groups for t in group.adapters()}.values())
         self.teachers = [t for group in groups for t in group.teachers()]
@@ -111,23 +111,16 @@ class Plan:
         self.before: list[list[Product]] = [[], []]
         self.distances: list[Distance] = []
         self.layers = [(group.placement, group.transform, self._students(group)) for group in groups]
-        self.ready = self._tables(self.distances, self.before).at(self.results)
         self.own_gradients, self.flat_gradients = None, None
-        self.gradients, self.gradient_places = [None] * len(self.adapters), None
+        self.gradients, self.places, self.kinds = [None] * len(self.adapters), None, None
         self.after: list[list[Product]] = []
-        self.then: Sequence = ()
-
-    def _tables(self, distances: Sequence[Distance], stages: Sequence[Sequence[Product]]) -> Tables:
-        return self.kernels.weight_distance_tables(distances, [stage for stage in stages if stage])
+        self.tables: Any = None  # of all stages; follows the gradients
+        self.others: list[int] = []  # where everything else in the tables lies
+        self.placed: Any = None
 
     def run(self, decay: float | None, reduction: str, loss_scale: float | Tensor) -> Results:
         """After `find_gradients`."""
-        distance_fwd, product_fwd = self.kernels.weight_distance_fwd, self.kernels.product_fwd
-        for tables in self.ready.stages:
-            product_fwd(tables)
-        distance_fwd(self.ready.distance, decay, reduction, loss_scale)
-        for tables in self.then:
-            product_fwd(tables)
+        self.kernels.weight_distance_fwd(self.placed, decay, reduction, loss_scale)
         changed = self.gradients if decay is None else self.teachers + self.gradients
         torch.autograd.graph.increment_version(changed)
         return self.results
@@ -191,7 +184,7 @@ class Plan:
     # ---- what it adds to gradients -----------------------------------------------------------------------------------
 
     def find_gradients(self) -> None:
-        """Where `.grad` is missing, one of the plan's own takes its place; products are made anew if any moved."""
+        """Where `.grad` is missing, one of the plan's own takes its place; tables follow those that moved."""
         gradients = [*map(_GRAD, self.adapters)]
         if missing := [index for index, grad in enumerate(gradients) if grad is None]:
             self._set_own(missing, gradients)
@@ -200,15 +193,33 @@ class Plan:
                 if grad.layout != torch.strided or grad.is_inference():
                     raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
         places = looks(gradients, addresses=True)
-        if places != self.gradient_places:
+        if places != self.places:
             check_changed([("groups: an adapter's .grad", grad) for grad in gradients], self.teachers)
-            self.after = [[], [], [], []]
-            for layer in self.layers:
-                (self._after_output if layer[0] == "output" else self._after_input)(*layer[1:])
-            self.after = [_without_collisions(stage) for stage in self.after]
-            self.then = self._tables([], self.after).at(None).stages if any(self.after) else ()
-            self.gradient_places = places
+            self._place(gradients)
+            self.places = places
         self.gradients = gradients
+
+    def _place(self, gradients: list[Tensor]) -> None:
+        """Tables are made anew where gradients look different; records, which the torch backend reads, always."""
+        addresses, kinds = [*map(Tensor.data_ptr, gradients)], looks(gradients)
+        if self.backend == "torch" or kinds != self.kinds:
+            self.tables, self.kinds = self.kernels.weight_distance_tables(self.stages()), kinds
+            if self.backend == "torch":
+                self.placed = self.tables.at(self.results)
+                return
+            sources = {address: index for index, address in enumerate(addresses)}
+            self.others = [*{t.data_ptr() for t in self.tables.table.tensors} - sources.keys()]
+            sources |= {address: len(addresses) + index for index, address in enumerate(self.others)}
+            self.tables.table.follow({id(t): (sources[t.data_ptr()], 0) for t in self.tables.table.tensors})
+        self.placed = self.tables.at(self.results, [*addresses, *self.others])
+
+    def stages(self) -> list[Stage]:
+        """All that the step does, in records; with the gradients where they are."""
+        self.after = [[], [], [], []]
+        for layer in self.layers:
+            (self._after_output if layer[0] == "output" else self._after_input)(*layer[1:])
+        after, self.after = [_without_collisions(stage) for stage in self.after], []
+        return [stage for stage in (*self.before, self.distances, *after) if stage]
 
     def _set_own(self, missing: list[int], gradients: list[Tensor | None]) -> None:
         if self.own_gradients is None:

@@ -6,31 +6,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.records import Distance, Product, Results
-from peft_kernels.tables import Placed
+from peft_kernels.records import Distance, Product, Results, Stage
 
 FLOOR = 1e-12  # of a relative distance's denominator, relative to the base
 
 
-class Tables(NamedTuple):
-    """The records themselves."""
+class Placed(NamedTuple):
+    """The records themselves, and where results go."""
 
-    distances: Sequence[Distance]
-    stages: Sequence[Sequence[Product]]
+    stages: Sequence[Stage]
+    results: Results | None = None
 
-    def at(self, results: Results | None) -> Placed:
-        return Placed((self.distances, results), self.stages)
-
-
-def weight_distance_tables(distances: Sequence[Distance], stages: Sequence[Sequence[Product]] = ()) -> Tables:
-    return Tables(distances, stages)
+    def at(self, results: Results | None) -> "Placed":
+        return Placed(self.stages, results)
 
 
-def weight_distance_fwd(
-    tables: tuple[Sequence[Distance], Results], decay: float | None, reduction: str, loss_scale: float | Tensor
+weight_distance_tables = Placed
+
+
+def weight_distance_fwd(placed: Placed, decay: float | None, reduction: str, loss_scale: float | Tensor) -> None:
+    """Every stage: targets, errors, sums, losses, factors and bias gradients of all matrices; products."""
+    for stage in placed.stages:
+        if isinstance(stage[0], Product):
+            _multiply(stage)
+        else:
+            _compare(stage, placed.results, decay, reduction, loss_scale)
+
+
+def _compare(
+    distances: Sequence[Distance], results: Results, decay: float | None, reduction: str, loss_scale: float | Tensor
 ) -> None:
-    """Targets, errors, sums, losses, factors and bias gradients of all matrices."""
-    distances, results = tables
     for index, d in enumerate(distances):
         sums = results.sums[index]
         _follow(d.target, d.live, decay)
@@ -59,9 +64,9 @@ def weight_distance_fwd(
             d.bias_gradient.copy_(e.mul_(2 * coefficient * loss_scale))
 
 
-def product_fwd(tables: Sequence[Product]) -> None:
+def _multiply(products: Sequence[Product]) -> None:
     """Every product, one call for each term."""
-    for product in tables:
+    for product in products:
         columns, keep = product.result.shape[1], product.accumulate
         for term in product.terms:
             left = term.left.t() if product.form == "tn" else term.left

@@ -18,7 +18,6 @@ from peft_kernels.imitation import step
 from peft_kernels.records import Distance, Product, Term
 from peft_kernels.triton_kernels import common
 from peft_kernels.triton_kernels import weight_distance as kernels
-from peft_kernels.triton_kernels import weight_distance_product as products
 
 DISTANCE, FINISH, PRODUCT = "_distance_kernel", "_finish_kernel", "_product_kernel"
 
@@ -65,9 +64,8 @@ class Call:
                 Product("tn", gradients[1], (Term(pair[0], error, results.factors[0]),)),
             ]
             distance = Distance(target, base, (pair,), error)
-            tables = kernels.weight_distance_tables([distance], [both]).at(results)
-            kernels.weight_distance_fwd(tables.distance, None, self.reduction, 1.0)
-            kernels.product_fwd(tables.stages[0])
+            tables = kernels.weight_distance_tables([[distance], both]).at(results)
+            kernels.weight_distance_fwd(tables, None, self.reduction, 1.0)
         return launches
 
 
@@ -152,7 +150,7 @@ def test_machine_code_of_every_configuration(call, name, arch, monkeypatch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("call", "name"), TF32)
 def test_machine_code_where_torch_allows_tf32(call, name, arch, monkeypatch):
-    monkeypatch.setattr(products, "allows_tf32", lambda: True)
+    monkeypatch.setattr(kernels, "allows_tf32", lambda: True)
     kernel = compile_launch(chosen(call, name, arch, monkeypatch), arch)
     where = check_resources(kernel, arch)
     assert kernel.uses_tensor_cores(), where
@@ -162,7 +160,7 @@ def test_an_error_is_float32s_whatever_torch_allows(monkeypatch):
     """The difference that is left may be as small as what tf32 products lose, even three of them: it takes none."""
     precisions = lambda: {launch.kernel.__name__: launch.constants.get("PRECISION") for launch in VILT.launches()}  # noqa: E731
     assert precisions() == {DISTANCE: None, FINISH: None, PRODUCT: "tf32x3"}
-    monkeypatch.setattr(products, "allows_tf32", lambda: True)
+    monkeypatch.setattr(kernels, "allows_tf32", lambda: True)
     assert precisions() == {DISTANCE: None, FINISH: None, PRODUCT: "tf32"}
 
 
