@@ -128,10 +128,31 @@ def moved_gradients(groups):
         t.grad.data = t.grad.data.clone()
 
 
+def moved_and_dropped(groups):
+    """Own gradients, which the next step takes again, are not where the last one left them."""
+    no_gradients(groups)
+    stepped(groups, groups[0].plan.plans[0].backend)
+    moved_gradients(groups)
+    no_gradients(groups)
+
+
+def turned_and_dropped(groups):
+    no_gradients(groups)
+    stepped(groups, groups[0].plan.plans[0].backend)
+    for t in adapters(groups):
+        t.grad.t_()
+    no_gradients(groups)
+
+
 def gradients_by_columns(groups):
     for t in groups[0].down:
         wide = torch.zeros(t.shape[0], t.shape[1] + 3, device=t.device)
         t.grad = wide[:, : t.shape[1]].copy_(t.grad)
+
+
+def nothing_trains(groups):
+    for t in adapters(groups):
+        t.requires_grad_(False).grad = None
 
 
 def numbers(groups):
@@ -151,6 +172,7 @@ CHANGES = {
     "strides": strided,
     "other strides": other_strides,
     "what trains": frozen,
+    "nothing trains": nothing_trains,
     "a bias less": without_bias,
     "pairs less": without_pairs,
     "placement": other_placement,
@@ -161,6 +183,8 @@ CHANGES = {
     "gradients of one's own": own_gradients,
     "gradients elsewhere": moved_gradients,
     "gradients in a wider matrix": gradients_by_columns,
+    "gradients elsewhere and dropped": moved_and_dropped,
+    "gradients turned and dropped": turned_and_dropped,
     "numbers": numbers,
 }
 

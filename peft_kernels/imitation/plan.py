@@ -111,7 +111,7 @@ class Plan:
         self.before: list[list[Product]] = [[], []]
         self.distances: list[Distance] = []
         self.layers = [(group.placement, group.transform, self._students(group)) for group in groups]
-        self.own_gradients, self.flat_gradients = None, None
+        self.own_gradients, self.flat_gradients, self.own_places = [], None, None
         self.gradients, self.places, self.kinds = [None] * len(self.adapters), None, None
         self.after: list[list[Product]] = []
         self.tables: Any = None  # of all stages; follows the gradients
@@ -186,13 +186,14 @@ class Plan:
     def find_gradients(self) -> None:
         """Where `.grad` is missing, one of the plan's own takes its place; tables follow those that moved."""
         gradients = [*map(_GRAD, self.adapters)]
-        if missing := [index for index, grad in enumerate(gradients) if grad is None]:
+        missing = [index for index, grad in enumerate(gradients) if grad is None]
+        if missing:
             self._set_own(missing, gradients)
         if not all(map(operator.is_, gradients, self.gradients)):
             for grad in gradients:
                 if grad.layout != torch.strided or grad.is_inference():
                     raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
-        places = looks(gradients, addresses=True)
+        places = self.own_places if 0 < len(gradients) == len(missing) else looks(gradients, addresses=True)
         if places != self.places:
             check_changed([("groups: an adapter's .grad", grad) for grad in gradients], self.teachers)
             self._place(gradients)
@@ -222,11 +223,12 @@ class Plan:
         return [stage for stage in (*self.before, self.distances, *after) if stage]
 
     def _set_own(self, missing: list[int], gradients: list[Tensor | None]) -> None:
-        if self.own_gradients is None:
+        if looks(self.own_gradients, addresses=True) != self.own_places:  # none yet, or given other data since
             sizes = [-(-t.numel() // 4) * 4 for t in self.adapters]
             self.flat_gradients = self.like.new_empty(sum(sizes))
             parts = self.flat_gradients.split(sizes)
             self.own_gradients = [part[: t.numel()].view(t.shape) for part, t in zip(parts, self.adapters)]
+            self.own_places = looks(self.own_gradients, addresses=True)
         if len(missing) == len(self.adapters):
             self.flat_gradients.zero_()
         else:
