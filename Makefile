@@ -29,6 +29,7 @@ PARTS ?=
 SUITE_ARGS ?=
 
 PY := $(VENV)/bin/python
+PIP = $(PY) -m pip install -q --no-compile  # half the time: most modules are never imported
 BUILD_REQUIRES := "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
 CHOICES := $(PYTHON) $(TORCH) $(TRITON)
 CUDA_CHOICES := $(PEFT_KERNELS_CUDA) $(PEFT_KERNELS_CUDA_ARCHS) $(CUDACXX) $(CUDA_HOME)
@@ -36,6 +37,7 @@ CUDA_SOURCES := $(wildcard CMakeLists.txt csrc/*)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
+export PYTHONDONTWRITEBYTECODE :=  # where it is set, each of the processes that tests start would compile what it imports
 # Without a GPU the Triton kernels run in the interpreter; with one, the tests run the real kernels.
 HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
@@ -67,10 +69,12 @@ $(VENV)/cuda-choices: FORCE | $(VENV)/choices
 	@echo '$(CUDA_CHOICES)' | cmp -s - $@ || echo '$(CUDA_CHOICES)' > $@
 
 $(VENV)/installed: $(VENV)/choices $(VENV)/cuda-choices pyproject.toml setup.py $(CUDA_SOURCES)
-	@echo "== installing $(TORCH) $(TRITON)"
-	$(PY) -m pip install -q "$(TORCH)" $(if $(TRITON),"$(TRITON)") $(BUILD_REQUIRES)
-	@echo "== installing peft_kernels, editable (the first build of its CUDA kernels can take minutes)"
-	$(PY) -m pip install -q --no-build-isolation -e ".[test,demo]"
+	@echo "== installing $(TORCH) $(TRITON), then peft_kernels, editable; its CUDA kernels compile meanwhile, for minutes"
+	$(PIP) $(BUILD_REQUIRES)
+	@$(PY) setup.py build_ext >/dev/null 2>&1 & \
+	$(PIP) "$(TORCH)" $(if $(TRITON),"$(TRITON)") && PEFT_KERNELS_CUDA=off $(PIP) --no-build-isolation -e ".[test,demo]"; \
+	status=$$?; wait; exit $$status
+	$(PY) setup.py -q build_ext --inplace
 	$(PY) -m peft_kernels env
 	@touch $@
 
@@ -111,7 +115,7 @@ races: $(VENV)/installed
 
 peft-suite: $(VENV)/installed
 	@echo "== PEFT's own tests"
-	$(PY) -m pip install -q datasets diffusers parameterized scipy
+	$(PIP) datasets diffusers parameterized scipy
 	OMP_NUM_THREADS=1 $(PY) tests/peft_suite/run.py $(SUITE_ARGS)
 
 # ---- what users run ------------------------------------------------------------------------------------------------

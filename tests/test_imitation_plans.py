@@ -201,8 +201,7 @@ def as_new(groups):
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_groups_are_as_new_ones(change, backend, device):
     groups = made(device)
-    for _ in range(2):
-        stepped(groups, backend)
+    stepped(groups, backend)
     CHANGES[change](groups)
     new = as_new(groups)
     for _ in range(2):
@@ -241,8 +240,7 @@ WRONG = {  # of groups that were right in the step before
 @pytest.mark.parametrize("name", WRONG)
 def test_what_was_right_once_is_refused_when_it_is_wrong(name, backend, device):
     groups = made(device)
-    for _ in range(2):
-        stepped(groups, backend)
+    stepped(groups, backend)
     WRONG[name](groups[0])
     before = [t.clone() for t in groups[1].teacher]
     with pytest.raises((ValueError, TypeError), match=rf"^groups.*{name}"):

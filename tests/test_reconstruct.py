@@ -48,6 +48,7 @@ def test_result_and_gradients(backend, layout, dtype, device):
 def test_any_number_of_slots_and_ranks(backend, slots, rank, device):
     """Rectangular blocks of a width that no vector width divides; a diagonal and a dense core in turns."""
     slow = INTERPRETED and backend == "triton" and slots > 3
+    slots = slots // 6 if slow else slots  # programs of one launch differ by their number alone
     core = "diagonal" if slow or rank in (1, 64, 128) else "dense"
     rows = 23 if slow else 63  # one tile
     assert_as_accurate_as_torch(Problem(rows, 40, rank, slots, core=core, stack=True), device, backend)
