@@ -59,7 +59,8 @@ def _product(name: str, m: int, k: int, n: int) -> Pass:
 
 
 def _fused(L: int, d: int, R: int, depth: int, step: bool) -> list[Pass]:
-    """One launch for each stage of the plan. Each product reads its operands itself: E twice in a stage."""
+    """One launch for each stage of the plan. Each product reads its operands itself: E twice in a stage. Gradients are
+    written by the first product of each, since there were none."""
     N, n, c = PROJECTIONS * L, d * d, depth + 1 if depth else 0
     down, up, thin = N * R * d, N * d * R, N * d * c  # A; B; G and dG
     shared = L * d * depth  # each of A_d and B_d
@@ -74,27 +75,25 @@ def _fused(L: int, d: int, R: int, depth: int, step: bool) -> list[Pass]:
     if not step:
         both = _pass("dB, dA", 4 * N * n * R, 2 * N * n, 2 * (down + up))
         return [distance, finish, both, losses, _pass("the loss's gradient", 0, 1), _scaled(N, d, R)]
-    zero = _pass("gradients to zero", 0, _adapters(L, d, R, depth))
     if not depth:
-        after = [_pass(name, 2 * N * n * R, N * n, 3 * down, up) for name in ("dB", "dA")]
-        return [zero, distance, finish, *after, losses]
+        after = [_pass(name, 2 * N * n * R, N * n, down, up) for name in ("dB", "dA")]
+        return [distance, finish, *after, losses]
     middle = N * R * c  # each of P and U
     return [
-        zero,
         _pass("P", 2 * down * c, down, L * d * c, middle),
         _pass("G", 2 * (N * n + up) * c, N * n, L * d * c, up, middle, thin),
         distance,
         finish,
-        _pass("dB, dG", 2 * N * (n * (R + depth) + d * depth), 2 * N * n, down, shared, 2 * up, thin),
+        _pass("dB, dG", 2 * N * (n * (R + depth) + d * depth), 2 * N * n, down, shared, up, thin),
         _pass(
             "dA, dA_d, da_d, U",
             2 * N * (n * (R + depth) + d * depth) + 2 * up * c,
-            *(2 * N * n, 2 * up, 2 * down, 2 * thin, 2 * shared, middle),
+            *(2 * N * n, 2 * up, down, 2 * thin, shared, middle),
         ),
         _pass(
             "dX, dB, dA",
             2 * N * n * c + 6 * down * c,
-            *(N * n, thin, 2 * down, 2 * L * d * c, 2 * up, 2 * middle, L * d * c),
+            *(N * n, thin, 3 * down, L * d * c, 2 * up, 2 * middle, L * d * c),
         ),
         losses,
     ]

@@ -19,16 +19,16 @@ Each stage is one launch; the transform's gradients add up over the projections 
 Source: docs/method.md, section 3.
 """
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_kernels.distance_plan import kernels, new_results
 from peft_kernels.imitation.factors import Transform
+from peft_kernels.imitation.gradients import Gradients, places_of, without_collisions, written_first
 from peft_kernels.imitation.groups import ImitationGroup
 from peft_kernels.looks import looks
 from peft_kernels.ops.weight_distance import check_changed
@@ -77,25 +77,13 @@ class Memory:
         return self.parts[self.used - 1][: rows * width].view(rows, width)[:, :columns]
 
 
-def _without_collisions(stage: list[Product]) -> list[Product]:
-    """Tied adapters: products that add to the same gradient become one, since those of a stage run side by side."""
-    merged: dict[int, Product] = {}
-    for product in stage:
-        place = product.result.data_ptr()
-        known = merged.get(place)
-        if known is None:
-            merged[place] = product
-        elif (known.form, known.result_last is None) == (product.form, product.result_last is None):
-            merged[place] = known._replace(terms=known.terms + product.terms)
-        else:
-            raise ValueError("groups: an adapter is tied between parts of layers that cannot share it")
-    vectors = [product.result_last.data_ptr() for product in merged.values() if product.result_last is not None]
-    if len({*merged, *vectors}) < len(merged) + len(vectors):
-        raise ValueError("groups: transforms share a bias and not their matrices; tie all of them or none")
-    return list(merged.values())
+class _Followed(NamedTuple):
+    """Tables that follow the gradients, for as long as these look alike but for their addresses."""
 
-
-_GRAD = operator.attrgetter("grad")
+    kinds: Hashable
+    tables: Any
+    others: list[int]  # where everything else in them lies
+    unwritten: list[int]  # gradients to which a product adds before one has written them, or none does
 
 
 class Plan:
@@ -104,25 +92,26 @@ class Plan:
     def __init__(self, groups: Sequence[ImitationGroup], backend: str, memory: Memory):
         self.backend, self.kernels, self.like, self.memory = backend, kernels(backend), groups[0].weight0[0], memory
         memory.begin()
-        self.adapters = list({id(t): t for group in groups for t in group.adapters()}.values())
+        self.gradients = Gradients(list({id(t): t for group in groups for t in group.adapters()}.values()))
         self.teachers = [t for group in groups for t in group.teachers()]
         self.one = torch.ones(1, 1, dtype=self.like.dtype, device=self.like.device)
         self.results: Results = new_results(sum(len(group.live) for group in groups), self.like)
         self.before: list[list[Product]] = [[], []]
         self.distances: list[Distance] = []
         self.layers = [(group.placement, group.transform, self._students(group)) for group in groups]
-        self.own_gradients, self.flat_gradients, self.own_places = [], None, None
-        self.gradients, self.places, self.kinds = [None] * len(self.adapters), None, None
         self.after: list[list[Product]] = []
-        self.tables: Any = None  # of all stages; follows the gradients
-        self.others: list[int] = []  # where everything else in the tables lies
-        self.placed: Any = None
+        self.places: Hashable = None  # where the gradients were when what is placed was
+        self.fresh = False  # are gradients written, and not added to?
+        self.followed: dict[bool, _Followed] = {}
+        self.placed: dict[bool, Any] = {}
 
     def run(self, decay: float | None, reduction: str, loss_scale: float | Tensor) -> Results:
         """After `find_gradients`."""
-        self.kernels.weight_distance_fwd(self.placed, decay, reduction, loss_scale)
-        changed = self.gradients if decay is None else self.teachers + self.gradients
-        torch.autograd.graph.increment_version(changed)
+        gradients = self.gradients.tensors
+        if self.fresh and (unwritten := self.followed[True].unwritten):
+            torch._foreach_zero_([gradients[index] for index in unwritten])
+        self.kernels.weight_distance_fwd(self.placed[self.fresh], decay, reduction, loss_scale)
+        torch.autograd.graph.increment_version(gradients if decay is None else self.teachers + gradients)
         return self.results
 
     # ---- what the step reads and computes ----------------------------------------------------------------------------
@@ -184,57 +173,46 @@ class Plan:
     # ---- what it adds to gradients -----------------------------------------------------------------------------------
 
     def find_gradients(self) -> None:
-        """Where `.grad` is missing, one of the plan's own takes its place; tables follow those that moved."""
-        gradients = [*map(_GRAD, self.adapters)]
-        missing = [index for index, grad in enumerate(gradients) if grad is None]
-        if missing:
-            self._set_own(missing, gradients)
-        if not all(map(operator.is_, gradients, self.gradients)):
-            for grad in gradients:
-                if grad.layout != torch.strided or grad.is_inference():
-                    raise ValueError("groups: an adapter's .grad is sparse or an inference tensor; set it to None")
-        places = self.own_places if 0 < len(gradients) == len(missing) else looks(gradients, addresses=True)
-        if places != self.places:
-            check_changed([("groups: an adapter's .grad", grad) for grad in gradients], self.teachers)
-            self._place(gradients)
-            self.places = places
-        self.gradients = gradients
+        """Where they are in this step. On the torch backend, where another plan may yet refuse its own, they are zeros
+        where they are new."""
+        self.fresh = self.gradients.find(overwritten=self.backend != "torch")
+        if self.gradients.places != self.places:
+            check_changed([("groups: an adapter's .grad", grad) for grad in self.gradients.tensors], self.teachers)
+            self.places, self.placed = self.gradients.places, {}
+        if self.fresh not in self.placed:
+            self.placed[self.fresh] = self._place()
 
-    def _place(self, gradients: list[Tensor]) -> None:
+    def _place(self) -> Any:
         """Tables are made anew where gradients look different; records, which the torch backend reads, always."""
+        if self.backend == "torch":
+            return self.kernels.weight_distance_tables(self.stages()).at(self.results)
+        gradients, known = self.gradients.tensors, self.followed.get(self.fresh)
         addresses, kinds = [*map(Tensor.data_ptr, gradients)], looks(gradients)
-        if self.backend == "torch" or kinds != self.kinds:
-            self.tables, self.kinds = self.kernels.weight_distance_tables(self.stages()), kinds
-            if self.backend == "torch":
-                self.placed = self.tables.at(self.results)
-                return
-            sources = {address: index for index, address in enumerate(addresses)}
-            self.others = [*{t.data_ptr() for t in self.tables.table.tensors} - sources.keys()]
-            sources |= {address: len(addresses) + index for index, address in enumerate(self.others)}
-            self.tables.table.follow({id(t): (sources[t.data_ptr()], 0) for t in self.tables.table.tensors})
-        self.placed = self.tables.at(self.results, [*addresses, *self.others])
+        if known is None or known.kinds != kinds:
+            known = self.followed[self.fresh] = self._following(addresses, kinds)
+        return known.tables.at(self.results, [*addresses, *known.others])
+
+    def _following(self, addresses: list[int], kinds: Hashable) -> _Followed:
+        stages, adds = self.stages(), {}
+        for product in (record for stage in stages for record in stage if isinstance(record, Product)):
+            for place in places_of(product):
+                adds.setdefault(place, product.accumulate)
+        unwritten = [index for index, address in enumerate(addresses) if adds.get(address, True)]
+        tables = self.kernels.weight_distance_tables(stages)
+        sources = {address: index for index, address in enumerate(addresses)}
+        others = [*{t.data_ptr() for t in tables.table.tensors} - sources.keys()]
+        sources |= {address: len(addresses) + index for index, address in enumerate(others)}
+        tables.table.follow({id(t): (sources[t.data_ptr()], 0) for t in tables.table.tensors})
+        return _Followed(kinds, tables, others, unwritten)
 
     def stages(self) -> list[Stage]:
         """All that the step does, in records; with the gradients where they are."""
         self.after = [[], [], [], []]
         for layer in self.layers:
             (self._after_output if layer[0] == "output" else self._after_input)(*layer[1:])
-        after, self.after = [_without_collisions(stage) for stage in self.after], []
+        after, self.after = [without_collisions(stage) for stage in self.after], []
+        after = written_first(after) if self.fresh else after
         return [stage for stage in (*self.before, self.distances, *after) if stage]
-
-    def _set_own(self, missing: list[int], gradients: list[Tensor | None]) -> None:
-        if looks(self.own_gradients, addresses=True) != self.own_places:  # none yet, or given other data since
-            sizes = [-(-t.numel() // 4) * 4 for t in self.adapters]
-            self.flat_gradients = self.like.new_empty(sum(sizes))
-            parts = self.flat_gradients.split(sizes)
-            self.own_gradients = [part[: t.numel()].view(t.shape) for part, t in zip(parts, self.adapters)]
-            self.own_places = looks(self.own_gradients, addresses=True)
-        if len(missing) == len(self.adapters):
-            self.flat_gradients.zero_()
-        else:
-            torch._foreach_zero_([self.own_gradients[index] for index in missing])
-        for index in missing:
-            gradients[index] = self.adapters[index].grad = self.own_gradients[index]
 
     def _add(self, stage: int, form: str, adapter: Tensor, *terms: Term, last: Tensor | None = None) -> None:
         if adapter.requires_grad:
