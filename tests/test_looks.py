@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from cuda_emulation import build, load
+from cuda_emulation import emulated_module
 from torch.nn import Parameter
 
 from peft_kernels import looks as module
@@ -18,7 +18,7 @@ def looks(request, monkeypatch):
         return module.looks
     if module._EXCHANGE is None:
         pytest.skip("this torch offers no exchange in C")
-    compiled = load(build(few=True)).looks
+    compiled = emulated_module().looks
     monkeypatch.setattr(module, "_compiled", lambda: compiled)
     monkeypatch.setattr(module, "in_python", None)
     return module.looks
@@ -74,7 +74,7 @@ def test_what_has_no_words_in_dlpack_is_looked_at_in_python():
 
 
 def test_another_version_of_the_exchange_is_not_called(monkeypatch):
-    compiled = load(build(few=True)).looks
+    compiled = emulated_module().looks
     exchange = (ctypes.c_uint32 * 16)(2, 0)
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
