@@ -298,3 +298,33 @@ def test_tables_follow_gradients_that_move(monkeypatch, device):
         assert all(map(torch.equal, stepped(groups, "triton"), stepped(new, "triton")))
         own = {id(t) for t in plan.gradients.own}
         assert all(ref() is None or id(ref()) in own for ref in before)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("when", ["placing", "launching"])
+def test_a_step_that_fails_leaves_no_gradients_that_nobody_wrote(when, monkeypatch, device):
+    groups = made(device)
+    no_gradients(groups)
+    stepped(groups, "triton")
+    (plan,) = groups[0].plan.plans
+    if when == "launching":
+        monkeypatch.setattr(plan, "kernels", SimpleNamespace())
+    else:
+        plan.placed.clear()
+        monkeypatch.setattr(plan, "_place", None)
+    no_gradients(groups)
+    with pytest.raises((AttributeError, TypeError)):
+        stepped(groups, "triton")
+    assert all(t.grad is None for t in adapters(groups))
+
+
+@pytest.mark.kernels
+def test_a_step_that_refuses_leaves_gradients_as_they_are(device):
+    groups = made(device)
+    no_gradients(groups)
+    stepped(groups, "triton")
+    before = [t.grad for t in adapters(groups)]
+    groups[0].up[0].grad = groups[0].up[0].grad.to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        stepped(groups, "triton")
+    assert sum(t.grad is grad for t, grad in zip(adapters(groups), before)) == len(before) - 1

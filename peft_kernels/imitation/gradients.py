@@ -41,6 +41,10 @@ class Gradients:
         self.tensors, self.places = found, self.own_places if all_own else looks(found, addresses=True)
         return all_own and overwritten
 
+    def drop(self) -> None:
+        for adapter in self.adapters:
+            adapter.grad = None
+
     def _set_own(self, missing: list[int], found: list[Tensor | None]) -> None:
         if looks(self.own, addresses=True) != self.own_places:  # none yet, or given other data since
             self.own = [t.new_empty(t.shape) for t in self.adapters]

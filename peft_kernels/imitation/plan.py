@@ -114,6 +114,11 @@ class Plan:
         torch.autograd.graph.increment_version(gradients if decay is None else self.teachers + gradients)
         return self.results
 
+    def drop_unfinished(self) -> None:
+        """After an error: gradients that were to be written first hold anything."""
+        if self.fresh:
+            self.gradients.drop()
+
     # ---- what the step reads and computes ----------------------------------------------------------------------------
 
     def _students(self, group: ImitationGroup) -> list[_Student]:
@@ -175,6 +180,7 @@ class Plan:
     def find_gradients(self) -> None:
         """Where they are in this step. On the torch backend, where another plan may yet refuse its own, they are zeros
         where they are new."""
+        self.fresh = False
         self.fresh = self.gradients.find(overwritten=self.backend != "torch")
         if self.gradients.places != self.places:
             check_changed([("groups: an adapter's .grad", grad) for grad in self.gradients.tensors], self.teachers)

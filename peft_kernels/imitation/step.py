@@ -97,9 +97,14 @@ def imitation_step(
     if isinstance(loss_scale, Tensor):
         loss_scale = loss_scale.to(like.dtype)
     with torch.inference_mode(False), torch.no_grad(), autocast_off(like):
-        for plan in plans:
-            plan.find_gradients()
-        results = [plan.run(decay if update_teacher else None, reduction, loss_scale) for plan in plans]
+        try:
+            for plan in plans:
+                plan.find_gradients()
+            results = [plan.run(decay if update_teacher else None, reduction, loss_scale) for plan in plans]
+        except BaseException:
+            for plan in plans:
+                plan.drop_unfinished()
+            raise
         loss = _joined([each.losses for each in results]).sum()
         if not return_errors:
             return loss
