@@ -13,11 +13,15 @@ def autocasts(x: Tensor) -> bool:
 
 def autocast_off(t: Tensor) -> AbstractContextManager:
     """Where every dtype has been chosen already, and autocast would choose others."""
-    return torch.autocast(t.device.type, enabled=False) if _autocast_enabled(t) else nullcontext()
+    return torch.autocast(t.device.type, enabled=False) if _autocast_enabled(t) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _autocast_enabled(t: Tensor) -> bool:
-    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)  # meta knows no autocast, and raises
+    device = t.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # meta knows no autocast, and raises
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:

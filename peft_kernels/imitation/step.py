@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
@@ -96,7 +97,8 @@ def imitation_step(
     check_scale(loss_scale, like, "loss_scale")
     if isinstance(loss_scale, Tensor):
         loss_scale = loss_scale.to(like.dtype)
-    with torch.inference_mode(False), torch.no_grad(), autocast_off(like):
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with inference, torch.no_grad(), autocast_off(like):
         try:
             for plan in plans:
                 plan.find_gradients()
