@@ -13,6 +13,8 @@ if not torch.cuda.is_available():  # torch notes the caller's stack at every see
 
 # Deterministic mode fills every torch.empty with NaN: whatever a kernel forgets to write shows.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Inductor would compile and import a library, in 7 s, to see whether the compiler knows the vectors that the CPU has.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def pytest_collection_finish():
