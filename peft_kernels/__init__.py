@@ -1,6 +1,10 @@
 """Fused Triton and CUDA kernels for low-rank adapters of vision-language models (LoRA, MoIL, Aurora)."""
 
+import os.path
 from importlib.metadata import PackageNotFoundError, version
+
+if not os.path.isdir(os.path.join(__path__[0], "triton_kernels")):
+    __path__.append(os.path.dirname(__path__[0]))  # a checkout has triton_kernels and benchmarks beside this folder
 
 from peft_kernels.adapters import (
     Adapter,
