@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 EXTENSION = "peft_kernels._C"
+LEFT_OUT = "peft_kernels/_C.left_out"  # why, where there is no extension: pip hides what a build prints
 # Upstream has a distribution named triton_kernels, which others probe for by name: ours goes inside peft_kernels.
 MAPPED = {
     "peft_kernels.triton_kernels": "triton_kernels",
@@ -61,10 +62,14 @@ class CMakeBuild(build_ext):
         if mode not in ("auto", "require", "off"):
             sys.exit(f"peft_kernels: PEFT_KERNELS_CUDA={mode}: expected auto, require or off")
         self.nvcc, why = (None, "PEFT_KERNELS_CUDA=off") if mode == "off" else find_nvcc()
+        note = (ROOT if self.inplace else Path(self.build_lib)) / LEFT_OUT
+        note.unlink(missing_ok=True)
         if self.nvcc is None:
             if mode == "require":
                 sys.exit(f"peft_kernels: PEFT_KERNELS_CUDA=require, but {why}")
             print(f"peft_kernels: CUDA kernels left out: {why}", flush=True)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(why, encoding="utf-8")
             self.extensions = []
             if self.inplace:  # a library of an earlier build must not outlive the decision
                 (ROOT / self.get_ext_filename(EXTENSION)).unlink(missing_ok=True)

@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None, benches: Sequence[runner.Bench] = BE
     except (ValueError, RuntimeError, AssertionError) as error:  # the last two: torch on a device that is not there
         reader.error(str(error))
     except ImportError as error:
-        reader.error(f"--plot: {error}; pip install matplotlib")
+        reader.error(f"--plot: {error}; pip install 'peft_kernels[bench]'")
     if given.threads or given.host is not None:
         torch.set_num_threads(given.threads or 1)
     rounds = given.rounds or (3 if given.quick else None)

@@ -13,6 +13,7 @@ https://github.com/axolotl-ai-cloud/axolotl, https://github.com/CentML/lorafusio
 
 import importlib
 from collections.abc import Callable, Sequence
+from ctypes import string_at
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -255,7 +256,8 @@ def reference(provider: Provider, problem: runner.Problem, built: Built, seed: i
         forward = partial(lowrank_linear_reference, weight=t.weight, down=t.down, up=t.up, **options)
         return Built(forward, {"d_down": t.down, "d_up": t.up})
 
-    return (dropout, biased, None if mask is None else mask.cpu().numpy().tobytes()), build
+    drawn = None if mask is None else mask.cpu().contiguous()
+    return (dropout, biased, None if drawn is None else string_at(drawn.data_ptr(), drawn.nbytes)), build
 
 
 # ---- the bench ------------------------------------------------------------------------------------------------------

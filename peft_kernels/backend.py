@@ -4,6 +4,7 @@ A backend is named per call (`backend="triton"`), per block (`with use_backend("
 (`PEFT_KERNELS_BACKEND=triton`), in that order. A named backend that cannot run raises; only "auto" chooses.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .cuda_kernels import support as cuda
-from .devices import architecture, constant_in_graphs
+from .devices import architecture, asked_once, constant_in_graphs
 from .fastest import FASTEST, SOURCE
 from .records import Case
 from .torch_kernels import support as plain_torch
@@ -88,8 +89,16 @@ def resolve(
     for name in dict.fromkeys((fastest or "triton", "triton")):
         if not (problem := SUPPORT[name].unsupported(asked)):
             return Choice(name, reason)
+        if name == "cuda" and (lacking := cuda.missing("cuda")):
+            _tell_once(f"{lacking} Measured as the fastest for some operations here, they leave their place to Triton.")
         reason = f"{name} cannot run: {problem}"
     return Choice("torch", reason)
+
+
+@asked_once
+def _tell_once(words: str) -> None:
+    """A log entry and no warning: nothing is wrong with the call, and whoever turns warnings into errors goes on."""
+    logging.getLogger("peft_kernels").warning(words)
 
 
 def requested_by(backend: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 PACKAGES = ("peft_kernels", "torch", "triton", "numpy", "peft", "transformers")
 ASKED = {
@@ -14,6 +15,7 @@ ASKED = {
     "memory clock": "clocks.mem",
     "power limit": "power.limit",
 }
+WORKS = "works here"  # what is said of a backend that can run
 SETTINGS = ("PEFT_KERNELS_", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 
 
@@ -22,6 +24,7 @@ def report() -> dict:
     found out is None, or says why."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "imported_from": _guarded(_place),
         "machine": _machine(),
         "gpu": _guarded(_gpu),
         "backends": _guarded(_backends),
@@ -61,6 +64,15 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _place() -> str:
+    """The package's folder, and whether another one is installed: Python takes the folder that it was started in."""
+    here = Path(__file__).parent
+    installed = Path(metadata.distribution("peft_kernels").locate_file("peft_kernels"))
+    if not installed.is_dir() or installed.samefile(here):
+        return str(here)
+    return f"{here}, and not {installed}, which is installed: Python was started in a checkout, or finds one first"
 
 
 def _machine() -> dict:
@@ -108,12 +120,12 @@ def _asked() -> dict[str, str | None]:
 def _backends() -> dict:
     from peft_kernels.backend import status
 
-    return {name: "works here" if why is None else f"cannot run: {why}" for name, why in status().items()}
+    return {name: WORKS if why is None else f"cannot run: {why}" for name, why in status().items()}
 
 
 def _cuda_kernels() -> dict | str:
-    if importlib.util.find_spec("peft_kernels._C") is None:
-        return "not built (reinstall with nvcc on the PATH)"
-    from peft_kernels.cuda_kernels import extension
+    from peft_kernels.cuda_kernels import extension, why_left_out
 
+    if importlib.util.find_spec("peft_kernels._C") is None:
+        return f"{why_left_out() or 'not built'} (reinstall with nvcc on the PATH)"
     return dict(extension().build_info())

@@ -40,6 +40,17 @@ def test_auto_falls_back_to_torch_and_says_why(on_gpu, dtype, rank, reason):
     assert choice.name == "torch" and reason in choice.reason
 
 
+def test_kernels_that_were_left_out_are_missed_once(on_gpu, monkeypatch, caplog):
+    """pip hides what a build says, and Triton takes over in silence."""
+    monkeypatch.setitem(backend.FASTEST, ("op", "", "float32", 90), "cuda")
+    monkeypatch.setattr(backend.SUPPORT["cuda"], "missing", lambda device_type: "left out, no nvcc.")
+    backend._tell_once.cache_clear()
+    for _ in range(2):
+        choice = resolve("op", [OnGpu()])
+        assert choice.name == "triton" and "left out, no nvcc" in choice.reason
+    assert [record.getMessage().partition(".")[0] for record in caplog.records] == ["left out, no nvcc"]
+
+
 def test_precedence_is_call_then_context_then_environment(on_gpu, monkeypatch):
     tensors = [OnGpu()]
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "torch")

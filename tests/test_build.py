@@ -138,6 +138,18 @@ print(json.dumps([find_spec(name) for name in ("triton_kernels", "benchmarks", "
     assert found[1] == [None] * 4, "only peft_kernels may be at the top of site-packages"
 
 
+def test_a_checkout_works_beside_the_installation(installed, checkout):
+    """Python that is started in the repository's root imports the checkout, whose folders nothing maps."""
+    python, packages = installed
+    code = "import peft_kernels.triton_kernels as t, peft_kernels.benchmarks.floor as f; print(t.__file__, f.__file__)"
+    status, output = run(python, "-c", code, cwd=checkout)
+    places = [str(checkout / folder / "__init__.py") for folder in ("triton_kernels", "benchmarks/floor")]
+    assert (status, output.split()) == (0, places), output
+    status, output = run(python, "-m", "peft_kernels", "env", cwd=checkout)
+    told = f"{checkout / 'peft_kernels'}, and not {packages / 'peft_kernels'}, which is installed"
+    assert status == 0 and told in output, output[-2000:]
+
+
 @pytest.mark.skipif(not HAS_NVCC, reason="no nvcc: the wheel holds no _C")
 def test_extension_is_independent_of_torch_and_driver(installed, empty):
     python, packages = installed
@@ -192,8 +204,10 @@ def test_kernels_left_out(tmp_path, settings, why):
     status, output, names = build(tmp_path, **settings)
     assert status == 0, output[-2000:]
     assert f"peft_kernels: CUDA kernels left out: {why}" in output
-    assert "peft_kernels/__init__.py" in names
+    assert {"peft_kernels/__init__.py", "peft_kernels/_C.left_out"} <= {*names}
     assert not [name for name in names if name.endswith(".so")]
+    (path,) = tmp_path.glob("*.whl")
+    assert zipfile.ZipFile(path).read("peft_kernels/_C.left_out").decode() == why
 
 
 @pytest.mark.parametrize(
@@ -222,6 +236,8 @@ def test_editable_install(checkout, tmp_path, empty):
     status, output = pip(*command, python=python, cwd=checkout, **OFF)
     assert status == 0, output[-2000:]
     assert not stale.exists(), "a library that was left out must not be importable"
+    status, output = run(python, "-m", "peft_kernels", "env", cwd=empty)
+    assert (status, "left out of this installation, PEFT_KERNELS_CUDA=off" in output) == (0, True), output[-2000:]
     code = "import peft_kernels.triton_kernels as t, peft_kernels.benchmarks as b; print(t.__file__, b.__file__)"
     for cwd in (empty, checkout):
         status, output = run(python, "-c", code, cwd=cwd)

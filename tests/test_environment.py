@@ -11,7 +11,7 @@ import torch
 
 from peft_kernels import __main__, backend, environment
 
-PARTS = ["versions", "machine", "gpu", "backends", "cuda_kernels", "settings"]
+PARTS = ["versions", "imported_from", "machine", "gpu", "backends", "cuda_kernels", "settings"]
 
 
 def python(*arguments, cwd):

@@ -78,7 +78,11 @@ class Run:
 
     def within(self, share: float) -> "Run":
         """The same with a share of the time that is left."""
-        return replace(self, deadline=time.monotonic() + share * self.left)
+        return self.lasting(share * self.left)
+
+    def lasting(self, seconds: float) -> "Run":
+        """The same with so much time from now on."""
+        return replace(self, deadline=time.monotonic() + seconds)
 
     def save(self) -> None:
         with self.lock:
@@ -163,9 +167,9 @@ class Run:
                 break
         return next((status for status in statuses if status != 0), 0), records, "\n".join(texts)
 
-    def together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """All at once: what is not timed may share a GPU."""
-        with ThreadPoolExecutor(max(1, len(calls))) as pool:
+    def together(self, calls: Sequence[Callable[[], Any]], most: int | None = None) -> list[Any]:
+        """All at once, or as many as `most` says: what is not timed may share a GPU."""
+        with ThreadPoolExecutor(most or max(1, len(calls))) as pool:
             waiting = [pool.submit(call) for call in calls]
             try:
                 return [each.result() for each in waiting]

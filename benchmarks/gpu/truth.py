@@ -42,7 +42,7 @@ def machine(run: Run) -> Told:
     found |= {"cuda_kernels": report["cuda_kernels"], "tools": {name: _version(path) for name, path in tools.items()}}
     run.content["machine"] = found | {"packages": packages}
     run.save()
-    lacking = [f"{name} {why}" for name, why in report["backends"].items() if why != "works here"]
+    lacking = [f"{name} {why}" for name, why in report["backends"].items() if why != environment.WORKS]
     lacking += [f"no {name}" for name, path in tools.items() if path is None]
     missing = [name for name in ("peft", "transformers", "pytest", "xdist") if importlib.util.find_spec(name) is None]
     lacking += [f"no {name}" for name in missing]

@@ -2,7 +2,7 @@
 
     python -m peft_kernels.benchmarks.gpu.work numerics|check|kernels|once|measure|search|variants
         [--op NAME …] [--with triton cuda torch peers compiled | PROVIDER …] [--dtype NAME …]
-        [--sizes small loops prepared peers usual] [--most N] [--from N] [--small] [--device cpu]
+        [--sizes small edges loops prepared peers usual] [--most N] [--from N] [--small] [--device cpu]
 
 Every record is printed as it is found. What is wrong is a record, not an error; an error ends the process, and the run
 that started it goes on behind the case that was last begun.
@@ -36,6 +36,14 @@ SMALL = {
     "batched_lowrank_linear": (4, 6, 24, 40, 3, 4),
     "weight_distance": (3, 24, 5, 3),
     "gated_query": (3, 7, 24),
+}
+# One row or little more, and sizes and ranks that no tile divides.
+EDGES = {
+    "lowrank_linear": (1, 760, 63, 3),
+    "reconstruct": (2, 63, 760, 3),
+    "batched_lowrank_linear": (1, 1, 63, 760, 1, 3),
+    "weight_distance": (1, 63, 3, 2),
+    "gated_query": (1, 2, 63),
 }
 # One where every loop of every kernel goes round more than once, if all rows are one strip: what a loop carries from
 # one round to the next is where it may race. Rows for two tiles of 64, columns for two of 256, ranks above 32; gated
@@ -100,6 +108,7 @@ class Work:
 
 SHAPES = {
     "small": {op: (shape,) for op, shape in SMALL.items()},
+    "edges": {op: (shape,) for op, shape in EDGES.items()},
     "loops": {op: (shape,) for op, shape in LOOPS.items()},
     "prepared": choices.SHAPES,
     "peers": {"lowrank_linear": ((9232, 768, 768), (8192, 4096, 4096)), "gated_query": ((8, 40, 768),)},

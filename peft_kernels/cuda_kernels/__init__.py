@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 
 _NAME = "peft_kernels._C"
@@ -15,7 +16,13 @@ def extension() -> ModuleType:
         return importlib.import_module(_NAME)
     except ImportError as error:
         raise ImportError(
-            "the CUDA kernels (peft_kernels._C) are not available: "
-            f"{error}. They are built when peft-kernels is installed with nvcc on the PATH; "
-            "PEFT_KERNELS_CUDA=require pip install . shows what stands in the way."
+            f"the CUDA kernels (peft_kernels._C) are not available: {why_left_out() or error}. They are built when "
+            "peft_kernels is installed with nvcc on the PATH; PEFT_KERNELS_CUDA=require pip install . shows what "
+            "stands in the way."
         ) from error
+
+
+def why_left_out() -> str:
+    """What the installation noted instead of building them; "" where it noted nothing."""
+    note = Path(__file__).parents[1] / "_C.left_out"
+    return f"left out of this installation, {note.read_text(encoding='utf-8')}" if note.is_file() else ""
