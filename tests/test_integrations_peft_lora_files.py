@@ -50,6 +50,8 @@ def test_report_and_restore():
     assert str(report).startswith("2 of 6 adapter layers are fused now\n")
     again = accelerate(ours)
     assert again.swapped == () and [again.left[name] for name in names] == ["it is fused already"] * 2
+    assert str(again).startswith("2 of 6 adapter layers are fused now, 2 of them from before\n")
+    assert str(again).count("\n") == 4 and "already" not in str(again)
     assert list(restore(ours)) == names and restore(ours) == ()
     for (name, their), (_, our) in zip(theirs.named_modules(), ours.named_modules()):
         assert type(their) is type(our), name
@@ -86,6 +88,12 @@ def test_other_linears_and_layers_are_left():
     assert "adalora" in accelerate(other).left["base_model.model.first"]
     other = peft.get_peft_model(base(), peft.IA3Config(target_modules=["first"], feedforward_modules=[]))
     assert "ia3" in accelerate(other).left["base_model.model.first"]
+
+
+def test_a_second_call_says_that_all_is_fused():
+    model = stock(target_modules=["first", "second"])
+    assert str(accelerate(model)) == "2 of 2 adapter layers are fused now"
+    assert str(accelerate(model)) == "2 of 2 adapter layers are fused now: all were fused already"
 
 
 def test_models_without_a_peft_model_around(calls):

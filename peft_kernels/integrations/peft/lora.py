@@ -11,6 +11,8 @@ from torch import nn
 
 from peft_kernels.integrations.peft.fused_linear import FusedLinear, StockLinear, why_not_adapter, why_not_base
 
+FUSED_ALREADY = "it is fused already"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -20,8 +22,12 @@ class Report:
     left: dict[str, str]
 
     def __str__(self) -> str:
-        head = f"{len(self.swapped)} of {len(self.swapped) + len(self.left)} adapter layers are fused now"
-        return "\n".join([head, *(f"  left {name}: {reason}" for name, reason in self.left.items())])
+        before = [name for name, reason in self.left.items() if reason == FUSED_ALREADY]
+        total, others = len(self.swapped) + len(self.left), self.left.keys() - {*before}
+        head = f"{total - len(others)} of {total} adapter layers are fused now"
+        if before:
+            head += f", {len(before)} of them from before" if self.swapped or others else ": all were fused already"
+        return "\n".join([head, *(f"  left {name}: {why}" for name, why in self.left.items() if name in others)])
 
 
 def accelerate(peft_model: nn.Module) -> Report:
@@ -96,7 +102,7 @@ def _adapter_layers(peft_model: object) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 def _why_left(layer: BaseTunerLayer) -> str | None:
     if isinstance(layer, FusedLinear):
-        return "it is fused already"
+        return FUSED_ALREADY
     if type(layer) is not StockLinear:
         return f"it is a {type(layer).__module__}.{type(layer).__name__}, not PEFT's lora.Linear"
     if "forward" in layer.__dict__:
