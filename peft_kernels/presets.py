@@ -43,6 +43,7 @@ class Target:
 class Preset:
     """targets: always adapted;  ffn: where a configuration asks for the feed-forward layers too
     heads: modules that train whole, where the model has them;  gates: layers for the gated query transformation
+    whole: every target has to be there; False where some stand for others, or for a part that a model may lack
     outputs: what gives the result of attention and of the feed-forward layers, where UniAdapter adds its own
     """
 
@@ -51,6 +52,7 @@ class Preset:
     heads: tuple[str, ...] = ()
     gates: str | None = None
     outputs: tuple[Target, ...] = ()
+    whole: bool = True
 
 
 def _attention(prefix: str, modality: str = "text", names: str = "query|key|value") -> Target:
@@ -150,7 +152,8 @@ PRESETS: dict[str, Preset] = {
                 _CLIP.format(tower) + r"\.mlp\.fc1", _CLIP.format(tower) + r"\.mlp\.fc2", modality
             )
         ),
-        ("visual_projection", "text_projection"),
+        ("visual_projection", "text_projection", "classifier"),
+        whole=False,
     ),
     # Any transformer that names its layers as BERT, ViT or timm do
     "bert": Preset(
@@ -159,6 +162,8 @@ PRESETS: dict[str, Preset] = {
             *_crossing(r"(.*\.)?(layers?|blocks)\.\d+\.crossattention\.self"),
         ),
         _BERT_FFN,
+        ("classifier", "score", "qa_outputs"),  # what peft trains for these tasks, too: no checkpoint of a base has it
+        whole=False,
     ),
     "vit": Preset(
         (
@@ -174,5 +179,7 @@ PRESETS: dict[str, Preset] = {
                 "vision",
             ),
         ),
+        ("classifier", "cls_classifier", "distillation_classifier", "head"),  # the last is timm's
+        whole=False,
     ),
 }

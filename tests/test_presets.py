@@ -4,11 +4,11 @@ import re
 import warnings
 
 import pytest
-from adapter_cases import wrap
+from adapter_cases import assert_unchanged, snapshot, wrap
 from adapter_models import PRESET, build
 from torch import nn
 
-from peft_kernels.adapters import LoRAConfig
+from peft_kernels.adapters import LoRA, LoRAConfig
 from peft_kernels.adapters.targets import find_targets
 from peft_kernels.presets import PRESETS
 
@@ -156,6 +156,74 @@ def test_generic_presets():
     found = {match.name: match.target for match in find_targets(timm, LoRAConfig(preset="vit"), ffn=True)}
     assert set(found) == {"blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"}
     assert found["blocks.0.attn.qkv"].projections == 3 and found["blocks.0.mlp.fc2"].placement == "output"
+
+
+def classifier(kind: str) -> nn.Module:
+    import transformers as hf
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "vit":
+        return hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=32, patch_size=16))
+    if kind == "clip":
+        return hf.CLIPForImageClassification(build("clip")[0].config)
+    if kind == "timm":
+        block = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24)})})
+        return nn.ModuleDict({"blocks": nn.ModuleList([block]), "head": nn.Linear(8, 2)})
+    return getattr(hf, kind)(hf.BertConfig(**sizes, vocab_size=30))
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset", "heads"),
+    [
+        ("BertForSequenceClassification", "bert", {"classifier"}),
+        ("BertForTokenClassification", "bert", {"classifier"}),
+        ("BertForQuestionAnswering", "bert", {"qa_outputs"}),
+        ("vit", "vit", {"classifier"}),
+        ("timm", "vit", {"head"}),
+        ("clip", "clip", {"classifier"}),
+    ],
+)
+def test_heads_of_tasks_train(kind, preset, heads):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter = LoRA.wrap(classifier(kind), LoRAConfig(preset=preset))
+    assert {name.rpartition(".")[0] for name in adapter.heads} == heads
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        ("BertForSequenceClassification", {"targets": ["query"]}, "classifier"),
+        ("BertForSequenceClassification", {"targets": ["query"], "modules_to_save": []}, None),
+        ("BertForSequenceClassification", {"targets": ["query"], "modules_to_save": ["classifier"]}, None),
+        ("BertModel", {"targets": ["query"]}, None),
+        ("BertForMaskedLM", {"targets": ["query"]}, None),
+        ("timm", {"targets": ["qkv"]}, "head"),
+    ],
+)
+def test_a_head_that_stays_frozen_is_named(kind, options, told):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LoRA.wrap(classifier(kind), LoRAConfig(**options))
+    said = [warning for warning in caught if "modules_to_save" in str(warning.message)]
+    assert [str(each.message).split()[1] for each in said] == ([told] if told else [])
+    assert all(each.filename == __file__ for each in said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset", "expected"),
+    [
+        ("clip", "blip-retrieval", r"crossattention.*itm_head"),
+        ("blip_retrieval", "lxmert", "visual_attention"),
+        ("bridgetower", "lxmert", "x_layers"),
+    ],
+)
+def test_a_preset_that_fits_in_part_is_refused(kind, preset, expected):
+    model, _ = build(kind)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"^preset: '{preset}' is for another model: it expects .*{expected}"):
+        LoRA.wrap(model, LoRAConfig(preset=preset))
+    assert_unchanged(model, before)
 
 
 def test_every_preset_is_a_set_of_expressions():

@@ -78,7 +78,7 @@ def test_guesses_from_names(name, sizes, expected):
     [
         ({"targets": ["querry"]}, r"^targets: 'querry' matches no module; nearest: vilt.*\.query"),
         ({"targets": ["query", "kye"]}, r"^targets: 'kye' matches no module; nearest: .*\.key"),
-        ({"targets": ["attention"]}, r"^targets: 'attention' matches no nn.Linear, but Vilt\w+, Vilt\w+; nearest"),
+        ({"targets": ["attention"]}, r"^targets: 'attention' matches no nn.Linear, but (\w+.Vilt\w+[,;] )+nearest"),
         ({"targets": ["layernorm_before"]}, r"matches no nn.Linear, but LayerNorm; nearest"),
         ({"targets": "query"}, r"^targets: 'query' matches no module by its whole name \(a list would give suff"),
         ({"targets": "(query"}, r"^targets: '\(query' is not a regular expression"),
@@ -97,7 +97,7 @@ def test_nothing_found_names_the_nearest(options, match):
 
 def test_a_model_without_linear_layers():
     with pytest.raises(ValueError, match=r"the model has no nn.Linear at all$"):
-        wrap("lora", nn.Sequential(nn.Conv2d(3, 3, 1)), targets=["0"])
+        wrap("lora", nn.Sequential(nn.ReLU()), targets=["0"])
     with pytest.raises(ValueError, match=r"the model has no nn.Linear at all$"):
         wrap("lora", nn.Module(), preset="blip")
 
@@ -128,7 +128,7 @@ def patched():
         (patched, TypeError, r"^targets: b: linear: expected the forward of nn.Linear, Linear has its own"),
         (lambda: nn.LazyLinear(4), TypeError, r"^targets: b: linear: expected a plain weight Parameter, LazyLinear"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), TypeError, r"^targets: b: linear: "),
-        (lambda: nn.Conv2d(3, 3, 1), ValueError, r"^targets: 'b' matches no nn.Linear, but Conv2d; nearest: a"),
+        (lambda: nn.Conv2d(3, 3, 1), ValueError, r"^targets: 'b' matches no nn.Linear, but Conv2d; peft adapts"),
     ],
 )
 def test_linear_layers_that_take_no_adapter(method, make, error, match):
@@ -151,9 +151,58 @@ def test_linear_layers_that_take_no_adapter(method, make, error, match):
 def test_modules_that_read_their_weights_past_an_adapter(make, target):
     model = nn.Sequential(make())
     before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"{target} is part of an nn.\w+, which reads its weight past any adapter"):
+    told = rf"{target} is part of an nn.\w+, which reads its weight past any adapter; peft adapts an nn.MultiheadAtt"
+    with pytest.raises(ValueError, match=told):
         wrap("lora", model, targets=[target])
     assert_unchanged(model, before)
+
+
+class Linear(nn.Module):
+    """A layer of another library, with a name like torch's."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape or (4, 4)))
+
+
+def conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: nn.MultiheadAttention(8, 2), "but MultiheadAttention; peft adapts an nn.MultiheadAttention that is"),
+        (lambda: nn.Embedding(4, 4), "but Embedding; peft adapts such layers, and .*accelerate then fuses the linear"),
+        (conv1d, r"but transformers.Conv1D; peft adapts such layers"),
+        (lambda: Linear(2, 4, 4), r"but test_targets.Linear; .*target_parameters"),
+        (Linear, r"but test_targets.Linear; peft adapts such layers"),
+        (lambda: nn.Conv1d(3, 3, 1), "but Conv1d; peft adapts such layers"),
+        (nn.ReLU, "but ReLU; nearest: a"),
+    ],
+)
+def test_other_layers_are_told_what_takes_them(make, told):
+    with pytest.raises(ValueError, match=rf"^targets: 'b' matches no nn.Linear, {told}"):
+        wrap("lora", nn.ModuleDict({"a": nn.Linear(4, 4), "b": make()}), targets=["b"])
+
+
+@pytest.mark.parametrize("kind", ["sequence classification", "causal language model", "ViLT"])
+def test_all_linear_is_what_peft_takes(kind):
+    import peft
+    import transformers as hf
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    makes = {
+        "sequence classification": lambda: hf.BertForSequenceClassification(hf.BertConfig(**sizes, vocab_size=40)),
+        "causal language model": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=40)),
+        "ViLT": lambda: build("vilt_vqa")[0].vilt,
+    }
+    task = {"sequence classification": "SEQ_CLS"}.get(kind)
+    theirs = peft.get_peft_model(makes[kind](), peft.LoraConfig(target_modules="all-linear", task_type=task))
+    names = [name.removesuffix(".lora_A") for name, module in theirs.named_modules() if name.endswith(".lora_A")]
+    assert found(makes[kind](), "all-linear") == [name.removeprefix("base_model.model.") for name in names]
 
 
 @pytest.mark.parametrize(
@@ -172,8 +221,6 @@ def test_modules_that_read_their_weights_past_an_adapter(make, target):
         ({"targets": [{"pattern": "a", "modality": "smell"}]}, ValueError, r"^modality: expected one of"),
         ({"targets": [{"pattern": "a", "projections": 0}]}, ValueError, r"^projections: expected an integer ≥ 1"),
         ({"preset": "blipp"}, ValueError, r"^preset: expected one of .*'blip'"),
-        ({"preset": "vilt", "adapter_dtype": "int8"}, ValueError, r"^adapter_dtype"),
-        ({"preset": "vilt", "backend": "numpy"}, ValueError, r"^backend"),
     ],
 )
 def test_wrong_configurations(options, error, match):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from peft_kernels.adapters.config import AdapterConfig
-from peft_kernels.adapters.heads import find_heads
+from peft_kernels.adapters.heads import find_heads, warn_of_frozen_heads
 from peft_kernels.adapters.state_files import AdapterFiles, Parts
 from peft_kernels.adapters.targets import Match, find_targets
 from peft_kernels.backend import Choice, explain
@@ -66,7 +66,10 @@ class Adapter(AdapterFiles):
         """
         cls._check(model, config)
         config = cls.config_class() if config is None else config
-        return cls(model, config, cls.build(model, config, cls.find(model, config), None))
+        adapter = cls(model, config, cls.build(model, config, cls.find(model, config), None))
+        if config.modules_to_save is None:
+            warn_of_frozen_heads(model)
+        return adapter
 
     @classmethod
     def find(cls, model: nn.Module, config: AdapterConfig) -> list[Match]:
@@ -80,7 +83,10 @@ class Adapter(AdapterFiles):
         if isinstance(model, nn.Linear):
             raise TypeError("model: is an nn.Linear itself, which cannot be swapped in place; wrap what it is part of")
         if config is not None and not isinstance(config, cls.config_class):
-            raise TypeError(f"config: expected {cls.config_class.__name__}, got {type(config).__name__}")
+            instead = "; integrations.peft has accelerate and fast, and LoRA.from_peft reads checkpoints"
+            of_peft = type(config).__module__.startswith("peft.")
+            got = f"{type(config).__name__}{f' of peft{instead}' if of_peft else ''}"
+            raise TypeError(f"config: expected {cls.config_class.__name__}, got {got}")
         if any(isinstance(module, AdaptedLinear) for module in model.modules()):
             raise ValueError("model: has an adapter already; remove() it first")
 

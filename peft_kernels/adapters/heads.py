@@ -1,10 +1,11 @@
 """What trains whole beside an adapter: heads, asked for by the name of a module or of a parameter."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from peft_kernels.adapters.targets import nearest
+from peft_kernels.adapters.targets import TASK_HEADS, nearest
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # peft saves none of them as a module
 
@@ -46,6 +47,22 @@ def find_heads(model: nn.Module, asked: Sequence[str], layers: dict[str, nn.Line
                 raise ValueError(f"modules_to_save: {head!r} holds {adapted[id(tensor)]}, which gets an adapter")
         heads |= dict.fromkeys(names[id(tensor)] for tensor in found)
     return list(heads)
+
+
+def warn_of_frozen_heads(model: nn.Module) -> None:
+    """Says by name which heads of a task train nowhere: behind a base checkpoint they start, and stay, at random."""
+    frozen = []
+    for name, child in model.named_children():
+        parameters = list(child.parameters())
+        if name in TASK_HEADS and parameters and not any(p.requires_grad for p in parameters):
+            frozen.append(name)
+    if frozen:
+        warnings.warn(
+            f"modules_to_save: {', '.join(frozen)} stays frozen. A head that no checkpoint has values for starts at "
+            "random: name it in modules_to_save (with [] this is not said)",
+            UserWarning,
+            stacklevel=4,  # behind `wrap` and its decorator
+        )
 
 
 def head_modules(model: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, Tensor]]:

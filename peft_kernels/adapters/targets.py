@@ -13,6 +13,10 @@ from peft_kernels.presets import PRESETS, Target
 
 # These read the weights of their linears themselves: an adapter in there would be passed by.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_IN_PEFT = "peft adapts an nn.MultiheadAttention that is itself named in its LoraConfig's target_modules"
+# What models' own classes call the part that makes a task's result; checkpoints of a base have no values for it
+TASK_HEADS = ("classifier", "cls_classifier", "distillation_classifier", "score", "qa_outputs", "head", "rank_output")
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,12 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
         if not found:
             names = ["query", "key", "value", "qkv", "q_proj", "fc1"]
             raise ValueError(f"preset: {config.preset!r} matches no linear layer; {nearest(names, linears)}")
+        there = [target for _, target in found]
+        if preset.whole and (absent := [target.pattern for target in preset.targets if target not in there]):
+            raise ValueError(
+                f"preset: {config.preset!r} is for another model: it expects layers named {', '.join(absent)}, too, "
+                f"and heads {', '.join(preset.heads) or 'of no name'}; name what you mean in targets"
+            )
         if ffn and not any(target in preset.ffn for _, target in found):
             names = ["mlp.fc1", "mlp.fc2", "intermediate.dense"]
             raise ValueError(f"ffn: {config.preset!r} matches no feed-forward layer; {nearest(names, linears)}")
@@ -86,7 +96,9 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
         parent = modules[match.parent]
         if isinstance(parent, _READS_WEIGHTS):
             kind = type(parent).__name__
-            raise ValueError(f"targets: {match.name} is part of an nn.{kind}, which reads its weight past any adapter")
+            raise ValueError(
+                f"targets: {match.name} is part of an nn.{kind}, which reads its weight past any adapter; {_IN_PEFT}"
+            )
         try:
             check_linear_module(match.linear)
         except (TypeError, ValueError) as error:
@@ -96,6 +108,8 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
 
 
 def _found(targets: str | tuple, modules: dict, linears: dict) -> list[tuple[str, Target]]:
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return [(name, guess_target(name, name, linears[name])) for name in _all_linear(modules, linears)]
     found = []
     for wanted in (targets,) if isinstance(targets, str) else targets:
         if isinstance(wanted, Target) or isinstance(targets, str):
@@ -109,15 +123,46 @@ def _found(targets: str | tuple, modules: dict, linears: dict) -> list[tuple[str
             pattern, names = wanted, [name for name in modules if f".{name}".endswith(f".{wanted}")]
         fitting = [name for name in names if name in linears]
         if not fitting:
-            others = {type(modules[name]).__name__ for name in names}
-            what = f"matches no nn.Linear, but {', '.join(sorted(others))}" if others else "matches no module"
+            others = sorted({_told(type(modules[name])) for name in names})
+            what = f"matches no nn.Linear, but {', '.join(others)}" if others else "matches no module"
             if isinstance(targets, str) and not others:
                 what += " by its whole name (a list would give suffixes)"
-            raise ValueError(f"targets: {pattern!r} {what}; {nearest([pattern], linears)}")
+            instead = _instead([modules[name] for name in names])
+            raise ValueError(f"targets: {pattern!r} {what}; {instead or nearest([pattern], linears)}")
         for name in fitting:
             target = wanted if isinstance(wanted, Target) else guess_target(pattern, name, linears[name])
             found.append((name, target))
     return found
+
+
+def _all_linear(modules: dict[str, nn.Module], linears: dict[str, nn.Linear]) -> list[str]:
+    """What peft takes by this name, too: all but the output embeddings and the heads of a task."""
+    model = modules[""]
+    outputs = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    found = [
+        name for name, linear in linears.items() if linear is not outputs and name.partition(".")[0] not in TASK_HEADS
+    ]
+    if not found:
+        raise ValueError(f"targets: {ALL_LINEAR!r} matches nothing; {nearest([], linears)}")
+    return found
+
+
+def _told(kind: type) -> str:
+    """A class by its name, with its library's unless it is torch's."""
+    library = kind.__module__.partition(".")[0]
+    return kind.__name__ if library == "torch" else f"{library}.{kind.__name__}"
+
+
+def _instead(modules: list[nn.Module]) -> str:
+    """What takes adapters in modules that have weights and are no nn.Linear; "" for those without weights."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in modules):
+        return _IN_PEFT
+    own = [p for module in modules for p in module.parameters(recurse=False)]
+    if any(p.dim() == 3 for p in own) and not any(isinstance(m, nn.Conv1d | nn.ConvTranspose1d) for m in modules):
+        return "peft adapts weights of experts: name them in its LoraConfig's target_parameters"
+    if any(p.dim() > 1 for p in own):
+        return "peft adapts such layers, and peft_kernels.integrations.peft.accelerate then fuses the linear ones"
+    return ""
 
 
 def nearest(wanted: list[str], known: Iterable[str]) -> str:
