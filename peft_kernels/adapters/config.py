@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +24,7 @@ Config = TypeVar("Config", bound="AdapterConfig")
 class AdapterConfig:
     """preset: a name of `peft_kernels.presets.PRESETS`, for the targets and heads of a model
     targets: instead of the preset's: suffixes of module names ["query", "value"], one regular expression "…" that whole
-        names match, or `Target`s
+        names match, `Target`s, or "all-linear": every nn.Linear but the model's output embeddings and task heads
     modules_to_save: heads that train whole, by module or parameter name; None: the preset's; []: none
     adapter_dtype: None (the weight's; under half precision float32 masters, as in peft) | "float32" | "bfloat16" | …
     backend: "auto" | "cuda" | "triton" | "torch"
@@ -37,6 +39,8 @@ class AdapterConfig:
     backend: str = "auto"
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         check_choice("preset", self.preset, (None, *PRESETS))
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
@@ -66,6 +70,14 @@ class AdapterConfig:
         return cls(**values)
 
 
+def _plain(value: Any) -> Any:
+    """numpy's scalars, in dictionaries too, as the Python numbers that JSON knows."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    is_scalar = getattr(value, "shape", None) == () and not isinstance(value, Tensor) and hasattr(value, "item")
+    return value.item() if is_scalar else value
+
+
 def _names(name: str, value: object, kinds: tuple[type, ...]) -> tuple | None:
     """A list, set or tuple as a tuple; targets come as dictionaries from JSON."""
     if value is None:
@@ -87,6 +99,29 @@ def _target(values: dict[str, Any]) -> Target:
     return Target(**values)
 
 
+def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of a module's own name, or of the first pattern that the end of its name matches, as in peft."""
+    patterns = patterns or {}
+    found = (value for pattern, value in patterns.items() if matches_end(pattern, module))
+    return patterns[module] if module in patterns else next(found, default)
+
+
+def matches_end(pattern: str, module: str) -> bool:
+    return pattern == module or re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def check_patterns(patterns: object, name: str, check: Callable[[object, str], None]) -> None:
+    """A dictionary of regular expressions, each with a value that passes `check`, or None."""
+    if patterns is not None and not isinstance(patterns, dict):
+        raise TypeError(f"{name}: expected a dictionary by module name, got {patterns!r}")
+    for pattern, value in (patterns or {}).items():
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+        check(value, f"{name}[{pattern!r}]")
+
+
 def check_count(value: object, name: str = "rank") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
@@ -97,8 +132,12 @@ def check_count(value: object, name: str = "rank") -> None:
 def check_number(value: object, name: str, least: float = -math.inf, most: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (-_LARGEST <= value <= _LARGEST and least <= value <= most):
-        raise ValueError(f"{name}: expected a float32 in [{least:g}, {most:g}], got {value}")
+    if not -_LARGEST <= value <= _LARGEST:
+        got = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else value
+        raise ValueError(f"{name}: expected a finite number that float32 holds, got {got}")
+    if not least <= value <= most:
+        expected = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
+        raise ValueError(f"{name}: expected a number {expected}, got {value}")
 
 
 def check_flag(value: object, name: str) -> None:

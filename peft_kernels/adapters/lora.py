@@ -3,15 +3,22 @@
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from peft_kernels.adapters.base import Adapter, Parts
-from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
+from peft_kernels.adapters.config import (
+    AdapterConfig,
+    by_pattern,
+    check_count,
+    check_flag,
+    check_number,
+    check_patterns,
+    matches_end,
+)
 from peft_kernels.adapters.lora_files import StockLora
 from peft_kernels.adapters.targets import Match, nearest
 from peft_kernels.checks import check_choice, check_probability
@@ -22,7 +29,8 @@ from peft_kernels.layers.lowrank_linear import INITS, LowRankLinear
 class LoRAConfig(AdapterConfig):
     """rank: r;  alpha: the update is scaled by alpha / r, or alpha / √r with rslora (arXiv 2312.03732)
     dropout: of the update's input;  init: "kaiming" | "gaussian", of A; B starts at zero
-    rank_pattern, scale_pattern: other ranks and scales by whole module name
+    rank_pattern, alpha_pattern: other ranks and alphas by module name, or as in peft by an expression for its end
+    scale_pattern: other scales, instead of those of alpha and rank, likewise
     and what every `AdapterConfig` has
     """
 
@@ -32,6 +40,7 @@ class LoRAConfig(AdapterConfig):
     dropout: float = 0.0
     init: str = "kaiming"
     rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
     scale_pattern: dict[str, float] | None = None
 
     def __post_init__(self):
@@ -41,18 +50,25 @@ class LoRAConfig(AdapterConfig):
         check_flag(self.rslora, "rslora")
         check_probability("dropout", self.dropout)
         check_choice("init", self.init, INITS)
-        for name, check in (("rank_pattern", check_count), ("scale_pattern", check_number)):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                raise TypeError(f"{name}: expected a dictionary by module name, got {value!r}")
-            for module, own in (value or {}).items():
-                check(own, f"{name}[{module!r}]")
+        for name, check in self._patterns().items():
+            check_patterns(getattr(self, name), name, check)
+
+    @staticmethod
+    def _patterns() -> dict[str, Callable[[object, str], None]]:
+        return {"rank_pattern": check_count, "alpha_pattern": check_number, "scale_pattern": check_number}
 
     def layer(self, name: str) -> tuple[int, float]:
         """(rank, scale) of a module."""
-        rank = (self.rank_pattern or {}).get(name, self.rank)
-        scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        return rank, (self.scale_pattern or {}).get(name, scale)
+        rank = by_pattern(self.rank_pattern, name, self.rank)
+        alpha = by_pattern(self.alpha_pattern, name, self.alpha)
+        return rank, by_pattern(self.scale_pattern, name, alpha / (math.sqrt(rank) if self.rslora else rank))
+
+    def check_patterns_match(self, names: Sequence[str]) -> None:
+        """Raises ValueError for a pattern that none of the adapted modules' names match."""
+        for field in self._patterns():
+            for pattern in getattr(self, field) or ():
+                if not any(matches_end(pattern, name) for name in names):
+                    raise ValueError(f"{field}: {pattern!r} gets no adapter; {nearest([pattern], names)}")
 
 
 class LoRA(Adapter):
@@ -70,10 +86,7 @@ class LoRA(Adapter):
         device: torch.device | str | None = None,
     ) -> Parts:
         layers = {}
-        names = [match.name for match in matches]
-        for patterns in (config.rank_pattern, config.scale_pattern):
-            for name in set(patterns or ()) - set(names):
-                raise ValueError(f"rank_pattern, scale_pattern: {name!r} gets no adapter; {nearest([name], names)}")
+        config.check_patterns_match([match.name for match in matches])
         for match in matches:
             rank, scale = config.layer(match.name)
             layers[match.name] = LowRankLinear(
@@ -91,10 +104,20 @@ class LoRA(Adapter):
         return Parts(layers, {})
 
     @classmethod
-    def from_peft(cls, model: nn.Module, folder: str | os.PathLike, **options: Any) -> "LoRA":
+    def from_peft(
+        cls,
+        model: nn.Module,
+        folder: str | os.PathLike,
+        *,
+        backend: str = "auto",
+        adapter_dtype: str | None = None,
+        dropout: float | None = None,
+    ) -> "LoRA":
         """Adapt `model` by a LoRA checkpoint of the peft library, heads included.
 
-        options: of LoRAConfig: backend, adapter_dtype, dropout
+        folder: a local one, with adapter_model.safetensors;  dropout: None: the checkpoint's
+        backend, adapter_dtype: as in LoRAConfig
+        Base weights that the checkpoint brings, of embeddings that were resized, go into the model, as in peft.
         Raises FileNotFoundError, ValueError or TypeError, naming the file and what in it is not a LoRA of nn.Linear
         layers (DoRA, trained biases, embeddings, initialisations that change the base, …); the model is unchanged then.
         """
@@ -103,12 +126,18 @@ class LoRA(Adapter):
         named = dict(model.named_modules())
         if missing := [name for name in stock.ranks if not isinstance(named.get(name), nn.Linear)]:
             raise ValueError(f"model: has no nn.Linear named {missing[0]}, as {stock.path} asks for")
-        options = {"dropout": stock.dropout, **options}
+        bases = stock.base_parameters(model)
         config = LoRAConfig(
             targets="|".join(re.escape(name) for name in stock.ranks),
             modules_to_save=stock.heads,
             rank_pattern=stock.ranks,
             scale_pattern=stock.scales,
-            **options,
+            dropout=stock.dropout if dropout is None else dropout,
+            backend=backend,
+            adapter_dtype=adapter_dtype,
         )
-        return cls._filled(model, config, cls.find(model, config), stock)
+        adapter = cls._filled(model, config, cls.find(model, config), stock)
+        with torch.no_grad():
+            for name, parameter in bases.items():
+                parameter.copy_(stock.base_values[name])
+        return adapter

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels.adapters.checkpoint import (
     CONFIG_FILE,
@@ -18,7 +18,7 @@ from peft_kernels.adapters.checkpoint import (
     save_tensors,
     write_atomically,
 )
-from peft_kernels.adapters.config import check_count, check_flag, check_number
+from peft_kernels.adapters.config import by_pattern, check_count, check_flag, check_number, check_patterns
 from peft_kernels.checks import check_probability
 
 _PREFIX = "base_model.model."
@@ -120,28 +120,55 @@ class StockLora(Checkpoint):
     def _read(self, config: dict[str, Any]) -> None:
         self.ranks: dict[str, int] = {}
         self.scales: dict[str, float] = {}
-        heads: dict[str, None] = {}
+        for name, check in (("rank_pattern", check_count), ("alpha_pattern", check_number)):
+            check_patterns(config.get(name), name, check)
+        alpha, trained, heads = _number(config, "lora_alpha", 8), config.get("modules_to_save") or (), {}
+        self._bases: dict[str, str] = {}  # weights of the base, of embeddings for instance, by their names in the model
         self._stored = {self._our_name(name): name for name in self.shapes}
         for own, name in self._stored.items():
             module, _, last = own.rpartition(".")
             if name.endswith(".lora_A.weight") and len(self.shapes[name]) == 2:
                 rank = self.ranks[module] = self.shapes[name][0]
-                if rank != (said := _by_pattern(config, "rank_pattern", module, config.get("r", 8))):
+                if rank != (said := by_pattern(config.get("rank_pattern"), module, config.get("r", 8))):
                     raise ValueError(f"r, rank_pattern: {said} for {module}, whose lora_A.weight has rank {rank}")
                 check_count(rank, f"rank of {module}")
-                alpha = _by_pattern(config, "alpha_pattern", module, _number(config, "lora_alpha", 8))
-                self.scales[module] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+                scale = by_pattern(config.get("alpha_pattern"), module, alpha)
+                self.scales[module] = scale / (rank**0.5 if config.get("use_rslora") else rank)
             elif ".lora_" in name and last != "up":
                 raise ValueError(f"{name} is not part of a LoRA of linear layers")
-            elif last != "up":
+            elif last != "up" and any(f".{head}." in f".{own}" for head in trained):
                 heads[module] = None
+            elif last != "up":
+                self._bases[own.replace(".base_layer.", ".")] = name
         if not self.ranks:
             raise ValueError(f"{self.path.name} holds no lora_A.weight")
         if "" in heads:
             raise ValueError(f"{self.path.name} holds a tensor that is of no module")
         self.heads = tuple(heads)
+        self._base_shapes = {own: self.shapes[name] for own, name in self._bases.items()}
+        self._stored = {own: name for own, name in self._stored.items() if name not in self._bases.values()}
         self.shapes = {own: self.shapes[name] for own, name in self._stored.items()}
         self.dtypes = {own: self.dtypes[name] for own, name in self._stored.items()}
+
+    def base_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters that the file brings values for: of embeddings, which peft saves if they were resized.
+
+        Raises ValueError for anything else.
+        """
+        modules, found = dict(model.named_modules()), {}
+        outputs = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+        for name, shape in self._base_shapes.items():
+            parent, _, attribute = name.rpartition(".")
+            module = modules.get(parent)
+            if not (isinstance(module, nn.Embedding) or parent in self.ranks or (outputs and module is outputs)):
+                raise ValueError(f"{self.path}: {name} is of no adapter, no embedding, and none of modules_to_save")
+            parameter = module._parameters.get(attribute)
+            if parameter is None or tuple(parameter.shape) != shape:
+                got = None if parameter is None else tuple(parameter.shape)
+                expected = f"{name} of shape {shape}, which {self.path} has a value for"
+                raise ValueError(f"model: expected {expected}, got {got}; call resize_token_embeddings first")
+            found[name] = parameter
+        return found
 
     def _our_name(self, name: str) -> str:
         name = name.removeprefix(_PREFIX)
@@ -151,25 +178,12 @@ class StockLora(Checkpoint):
         return name
 
     def tensors(self, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As every checkpoint's, under the names of this package."""
+        """As every checkpoint's, under the names of this package; `base_values` are those of the base."""
         values = super().tensors(expected)
+        self.base_values = {own: values[name] for own, name in self._bases.items()}
         return {own: values[name] for own, name in self._stored.items()}
 
 
 def _number(values: dict[str, Any], name: str, default: float) -> float:
     check_number(values.get(name, default), name)
     return values.get(name, default)
-
-
-def _by_pattern(config: dict[str, Any], name: str, module: str, default: float) -> float:
-    """The value of the first pattern that the end of a module's name matches, as peft reads its *_pattern entries."""
-    patterns = config.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise TypeError(f"{name}: expected a dictionary by module name, got {patterns!r}")
-    for pattern in patterns:
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return _number(patterns, pattern, default)
-        except re.error as error:
-            raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
-    return default
