@@ -84,14 +84,15 @@ class _Additive(torch.autograd.Function):
     def backward(ctx, dy):
         refuse_second_derivative("gated_query")
         text, gamma, beta, cross, cross_gamma, cross_beta, scale = ctx.saved_tensors
-        text, cross = (None if t is None else rows(t) for t in (text, cross))
+        text, cross = None if text is None else rows(text), None if cross is None else rows(cross)
         scale, (needs_hidden, *needs) = ctx.scale if scale is None else scale, ctx.needs_input_grad[:7]
         grads = [None] * 6
         if any(needs):
             moved = Modulated(text, gamma, beta), Modulated(cross, cross_gamma, cross_beta)
             grads = additive_query_bwd(ctx.backend, rows(dy), *moved, scale, tuple(needs))
         d_text, d_gamma, d_beta, d_cross, *others = grads
-        d_text, d_cross = (None if t is None else t.view(ctx.shape) for t in (d_text, d_cross))
+        d_text = None if d_text is None else d_text.view(ctx.shape)
+        d_cross = None if d_cross is None else d_cross.view(ctx.shape)
         return dy if needs_hidden else None, d_text, d_gamma, d_beta, d_cross, *others, None, None
 
 
@@ -112,7 +113,8 @@ class _Gated(torch.autograd.Function):
         hidden, text, gamma, beta, padding_mask, *gate = ctx.saved_tensors
         args = (rows(hidden), Modulated(rows(text), gamma, beta), padding_mask, Gate(*gate), ctx.needs_input_grad[:4])
         d_hidden, d_text, d_gamma, d_beta = gated_query_bwd(ctx.backend, rows(dy), *args)
-        d_hidden, d_text = (None if t is None else t.view(hidden.shape) for t in (d_hidden, d_text))
+        d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
+        d_text = None if d_text is None else d_text.view(hidden.shape)
         return d_hidden, d_text, d_gamma, d_beta, None, None
 
 

@@ -42,7 +42,7 @@ from peft_kernels.operator import Operator
 from peft_kernels.quantized import QuantizedWeight, dense
 from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
 from peft_kernels.remembered import MOST, remembered
-from peft_kernels.rows import rows, shaped
+from peft_kernels.rows import contiguous, rows, shaped
 from peft_kernels.torch_kernels import lowrank_linear as launchers
 
 DROPOUT_PLACES = ("input", "rank", "core")
@@ -231,9 +231,10 @@ def lowrank_linear(
     if type(scale) in (float, int) and not -sys.float_info.max <= scale <= sys.float_info.max:
         check_scale(scale, x)
     if not plan.ready:
-        x, weight, bias, hidden = (_cast(t, plan.dtype) for t in (x, weight, bias, hidden))
+        x, weight = _cast(x, plan.dtype), _cast(weight, plan.dtype)
+        bias, hidden = _cast(bias, plan.dtype), _cast(hidden, plan.dtype)
         core = core[None, None] if core is not None and core.dim() < 3 else core
-        bias, up, core = (t if t is None else t.contiguous() for t in (bias, up, core))
+        bias, up, core = contiguous(bias), up.contiguous(), contiguous(core)
         down = down.contiguous() if hidden is None else down
         if isinstance(scale, Tensor):
             scale = scale if plan.backend == "torch" else scale.to(torch.float32)

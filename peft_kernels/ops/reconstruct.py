@@ -153,7 +153,7 @@ def _reconstruct(factors: Factors, base: Tensor | None, stack: bool, backend: st
     check_scale(scale, down)
     core = _blocks(core, stack)
     if base is None:
-        down, up, core = (None if t is None else t.to(dtype) for t in (down, up, core))
+        down, up, core = down.to(dtype), up.to(dtype), None if core is None else core.to(dtype)
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     base = None if base is None else base.reshape(-1, base.shape[-1]).contiguous()
