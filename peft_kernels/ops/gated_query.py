@@ -37,11 +37,12 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.operator import Operator
+from peft_kernels.operator import Operator, composed
 from peft_kernels.records import Gate, Modulated
 from peft_kernels.remembered import remembered
 from peft_kernels.rows import contiguous, rows, shaped
 from peft_kernels.torch_kernels import gated_query as launchers
+from peft_kernels.transforms import transformed
 
 MODES = ("additive", "gated")
 _SCALE = 0.1  # of the released code
@@ -121,7 +122,7 @@ class _Gated(torch.autograd.Function):
 class _Plan(NamedTuple):
     """What the checks of calls that look alike came to."""
 
-    backend: str
+    backend: str | None  # None inside transforms
     dtype: torch.dtype  # the result's, and that of all tensors as large
 
 
@@ -149,7 +150,8 @@ def _checked(
         check_shape("padding_mask", padding_mask, tuple(hidden.shape[:-1]), "(..., S)")
     shape = (hidden.numel() // hidden.shape[-1], hidden.shape[-1])
     choice = resolve("gated_query", (hidden,), backend, kind=mode, shape=shape)
-    return _Plan(choice.name if hidden.numel() else "torch", dtype)  # no rows: nothing to launch
+    name = choice.name if hidden.numel() else "torch"  # no rows: nothing to launch
+    return _Plan(None if transformed() else name, dtype)
 
 
 def _check_wide(wide: dict[str, Tensor], least: int, meaning: str) -> torch.dtype:
@@ -215,11 +217,16 @@ def gated_query(
     run, dtype = _checked(hidden, *moved, padding_mask, mode, backend)
     hidden, text, gamma, beta = hidden.to(dtype), text.to(dtype), _taken(gamma, dtype), _taken(beta, dtype)
     if mode == "gated":
-        if isinstance(scale, Tensor) or scale != _SCALE:
+        if not isinstance(scale, float) or scale != _SCALE:
             raise ValueError("scale: mode 'gated' has none; leave it out")
+        if run is None:
+            return composed(launchers.gated_query_composed, hidden, Modulated(text, gamma, beta), padding_mask)
         return _Gated.apply(hidden, text, gamma, beta, contiguous(padding_mask), run)
     check_scale(scale, hidden)
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     crosses = cross.to(dtype), _taken(cross_gamma, dtype), _taken(cross_beta, dtype)
+    if run is None:
+        moved = Modulated(text, gamma, beta), Modulated(*crosses)
+        return composed(launchers.additive_query_composed, hidden, *moved, scale)
     return _Additive.apply(hidden, text, gamma, beta, *crosses, scale, run)

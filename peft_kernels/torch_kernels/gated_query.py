@@ -78,6 +78,23 @@ def gated_query_bwd(
     return d_hidden, d_text, d_gamma, d_beta
 
 
+def additive_query_composed(hidden: Tensor, text: Modulated, cross: Modulated, scale: Scale) -> Tensor:
+    """-> out (..., d), by differentiable operations alone, none in place"""
+    return (_wide(hidden) + (_shifted(text) + _shifted(cross)) * scale).to(hidden.dtype)
+
+
+def gated_query_composed(hidden: Tensor, text: Modulated, padding_mask: Tensor | None) -> Tensor:
+    """-> out (..., S, d), likewise; padding_mask (..., S)"""
+    wide, moved = _wide(hidden), _shifted(text)
+    kept = moved if padding_mask is None else torch.where(padding_mask[..., None], moved, 0)
+    gate = (wide * kept.sum(-2, keepdim=True)).sum(-1, keepdim=True).softmax(-2)
+    return torch.lerp(moved, wide, gate).to(hidden.dtype)
+
+
+def _shifted(text: Modulated) -> Tensor:
+    return _wide(text.values) * _wide(text.gamma) + _wide(text.beta)
+
+
 def _moved(text: Modulated) -> Tensor:
     """t' (M, d), memory of its own"""
     return torch.addcmul(_wide(text.beta), _wide(text.values), _wide(text.gamma))
