@@ -18,6 +18,7 @@ from .devices import architecture, asked_once, constant_in_graphs
 from .fastest import FASTEST, SOURCE
 from .records import Case
 from .torch_kernels import support as plain_torch
+from .transforms import WHY_NOT, transformed
 from .triton_kernels import support as triton
 
 SUPPORT = {"cuda": cuda, "triton": triton, "torch": plain_torch}  # each says by `unsupported` what it cannot run
@@ -71,14 +72,17 @@ def resolve(
     then chooses: torch on a CPU; on a GPU what fastest.py has for this operation, kind of call (kinds.py), dtype and
     architecture, and Triton where it has nothing. What cannot run there leaves its place to Triton, and that to torch.
     case: fields of `records.Case`: what else a backend may refuse
-    Raises BackendUnavailableError (a ValueError), with the reason, if a named backend cannot run the call.
+    Raises BackendUnavailableError (a ValueError), with the reason, if a named backend cannot run the call, and
+    ValueError or TypeError, naming the argument.
     """
-    name, origin = requested_by(requested)
+    name, origin = requested_by(_checked_name(requested, "backend"))
     _checked_name(name, origin if origin == ENVIRONMENT_VARIABLE else "backend")
-    first = next(t for t in tensors if t is not None)
+    if not isinstance(op, str):
+        raise TypeError(f"op: expected an operation's name, got {type(op).__name__}")
+    first = _first(tensors)
     asked = Case(op, first.device, first.dtype, **case)
     if name != "auto":
-        if problem := SUPPORT[name].unsupported(asked):
+        if problem := _unsupported(name, asked):
             raise BackendUnavailableError(f"{op}: backend {name!r} (asked for by {origin}) cannot run: {problem}")
         return Choice(name, f"asked for by {origin}")
     if first.device.type != "cuda":
@@ -87,7 +91,7 @@ def resolve(
     fastest = FASTEST.get((op, kind, dtype, architecture(first.device.index)))
     reason = "the tensors are on a GPU" if fastest is None else f"the fastest on {SOURCE}"
     for name in dict.fromkeys((fastest or "triton", "triton")):
-        if not (problem := SUPPORT[name].unsupported(asked)):
+        if not (problem := _unsupported(name, asked)):
             return Choice(name, reason)
         if name == "cuda" and (lacking := cuda.missing("cuda")):
             _tell_once(f"{lacking} Measured as the fastest for some operations here, they leave their place to Triton.")
@@ -99,6 +103,20 @@ def resolve(
 def _tell_once(words: str) -> None:
     """A log entry and no warning: nothing is wrong with the call, and whoever turns warnings into errors goes on."""
     logging.getLogger("peft_kernels").warning(words)
+
+
+def _unsupported(name: str, case: Case) -> str | None:
+    return WHY_NOT if name != "torch" and transformed() else SUPPORT[name].unsupported(case)
+
+
+def _first(tensors: Sequence[Tensor | None]) -> Tensor:
+    if isinstance(tensors, tuple | list):
+        for tensor in tensors:
+            if isinstance(getattr(tensor, "device", None), torch.device):
+                return tensor
+            if tensor is not None:
+                break
+    raise TypeError(f"tensors: expected a list that begins with a Tensor, got {tensors!r:.80}")
 
 
 def requested_by(backend: str) -> tuple[str, str]:
@@ -121,7 +139,10 @@ def explain(model: nn.Module) -> dict[str, Choice]:
     """For every adapter layer of `model`, by module name: the backend its next forward will take, and the reason.
 
     "none" with the reason where the forward will raise, since a backend asked for by name cannot run.
+    Raises TypeError for what is no nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     choices = {}
     for name, module in model.named_modules():
         if callable(getattr(module, "backend_choice", None)):
@@ -133,8 +154,8 @@ def explain(model: nn.Module) -> dict[str, Choice]:
 
 
 def _checked_name(name: str, argument: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{argument}: expected 'auto', 'cuda', 'triton' or 'torch', got {name!r}")
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
+        raise ValueError(f"{argument}: expected 'auto', 'cuda', 'triton' or 'torch', got {name!r:.80}")
     return name
 
 

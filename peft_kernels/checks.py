@@ -3,23 +3,61 @@
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels.autocast import autocasts, linear_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # of a union, isinstance would make a new one in every call
+_INTEGERS, _FLAGS = (int, torch.SymInt), (bool, int, torch.SymBool)
+_MOST = torch.finfo(torch.float32).max
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def check_tensor(
     name: str, value: object, like: Tensor | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> None:
-    """`value` is a tensor of one of `dtypes`, on the device of `like`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    """`value` is a dense tensor of one of `dtypes`, on the device of `like`."""
+    if type(value) not in _PLAIN or value.layout is not torch.strided or value.is_nested:
+        _check_dense(name, value)
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
+        if library := _library(value):  # bitsandbytes packs weights as a Parameter of bytes
+            raise _packed(name, value, library)
+        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as the others, got {value.device}")
+
+
+def _check_dense(name: str, value: object) -> None:
+    """A tensor with one number at every place of its shape, in memory of its own, whatever its type."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {kind_of(value)}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense Tensor, got a nested one; pad it, or pass its parts one by one")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense Tensor, got layout {value.layout}; make it dense first")
+    # torch's own (DTensor, fake and functional tensors) are left to torch, as are those whose memory is where it seems.
+    library, overridden = _library(value), type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if library and overridden and (torch.compiler.is_compiling() or (value.numel() and not value.data_ptr())):
+        raise _packed(name, value, library)
+
+
+def _library(value: Tensor) -> str:
+    """The package that a tensor's type comes from; "" for torch's own."""
+    library = type(value).__module__.partition(".")[0]
+    return "" if library == "torch" else library
+
+
+def _packed(name: str, value: Tensor, library: str) -> TypeError:
+    instead = ", or pass an object with .dequantize(dtype) and .shape" if name == "weight" else ""
+    got = f"a {type(value).__name__} of {library}"
+    return TypeError(f"{name}: expected a dense Tensor, got {got}; dequantize it first{instead}")
+
+
+def kind_of(value: object) -> str:
+    """The name of a value's type, after its library's: numpy.float32."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
 
 
 def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -30,11 +68,11 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: st
 def check_scale(scale: object, like: Tensor, name: str = "scale", or_else: str = "") -> None:
     """A finite number, or a 0-d tensor on the device of `like` that takes no gradient. or_else: or what else."""
     if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, int | float | torch.SymFloat | torch.SymInt):
-            raise TypeError(f"{name}: expected a number or a 0-d Tensor{or_else}, got {type(scale).__name__}")
+        if isinstance(scale, bool) or not isinstance(scale, _NUMBERS):
+            raise TypeError(f"{name}: expected a number or a 0-d Tensor{or_else}, got {kind_of(scale)}")
         # A compiled graph keeps a changing number symbolic; asking for its value would recompile for each.
-        if not torch.compiler.is_compiling() and not -sys.float_info.max <= scale <= sys.float_info.max:
-            raise ValueError(f"{name}: expected a finite number, got {scale}")
+        if not torch.compiler.is_compiling() and not -_MOST <= scale <= _MOST:
+            _check_finite(scale, like.dtype, name)
         return
     check_tensor(name, scale, like)
     if scale.dim() != 0:
@@ -43,14 +81,33 @@ def check_scale(scale: object, like: Tensor, name: str = "scale", or_else: str =
         raise ValueError(f"{name}: takes no gradient; a trainable scale belongs in the factors or the core")
 
 
+def _check_finite(number: float, dtype: torch.dtype, name: str) -> None:
+    """Of a number that float32 does not hold."""
+    got = f"an integer of {number.bit_length()} bits" if isinstance(number, int) else number
+    if not -sys.float_info.max <= number <= sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite number, got {got}")
+    if dtype != torch.float64:
+        raise ValueError(f"{name}: expected a number up to ±{_MOST:.4g}, where float32 overflows, got {got}")
+
+
+def check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS) or value < 1:
+        raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r:.80}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, _FLAGS):
+        raise TypeError(f"{name}: expected True or False, got {kind_of(value)}")
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r:.80}")
 
 
 def check_probability(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
     if not 0 <= value < 1:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
 
@@ -99,16 +156,16 @@ def check_linear(x: object, weight: object, bias: Tensor | None, hidden: Tensor 
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a 0-d Tensor")
     quantized = not isinstance(weight, Tensor)
-    if quantized and not (hasattr(weight, "dequantize") and hasattr(weight, "shape")):
-        raise TypeError(
-            f"weight: expected a Tensor or an object with .dequantize and .shape, got {type(weight).__name__}"
-        )
+    if quantized:
+        _check_quantized(weight)
+    else:
+        check_tensor("weight", weight, x)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected (out_features, in_features), neither 0, got shape {tuple(weight.shape)}")
-    tensors = {"weight": None if quantized else weight, "bias": bias, "hidden": hidden}
-    for name, tensor in tensors.items():
+    for name, tensor in (("bias", bias), ("hidden", hidden)):
         if tensor is not None:
             check_tensor(name, tensor, x)
+    tensors = {"weight": None if quantized else weight, "bias": bias, "hidden": hidden}
     if autocasts(x):
         dtype = linear_dtype(x)
         x = x.to(dtype)
@@ -119,6 +176,14 @@ def check_linear(x: object, weight: object, bias: Tensor | None, hidden: Tensor 
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "(out_features,)")
     return x, weight if quantized else tensors["weight"], tensors["bias"], tensors["hidden"]
+
+
+def _check_quantized(weight: object) -> None:
+    shaped = isinstance(getattr(weight, "shape", None), tuple | list)
+    if not shaped or not callable(getattr(weight, "dequantize", None)):
+        raise TypeError(
+            f"weight: expected a Tensor or an object with .dequantize(dtype) and .shape, got {kind_of(weight)}"
+        )
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -24,8 +24,9 @@ def cp_core(lam: Tensor, p: Tensor) -> Tensor:
     """
     check_tensor("lam", lam)
     check_tensor("p", p, lam, dtypes=(lam.dtype,))
-    if lam.dim() != 1 or p.dim() != 2:
-        raise ValueError(f"lam, p: expected shapes (R,) and (N, R), got {tuple(lam.shape)} and {tuple(p.shape)}")
+    if lam.dim() != 1 or p.dim() != 2 or not lam.numel():
+        got = f"{tuple(lam.shape)} and {tuple(p.shape)}"
+        raise ValueError(f"lam, p: expected shapes (R,) and (N, R) with R ≥ 1, got {got}")
     check_shape("p", p, (p.shape[0], lam.shape[0]), "(N, R)")
     return lam * p
 
@@ -43,8 +44,9 @@ def tucker_core(C: Tensor, p: Tensor, layout: str = "blocks") -> Tensor:
     check_tensor("C", C)
     check_tensor("p", p, C, dtypes=(C.dtype,))
     check_choice("layout", layout, LAYOUTS)
-    if p.dim() != 2 or C.shape != (p.shape[1],) * 3:
-        raise ValueError(f"C, p: expected shapes (R, R, R) and (N, R), got {tuple(C.shape)} and {tuple(p.shape)}")
+    if p.dim() != 2 or C.shape != (p.shape[1],) * 3 or not C.numel():
+        got = f"{tuple(C.shape)} and {tuple(p.shape)}"
+        raise ValueError(f"C, p: expected shapes (R, R, R) and (N, R) with R ≥ 1, got {got}")
     slots, rank = p.shape
     matrices = torch.matmul(C.reshape(rank * rank, rank), p.t()).view(rank, rank, slots)  # K_k[a, b] at [a, b, k]
     if layout == "released":

@@ -118,6 +118,15 @@ class Operator:
         return f"({', '.join([*parts, 'str backend'])}) -> {'Tensor' if self.single else 'Tensor[]'}"
 
 
+def composed(composition: Callable, *args: Any) -> Tensor:
+    """An operation as a composition of torch's own, for transforms to see through; its first argument as an Operator's.
+
+    Every dtype has been chosen before, here too.
+    """
+    with autocast_off(_first(args)):
+        return composition(*args)
+
+
 class _Modules(dict):
     """The module of one operation by backend, imported when it is first asked for; Dynamo traces no import."""
 

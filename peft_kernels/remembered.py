@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peft_kernels.autocast import linear_dtype
 from peft_kernels.backend import requested_by
+from peft_kernels.transforms import transformed
 
 MOST = 4096  # calls of a function that are told apart
 
@@ -23,13 +24,13 @@ def remembered(check: Callable) -> Callable:
 
     @functools.wraps(check)
     def checked(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or transformed():
             return check(*args)
         try:
             key = (*map(_looks, args), _first_dtype(args), requested_by("auto"))
             found = known.get(key)
-        except TypeError:
-            return check(*args)  # which names what is no tensor
+        except (RuntimeError, TypeError, ValueError):
+            return check(*args)  # which names what is no dense tensor, or no word
         if found is None:
             found = check(*args)
             if len(known) >= MOST:
@@ -43,7 +44,7 @@ def remembered(check: Callable) -> Callable:
 def _looks(arg: Any) -> Any:
     kind = type(arg)
     if kind is Tensor or kind is nn.Parameter:
-        return arg.dtype, arg.device, arg.shape, arg.requires_grad
+        return arg.dtype, arg.device, arg.layout, arg.shape, arg.requires_grad
     if isinstance(arg, tuple):
         return tuple(map(_looks, arg))
     if isinstance(arg, Tensor):

@@ -26,7 +26,7 @@ ORDER = (
     ("ops",),
     ("operator", "checks", "distance_plan", "quantized", "rows", "remembered"),
     ("autocast", "backend"),
-    ("fastest", "kinds", "looks"),
+    ("fastest", "kinds", "looks", "transforms"),
     BACKENDS,
     ("tables",),
     ("records", "devices"),

@@ -45,9 +45,10 @@ def check_student(
     (out, columns), ranks = weight0.shape, []
     for name, factors in (("lora", lora), ("transform", transform)):
         if factors is not None:
-            if len(factors) != (2 if name == "lora" else 4):
-                raise ValueError(f"{name}: expected {'(A, B)' if name == 'lora' else Transform._fields}, got {factors}")
-            check_tensor(name, factors[0], weight0, dtypes=(weight0.dtype,))
+            parts = ("A", "B") if name == "lora" else Transform._fields
+            if not isinstance(factors, tuple | list) or len(factors) != len(parts):
+                raise ValueError(f"{name}: expected ({', '.join(parts)}), got {factors!r:.80}")
+            check_tensor("lora A" if name == "lora" else "transform.down", factors[0], weight0, dtypes=(weight0.dtype,))
         ranks.append(1 if factors is None or factors[0].dim() == 0 else factors[0].shape[0])
     (rank, depth), width = ranks, columns if placement == "input" else out
     expected = {} if bias0 is None else {"bias0": (bias0, (out,))}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peft_kernels.checks import check_shape, check_tensor
+from peft_kernels.checks import check_shape, check_tensor, kind_of
 from peft_kernels.imitation.factors import Transform, check_student
 from peft_kernels.ops.weight_distance import LIVE
 
@@ -43,8 +43,8 @@ class ImitationGroup:
         for name in LISTS:
             value = getattr(self, name)
             if value is not None:
-                if isinstance(value, Tensor) or not hasattr(value, "__iter__"):
-                    raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+                if isinstance(value, Tensor | str | dict) or not hasattr(value, "__iter__"):
+                    raise TypeError(f"{name}: expected a list of tensors, got {kind_of(value)}")
                 setattr(self, name, list(value))
 
     def __getstate__(self) -> dict:

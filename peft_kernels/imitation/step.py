@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from peft_kernels.autocast import autocast_off
-from peft_kernels.backend import requested_by, resolve
-from peft_kernels.checks import check_choice, check_scale
+from peft_kernels.backend import BACKENDS, requested_by, resolve
+from peft_kernels.checks import check_choice, check_flag, check_scale, kind_of
 from peft_kernels.imitation.groups import LISTS, ImitationGroup, check_group, named_teachers
 from peft_kernels.imitation.plan import Memory, Plan
 from peft_kernels.looks import looks
 from peft_kernels.ops.weight_distance import REDUCTIONS, check_changed, check_decay
+from peft_kernels.transforms import transformed
 
 _PARTS = operator.attrgetter(*LISTS, "transform")
+_BACKENDS = ("auto", *BACKENDS)
 _NEEDS, _PLACEMENT = operator.attrgetter("requires_grad"), operator.attrgetter("placement")
 
 
@@ -91,7 +93,12 @@ def imitation_step(
     """
     check_decay(decay)
     check_choice("reduction", reduction, REDUCTIONS)
-    groups = [*groups] if hasattr(groups, "__iter__") else [groups]
+    check_choice("backend", backend, _BACKENDS)
+    check_flag("update_teacher", update_teacher)
+    check_flag("return_errors", return_errors)
+    if transformed():
+        raise ValueError("groups: are changed in place, which transforms do not see through; call this outside")
+    groups = [*groups] if hasattr(groups, "__iter__") and not isinstance(groups, Tensor) else [groups]
     plans = _prepared(groups, backend)
     like = plans[0].like
     check_scale(loss_scale, like, "loss_scale")
@@ -126,7 +133,7 @@ def _prepared(groups: list[ImitationGroup], backend: str) -> list[Plan]:
     for index, group in enumerate(groups):
         for name, each in (*group.lists().items(), ("transform", group.transform or ())):
             if not all(isinstance(t, Tensor) for t in each):
-                raise TypeError(f"groups[{index}].{name}: expected tensors, got {[type(t).__name__ for t in each]}")
+                raise TypeError(f"groups[{index}].{name}: expected tensors, got {[*map(kind_of, each)]}")
     for index, group in enumerate(groups):
         check_group(f"groups[{index}]", group, like)
     largest = tuple(max(t.shape[dim] for group in groups for t in group.weight0) for dim in (0, 1))

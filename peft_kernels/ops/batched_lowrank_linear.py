@@ -28,17 +28,21 @@ from peft_kernels.autocast import autocast_off
 from peft_kernels.backend import resolve
 from peft_kernels.checks import (
     check_factor,
+    check_flag,
+    check_integer,
     check_linear,
     check_scale,
     check_shape,
     check_tensor,
+    kind_of,
     refuse_second_derivative,
 )
-from peft_kernels.operator import Operator
+from peft_kernels.operator import Operator, composed
 from peft_kernels.quantized import QuantizedWeight, dense
 from peft_kernels.records import AdapterSegments, Factors
 from peft_kernels.rows import contiguous, rows, shaped
 from peft_kernels.torch_kernels import batched_lowrank_linear as launchers
+from peft_kernels.transforms import transformed
 from peft_kernels.triton_kernels.config import SEGMENT_ROWS
 
 
@@ -77,19 +81,21 @@ def adapter_segments(adapter_index: Tensor, adapters: int, *, validate: bool = F
     adapter_index: (M,) int32 or int64, one adapter 0 … adapters − 1 for each row, or −1 for none
     adapters: L, how many there are
     validate: on a GPU, check the index too, which waits for the device; on a CPU it is always checked. Unchecked, and
-        in compiled graphs, an index out of range counts as none.
+        in compiled graphs and torch.func, an index out of range counts as none.
     returns segments: (order, offsets, tile_adapter, tile_first), by about thirty small launches: share them
 
     Raises TypeError or ValueError, naming the argument.
     """
-    if isinstance(adapters, bool) or not isinstance(adapters, int | torch.SymInt) or adapters < 1:
-        raise ValueError(f"adapters: expected an integer ≥ 1, got {adapters!r}")
+    check_integer("adapters", adapters)
+    if adapters >= 2**31:
+        raise ValueError(f"adapters: expected fewer than 2³¹, got {adapters:.3g}")
+    check_flag("validate", validate)
     check_tensor("adapter_index", adapter_index, dtypes=(torch.int64, torch.int32))
     if adapter_index.dim() != 1:
         raise ValueError(f"adapter_index: expected shape (M,), got {tuple(adapter_index.shape)}")
     index, M, device = adapter_index.long(), adapter_index.numel(), adapter_index.device
     wrong = (index < -1) | (index >= adapters)
-    if (validate or device.type == "cpu") and not torch.compiler.is_compiling() and wrong.any():
+    if (validate or device.type == "cpu") and not (torch.compiler.is_compiling() or transformed()) and wrong.any():
         bad = int(index[wrong][0])
         raise ValueError(f"adapter_index: expected -1 … {adapters - 1}, for {adapters} adapters, got {bad}")
     key = torch.int16 if adapters < torch.iinfo(torch.int16).max else torch.int64  # a GPU sorts byte by byte
@@ -114,6 +120,8 @@ def stack_adapters(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
         change no result and get no gradient
     Raises ValueError or TypeError on shapes and dtypes that do not go together.
     """
+    if not isinstance(factors, Sequence):
+        raise TypeError(f"factors: expected a list of (down, up), got {kind_of(factors)}")
     if not factors:
         raise ValueError("factors: expected at least one (down, up), got none")
     for index, pair in enumerate(factors):
@@ -130,6 +138,8 @@ def stack_adapters(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
         check_shape(f"factors[{index}] down", down, (down.shape[0], first_down.shape[1]), "(R, in_features)")
         check_shape(f"factors[{index}] up", up, (first_up.shape[0], down.shape[0]), "(out_features, R)")
     rank = max(down.shape[0] for down, _ in factors)
+    if rank == 0:
+        raise ValueError("factors: expected rank ≥ 1 of one adapter at least, got 0 of all")
     downs = [F.pad(down, (0, 0, 0, rank - down.shape[0])) for down, _ in factors]
     return torch.stack(downs), torch.stack([F.pad(up, (0, rank - up.shape[1])) for _, up in factors])
 
@@ -193,17 +203,18 @@ def _check_adapters(x: Tensor, weight, down: Tensor, up: Tensor, scale: float | 
         raise ValueError("scale: takes no gradient; a trainable scale belongs in up")
 
 
+_SEGMENTS, _INT64 = [f"adapter_index.{field}" for field in AdapterSegments._fields], (torch.int64,)
+
+
 def _segments(adapter_index, x: Tensor, adapters: int, validate: bool) -> AdapterSegments:
     """The rows of x in order, from one index per row, one per leading entry, or what a caller has sorted before."""
     M = x.numel() // x.shape[-1]
     if isinstance(adapter_index, AdapterSegments):
-        for name, tensor in adapter_index._asdict().items():
-            check_tensor(f"adapter_index.{name}", tensor, x, dtypes=(torch.int64,))
-        check_shape("adapter_index.order", adapter_index.order, (M,), "the rows of x")
-        check_shape("adapter_index.offsets", adapter_index.offsets, (adapters + 1,), "(L + 1,)")
-        for name in ("tile_adapter", "tile_first"):
-            tiles = (M // SEGMENT_ROWS + adapters + 1,)
-            check_shape(f"adapter_index.{name}", getattr(adapter_index, name), tiles, "(M // 64 + L + 1,)")
+        tiles = M // SEGMENT_ROWS + adapters + 1, "(M // 64 + L + 1,)"
+        sizes = (M, "the rows of x"), (adapters + 1, "(L + 1,)"), tiles, tiles
+        for name, tensor, (size, meaning) in zip(_SEGMENTS, adapter_index, sizes):
+            check_tensor(name, tensor, x, dtypes=_INT64)
+            check_shape(name, tensor, (size,), meaning)
         return adapter_index
     check_tensor("adapter_index", adapter_index, x, dtypes=(torch.int64, torch.int32))
     leading = x.shape[:-1]
@@ -239,7 +250,7 @@ def batched_lowrank_linear(
     scale: a number, a 0-d tensor, or (L,), one for each adapter
     backend: "auto" | "cuda" | "triton" | "torch"
     validate: check the index on a GPU too, which waits for the device; on a CPU it is always checked. Unchecked, and in
-        compiled graphs, an index out of range counts as none.
+        compiled graphs and torch.func, an index out of range counts as none.
     returns y: (..., out_features) in x's dtype
 
     Under autocast, x, weight and bias are cast as `torch.nn.functional.linear` would; the factors are not. On a GPU the
@@ -260,5 +271,9 @@ def batched_lowrank_linear(
         scale = torch.full((), scale, dtype=wide, device=x.device)
     if isinstance(scale, Tensor):
         scale = scale.to(wide).expand(adapters).contiguous()
+    if transformed():
+        weight, factors = dense(weight, x.dtype), Factors(down, up, scale=scale)
+        y = composed(launchers.batched_lowrank_linear_composed, rows(x), weight, bias, factors, segments)
+        return y.unflatten(0, x.shape[:-1])
     args = (x, weight, contiguous(bias), down.contiguous(), up.contiguous(), scale)
     return _BatchedLowRankLinear.apply(*args, *segments, run)

@@ -37,11 +37,12 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.operator import Operator
+from peft_kernels.operator import Operator, composed
 from peft_kernels.records import Gate, Modulated
 from peft_kernels.remembered import remembered
 from peft_kernels.rows import contiguous, rows, shaped
 from peft_kernels.torch_kernels import gated_query as launchers
+from peft_kernels.transforms import transformed
 
 MODES = ("additive", "gated")
 _SCALE = 0.1  # of the released code
@@ -84,14 +85,15 @@ class _Additive(torch.autograd.Function):
     def backward(ctx, dy):
         refuse_second_derivative("gated_query")
         text, gamma, beta, cross, cross_gamma, cross_beta, scale = ctx.saved_tensors
-        text, cross = (None if t is None else rows(t) for t in (text, cross))
+        text, cross = None if text is None else rows(text), None if cross is None else rows(cross)
         scale, (needs_hidden, *needs) = ctx.scale if scale is None else scale, ctx.needs_input_grad[:7]
         grads = [None] * 6
         if any(needs):
             moved = Modulated(text, gamma, beta), Modulated(cross, cross_gamma, cross_beta)
             grads = additive_query_bwd(ctx.backend, rows(dy), *moved, scale, tuple(needs))
         d_text, d_gamma, d_beta, d_cross, *others = grads
-        d_text, d_cross = (None if t is None else t.view(ctx.shape) for t in (d_text, d_cross))
+        d_text = None if d_text is None else d_text.view(ctx.shape)
+        d_cross = None if d_cross is None else d_cross.view(ctx.shape)
         return dy if needs_hidden else None, d_text, d_gamma, d_beta, d_cross, *others, None, None
 
 
@@ -112,14 +114,15 @@ class _Gated(torch.autograd.Function):
         hidden, text, gamma, beta, padding_mask, *gate = ctx.saved_tensors
         args = (rows(hidden), Modulated(rows(text), gamma, beta), padding_mask, Gate(*gate), ctx.needs_input_grad[:4])
         d_hidden, d_text, d_gamma, d_beta = gated_query_bwd(ctx.backend, rows(dy), *args)
-        d_hidden, d_text = (None if t is None else t.view(hidden.shape) for t in (d_hidden, d_text))
+        d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
+        d_text = None if d_text is None else d_text.view(hidden.shape)
         return d_hidden, d_text, d_gamma, d_beta, None, None
 
 
 class _Plan(NamedTuple):
     """What the checks of calls that look alike came to."""
 
-    backend: str
+    backend: str | None  # None inside transforms
     dtype: torch.dtype  # the result's, and that of all tensors as large
 
 
@@ -147,7 +150,8 @@ def _checked(
         check_shape("padding_mask", padding_mask, tuple(hidden.shape[:-1]), "(..., S)")
     shape = (hidden.numel() // hidden.shape[-1], hidden.shape[-1])
     choice = resolve("gated_query", (hidden,), backend, kind=mode, shape=shape)
-    return _Plan(choice.name if hidden.numel() else "torch", dtype)  # no rows: nothing to launch
+    name = choice.name if hidden.numel() else "torch"  # no rows: nothing to launch
+    return _Plan(None if transformed() else name, dtype)
 
 
 def _check_wide(wide: dict[str, Tensor], least: int, meaning: str) -> torch.dtype:
@@ -213,11 +217,16 @@ def gated_query(
     run, dtype = _checked(hidden, *moved, padding_mask, mode, backend)
     hidden, text, gamma, beta = hidden.to(dtype), text.to(dtype), _taken(gamma, dtype), _taken(beta, dtype)
     if mode == "gated":
-        if isinstance(scale, Tensor) or scale != _SCALE:
+        if not isinstance(scale, float) or scale != _SCALE:
             raise ValueError("scale: mode 'gated' has none; leave it out")
+        if run is None:
+            return composed(launchers.gated_query_composed, hidden, Modulated(text, gamma, beta), padding_mask)
         return _Gated.apply(hidden, text, gamma, beta, contiguous(padding_mask), run)
     check_scale(scale, hidden)
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     crosses = cross.to(dtype), _taken(cross_gamma, dtype), _taken(cross_beta, dtype)
+    if run is None:
+        moved = Modulated(text, gamma, beta), Modulated(*crosses)
+        return composed(launchers.additive_query_composed, hidden, *moved, scale)
     return _Additive.apply(hidden, text, gamma, beta, *crosses, scale, run)

@@ -17,7 +17,6 @@ Kept for the backward: x itself (not a copy), z, and the random seed. Uses: LoRA
 (doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation (arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
 """
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,8 @@ from peft_kernels.checks import (
     check_choice,
     check_factor,
     check_factors,
+    check_flag,
+    check_integer,
     check_linear,
     check_probability,
     check_scale,
@@ -38,12 +39,13 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.operator import Operator
+from peft_kernels.operator import Operator, composed
 from peft_kernels.quantized import QuantizedWeight, dense
 from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
 from peft_kernels.remembered import MOST, remembered
-from peft_kernels.rows import rows, shaped
+from peft_kernels.rows import contiguous, rows, shaped
 from peft_kernels.torch_kernels import lowrank_linear as launchers
+from peft_kernels.transforms import transformed
 
 DROPOUT_PLACES = ("input", "rank", "core")
 DESIGNS = (None, "passes", "fused")
@@ -218,7 +220,7 @@ def lowrank_linear(
         try:
             key = _signature(x, weight, bias, down, up, core, scale, hidden, options)
             plan = _plans[key]
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             pass  # another kind of call, or an argument that the checks will name
     if plan is None:
         plan = _checked(x, weight, bias, down, up, core, scale, hidden, options)
@@ -228,17 +230,23 @@ def lowrank_linear(
             if len(_plans) >= MOST:
                 _plans.clear()
             _plans[key] = plan
-    if type(scale) in (float, int) and not -sys.float_info.max <= scale <= sys.float_info.max:
+    if type(scale) is float and not -_MOST <= scale <= _MOST:
         check_scale(scale, x)
     if not plan.ready:
-        x, weight, bias, hidden = (_cast(t, plan.dtype) for t in (x, weight, bias, hidden))
+        x, weight = _cast(x, plan.dtype), _cast(weight, plan.dtype)
+        bias, hidden = _cast(bias, plan.dtype), _cast(hidden, plan.dtype)
         core = core[None, None] if core is not None and core.dim() < 3 else core
-        bias, up, core = (t if t is None else t.contiguous() for t in (bias, up, core))
+        bias, up, core = contiguous(bias), up.contiguous(), contiguous(core)
         down = down.contiguous() if hidden is None else down
         if isinstance(scale, Tensor):
             scale = scale if plan.backend == "torch" else scale.to(torch.float32)
         elif not torch.compiler.is_compiling():
+            check_scale(scale, x)
             scale = float(scale)
+    if plan.memo is None and transformed():
+        factors, on = Factors(down, up, core, scale, hidden), dropout_on if plan.drops else "none"
+        weight = dense(weight, x.dtype)
+        return composed(launchers.lowrank_linear_composed, x, weight, bias, factors, float(dropout_p), on)
     dropout = KEEP_ALL
     if plan.drops:
         dropout = tuple.__new__(Dropout, (_draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on))
@@ -250,6 +258,7 @@ def lowrank_linear(
 _plans: dict[tuple, _Plan] = {}
 _TENSORS = (Tensor, nn.Parameter)
 _PLAIN = frozenset((*_TENSORS, type(None)))  # what other types hide changes without a sign
+_MOST = torch.finfo(torch.float32).max  # a number beyond is looked at again
 _apply = super(torch.autograd.Function, _LowRankLinear).apply  # without unwrapping what functorch left
 
 
@@ -263,22 +272,23 @@ def _signature(x, weight, bias, down, up, core, scale, hidden, options: tuple) -
     Raises for what is no tensor, and for what cannot be in a key.
     """
     dropout_p, dropout_on, training, backend, design = options
-    if torch._C._are_functorch_transforms_active():
-        raise TypeError("tensors of functorch's")
-    factors = (down, up) if bias is None else (bias, down, up)
-    factors = factors if core is None else (*factors, core)
+    if transformed():
+        raise TypeError("a transform's tensors")
+    shape, device = x.shape, x.device
     return (
         type(x), type(weight), type(bias), type(down), type(up), type(core), type(hidden), type(scale), type(dropout_p),
-        x.dtype, x.device, x.shape[-1], 0 in x.shape, x.is_contiguous(),
+        x.dtype, device, x.layout, shape[-1], 0 in shape, x.is_contiguous(),
         linear_dtype(x) if torch._C._is_any_autocast_enabled() else None,
-        weight.dtype, weight.device, weight.shape,
-        None if bias is None else (bias.dtype, bias.device, bias.shape),
-        down.dtype, down.device, down.shape, up.dtype, up.device, up.shape,
-        None if core is None else (core.dtype, core.device, core.shape),
-        None if hidden is None else (hidden.dtype, hidden.device, hidden.shape[-1], hidden.shape[:-1] == x.shape[:-1]),
-        (scale.dtype, scale.device, scale.shape, scale.requires_grad) if type(scale) in _TENSORS else None,
-        all(map(Tensor.is_contiguous, factors)),
-        dropout_p, dropout_on, bool(training), design, backend if backend != "auto" else requested_by(backend),
+        weight.dtype, weight.device == device, weight.layout, weight.shape,
+        None if bias is None else (bias.dtype, bias.device == device, bias.layout, bias.shape, bias.is_contiguous()),
+        down.dtype, down.device == device, down.layout, down.shape, down.is_contiguous(),
+        up.dtype, up.device == device, up.layout, up.shape, up.is_contiguous(),
+        None if core is None else (core.dtype, core.device == device, core.layout, core.shape, core.is_contiguous()),
+        None if hidden is None else (hidden.dtype, hidden.device == device, hidden.layout, hidden.shape[-1],
+                                     hidden.shape[:-1] == shape[:-1]),
+        (scale.dtype, scale.device == device, scale.layout, scale.ndim, scale.requires_grad)
+        if type(scale) in _TENSORS else None,
+        dropout_p, dropout_on, not training, design, backend if backend != "auto" else requested_by(backend),
     )  # fmt: skip
 
 
@@ -293,6 +303,7 @@ def _checked(x, weight, bias, down, up, core, scale, hidden, options: tuple) -> 
     check_probability("dropout_p", dropout_p)
     check_choice("dropout_on", dropout_on, DROPOUT_PLACES)
     check_choice("design", design, DESIGNS)
+    check_flag("training", training)
     rank, blocks = up.shape[1], (weight.shape[0] // up.shape[0], weight.shape[1] // down.shape[1])
     if hidden is not None:
         if dropout_p > 0 and dropout_on == "input":
@@ -328,17 +339,18 @@ def lowrank_hidden(x: Tensor, down: Tensor, input_blocks: int = 1, backend: str 
     """
     name, dtype = _checked_hidden(x, down, input_blocks, backend)
     x = x if x.dtype is dtype else x.to(dtype)
+    if name is None:
+        return composed(launchers.lowrank_hidden_composed, x, down, input_blocks)
     return _LowRankHidden.apply(x, down.contiguous(), input_blocks, name)
 
 
 @remembered
-def _checked_hidden(x: Tensor, down: Tensor, input_blocks: int, backend: str) -> tuple[str, torch.dtype]:
-    """-> the backend's name, and the dtype that x is computed in"""
+def _checked_hidden(x: Tensor, down: Tensor, input_blocks: int, backend: str) -> tuple[str | None, torch.dtype]:
+    """-> the backend's name, None inside transforms, and the dtype that x is computed in"""
     check_tensor("x", x)
     dtype = linear_dtype(x)
     check_factor("down", down, x.to(dtype))
-    if isinstance(input_blocks, bool) or not isinstance(input_blocks, int) or input_blocks < 1:
-        raise ValueError(f"input_blocks: expected an integer ≥ 1, got {input_blocks!r}")
+    check_integer("input_blocks", input_blocks)
     if down.dim() != 2 or 0 in down.shape or x.dim() == 0 or down.shape[1] * input_blocks != x.shape[-1]:
         raise ValueError(
             f"down: expected (R, in_features / input_blocks) with R ≥ 1 for x {tuple(x.shape)} and "
@@ -346,4 +358,5 @@ def _checked_hidden(x: Tensor, down: Tensor, input_blocks: int, backend: str) ->
         )
     case = {"rank": down.shape[0], "blocks": (1, input_blocks), "shape": (x.numel() // x.shape[-1], x.shape[-1])}
     choice = resolve("lowrank_hidden", (x.to(dtype), down), backend, **case)
-    return choice.name if x.numel() else "torch", dtype
+    name = choice.name if x.numel() else "torch"
+    return None if transformed() else name, dtype

@@ -34,12 +34,13 @@ from peft_kernels.checks import (
     check_tensor,
     refuse_second_derivative,
 )
-from peft_kernels.operator import Operator
+from peft_kernels.operator import Operator, composed
 from peft_kernels.ops.lowrank_linear import lowrank_hidden_bwd, lowrank_hidden_fwd
 from peft_kernels.records import Factors, Scale
 from peft_kernels.remembered import remembered
 from peft_kernels.rows import contiguous, rows
 from peft_kernels.torch_kernels import reconstruct as launchers
+from peft_kernels.transforms import transformed
 from peft_kernels.triton_kernels.config import MAX_RANK  # which no backend's `lowrank_hidden` falls short of
 
 _STRIP = 2**24  # elements of a half-precision gradient that are held in float32 at once
@@ -150,13 +151,16 @@ def _d_down(backend: str, strips: list[Callable[[], Tensor]], down: Tensor, fold
 def _reconstruct(factors: Factors, base: Tensor | None, stack: bool, backend: str) -> Tensor:
     run, dtype, shape = _checked(factors, base, stack, backend)
     down, up, core, scale, _ = factors
-    check_scale(scale, down)
+    if not isinstance(scale, Tensor):
+        check_scale(scale, down)
     core = _blocks(core, stack)
     if base is None:
-        down, up, core = (None if t is None else t.to(dtype) for t in (down, up, core))
+        down, up, core = down.to(dtype), up.to(dtype), None if core is None else core.to(dtype)
     if run != "torch" and isinstance(scale, Tensor):
         scale = scale.to(torch.float32)
     base = None if base is None else base.reshape(-1, base.shape[-1]).contiguous()
+    if run is None:
+        return composed(launchers.reconstruct_composed, Factors(down, up, core, scale), base, dtype).view(shape)
     return _Reconstruct.apply(down.contiguous(), up.contiguous(), contiguous(core), scale, base, dtype, run).view(shape)
 
 
@@ -170,15 +174,17 @@ def _blocks(core: Tensor | None, stack: bool) -> Tensor | None:
 class _Plan(NamedTuple):
     """What the checks of calls that look alike came to."""
 
-    backend: str
+    backend: str | None  # None inside transforms
     dtype: torch.dtype  # the result's
     shape: tuple[int, ...]
 
 
 @remembered
 def _checked(factors: Factors, base: Tensor | None, stack: bool, backend: str) -> _Plan:
-    """Raises whatever is to be raised about a call, but for its scale."""
-    (down, up, core, *_), dtype = factors, _check_factors(factors, base)
+    """Raises whatever is to be raised about a call, but for a number as its scale."""
+    (down, up, core, scale, _), dtype = factors, _check_factors(factors, base)
+    if isinstance(scale, Tensor):
+        check_scale(scale, down)
     rank, block = down.shape[0], (up.shape[0], down.shape[1])
     if stack:
         if core.dim() not in (2, 3) or tuple(core.shape[1:]) not in ((rank,), (rank, rank)):
@@ -199,7 +205,8 @@ def _checked(factors: Factors, base: Tensor | None, stack: bool, backend: str) -
     kind = kinds.core(None if core is None else core.dim() - 2)
     like = next(t for t in (base, down, up, core) if t is not None and t.dtype == dtype)
     choice = resolve("reconstruct", (like,), backend, kind=kind, blocks=blocks, shape=block)
-    return _Plan(choice.name if 0 not in shape else "torch", dtype, shape)  # an empty stack: nothing to launch
+    name = choice.name if 0 not in shape else "torch"  # an empty stack: nothing to launch
+    return _Plan(None if transformed() else name, dtype, shape)
 
 
 def _check_factors(factors: Factors, base: Tensor | None) -> torch.dtype:

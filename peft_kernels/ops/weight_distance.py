@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.backend import requested_by, resolve
-from peft_kernels.checks import check_choice, check_shape, check_tensor, refuse_second_derivative
+from peft_kernels.checks import check_choice, check_shape, check_tensor, kind_of, refuse_second_derivative
 from peft_kernels.distance_plan import DistancePlan, matrices_of
 from peft_kernels.looks import looks
+from peft_kernels.operator import composed
+from peft_kernels.torch_kernels.weight_distance import weight_distance_composed
+from peft_kernels.transforms import transformed
 
 REDUCTIONS = ("mean", "sum", "relative")
 WIDE = (torch.float32, torch.float64)
@@ -76,7 +79,7 @@ _NEEDS = operator.attrgetter("requires_grad")
 def _distance(op: str, given: dict[str, object], decay: float | None, reduction: str, backend: str) -> Tensor:
     """given: the matrices by the names of their arguments, in a plan's order; no live ones: None."""
     check_choice("reduction", reduction, REDUCTIONS)
-    given = {name: [*each] if _is_list(each) else each for name, each in given.items()}
+    given = {name: _listed(name, each) for name, each in given.items()}
     parts = [() if each is None else (each,) if isinstance(each, Tensor) else each for each in given.values()]
     key = plan = addresses = None
     try:
@@ -85,8 +88,10 @@ def _distance(op: str, given: dict[str, object], decay: float | None, reduction:
             addresses = [*map(Tensor.data_ptr, inputs)]
             key = _signature(op, parts, inputs, backend)
             plan = _plans.get(key)
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         pass  # an argument that the checks will name
+    if plan is None and transformed():
+        return _composed(op, given, reduction, backend)
     if plan is None:
         plan = _checked(op, given, parts, backend, key is None)
         if key is not None:
@@ -110,13 +115,19 @@ def _distance(op: str, given: dict[str, object], decay: float | None, reduction:
     return loss
 
 
-def _is_list(value: object) -> bool:
-    return hasattr(value, "__iter__") and not isinstance(value, str | Tensor)
+def _listed(name: str, value: object) -> object:
+    """A list of what several matrices come in; anything else as it is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__iter__") or isinstance(value, str):
+        return value
+    try:
+        return [*value]
+    except TypeError as error:  # numpy's 0-d arrays only look iterable
+        raise TypeError(f"{name}: {error}") from None
 
 
 def _signature(op: str, parts: Sequence, inputs: list[Tensor], backend: str) -> _Signature:
     """Raises TypeError where tensors are more than they show."""
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if transformed():
         raise TypeError
     return _Signature(
         op,
@@ -131,6 +142,21 @@ def _checked(
     op: str, given: dict[str, object], parts: Sequence[Sequence[Tensor]], backend: str, shown: bool
 ) -> DistancePlan:
     """Raises whatever is to be raised about a call, or says how it goes."""
+    _, name = _check_matrices(op, given, backend)
+    inputs, needs_any = [*chain.from_iterable(parts)], torch.is_grad_enabled()  # without it no gradient is computed
+    return DistancePlan(inputs, [*map(len, parts)], [t.requires_grad and needs_any for t in inputs], name, shown)
+
+
+def _composed(op: str, given: dict[str, object], reduction: str, backend: str) -> Tensor:
+    """Inside transforms."""
+    if given["live"] is not None:
+        raise ValueError("teacher: is changed in place, which transforms do not see through; call this outside")
+    (targets, bases, lefts, rights), _ = _check_matrices(op, given, backend)
+    return composed(weight_distance_composed, targets, bases, lefts, rights, reduction)
+
+
+def _check_matrices(op: str, given: dict[str, object], backend: str) -> tuple[list[list[Tensor]], str]:
+    """-> targets, bases, lefts and rights, as many of each; the backend's name"""
     target_name = [*given][1]
     lefts, rights = _matrices("left", given["left"], WIDE), _matrices("right", given["right"], WIDE)
     targets, bases = _matrices(target_name, given[target_name], WIDE), _matrices("base", given["base"], WIDE)
@@ -149,8 +175,7 @@ def _checked(
     largest = tuple(max(matrix.shape[dim] for matrix in targets) for dim in (0, 1))
     widest = max((live.dtype for live in lives), key=lambda dtype: dtype.itemsize, default=None)
     name = resolve(op, (first, *rights), backend, shape=largest, live=widest).name
-    inputs, needs_any = [*chain.from_iterable(parts)], torch.is_grad_enabled()  # without it no gradient is computed
-    return DistancePlan(inputs, [*map(len, parts)], [t.requires_grad and needs_any for t in inputs], name, shown)
+    return [targets, bases, lefts, rights], name
 
 
 def _check_teachers(plan: DistancePlan, inputs: list[Tensor], addresses: list[int] | None) -> None:
@@ -169,12 +194,14 @@ def _check_teachers(plan: DistancePlan, inputs: list[Tensor], addresses: list[in
 
 def _matrices(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
     """One matrix, a stack or a list of them, as a list."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, dtypes=dtypes)
     if isinstance(value, Tensor) and value.dim() in (2, 3):
         matrices = list(value.unbind(0)) if value.dim() == 3 else [value]
-    elif hasattr(value, "__iter__") and not isinstance(value, str | Tensor):
-        matrices = list(value)
+    elif isinstance(value, list):
+        matrices = value
     else:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        got = tuple(value.shape) if isinstance(value, Tensor) else kind_of(value)
         raise TypeError(f"{name}: expected a Tensor with 2 or 3 dimensions, or a list of matrices, got {got}")
     if not matrices:
         raise ValueError(f"{name}: expected at least one matrix, got none")
@@ -204,7 +231,7 @@ def check_changed(changed: Iterable[tuple[str, Tensor]], others: Iterable[Tensor
 
 def check_decay(decay: float) -> None:
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
-        raise ValueError(f"decay: expected a number in [0, 1], got {decay!r}")
+        raise ValueError(f"decay: expected a number in [0, 1], got {decay!r:.80}")
 
 
 @torch._disable_dynamo
@@ -261,5 +288,7 @@ def momentum_weight_distance(
     Raises as `weight_distance` does, and if teacher requires grad or shares memory with another argument.
     """
     check_decay(decay)
+    if live is None:
+        raise TypeError("live: expected a Tensor with 2 or 3 dimensions, or a list of matrices, got None")
     given = {"live": live, "teacher": teacher, "base": base, "left": left, "right": right}
     return _distance("momentum_weight_distance", given, decay, reduction, backend)

@@ -61,6 +61,18 @@ def batched_lowrank_linear_bwd(
     return dx, d_down, d_up
 
 
+def batched_lowrank_linear_composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, segments: AdapterSegments
+) -> Tensor:
+    """-> y (M, N) by differentiable operations alone, none in place: every row meets every adapter."""
+    down, up, _, scale, _ = factors
+    places, offsets = segments.order.argsort()[:, None], segments.offsets
+    own = (places >= offsets[:-1]) & (places < offsets[1:])
+    factor = own.to(x.dtype) * scale.to(x.dtype) if isinstance(scale, Tensor) else own * scale
+    z = torch.einsum("mk,lrk->mlr", x, down.to(x.dtype)) * factor.to(x.dtype)[..., None]
+    return F.linear(x, weight, bias) + torch.einsum("mlr,lnr->mn", z, up.to(x.dtype))
+
+
 def _groups(segments: AdapterSegments, scale: Scale) -> Iterator[tuple[int, Tensor, Scale]]:
     """(adapter, its rows, its scale) of every adapter that has rows."""
     order, offsets = segments.order, segments.offsets.tolist()

@@ -46,7 +46,7 @@ def gated_query_fwd(
     hidden: Tensor, text: Modulated, padding_mask: Tensor | None, positions: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> out (M, d), g (B, S) and τ (B, d), both float32 at least; padding_mask (B, S), positions: S"""
-    wide, moved = (t.unflatten(0, (-1, positions)) for t in (_wide(hidden), _moved(text)))
+    wide, moved = _wide(hidden).unflatten(0, (-1, positions)), _moved(text).unflatten(0, (-1, positions))
     kept = moved if padding_mask is None else moved.masked_fill(~padding_mask[..., None], 0)
     total = kept.sum(1)
     gate = (wide * total[:, None]).sum(-1).softmax(-1)
@@ -59,9 +59,10 @@ def gated_query_bwd(
     """-> d_hidden, d_text, d_gamma, d_beta, as `needs` says in that order"""
     needs_hidden, needs_text, needs_gamma, needs_beta = needs
     d_hidden = d_text = d_gamma = d_beta = None
-    wide, f, difference = (_wide(dy), _wide(hidden), _moved(text).neg_().add_(hidden))
+    difference = _moved(text).neg_().add_(hidden)
     (text, gamma, beta), (gate, total) = text, gate
-    wide, f, difference = (t.unflatten(0, gate.shape) for t in (wide, f, difference))
+    wide, f = _wide(dy).unflatten(0, gate.shape), _wide(hidden).unflatten(0, gate.shape)
+    difference = difference.unflatten(0, gate.shape)
     q = difference.mul_(wide).sum(-1)
     ds = (q - (gate * q).sum(-1, keepdim=True)).mul_(gate)
     if needs_hidden:
@@ -75,6 +76,23 @@ def gated_query_bwd(
         d_gamma = (d_moved * text).sum(0).to(gamma.dtype) if needs_gamma else None
         d_beta = d_moved.sum(0).to(beta.dtype) if needs_beta else None
     return d_hidden, d_text, d_gamma, d_beta
+
+
+def additive_query_composed(hidden: Tensor, text: Modulated, cross: Modulated, scale: Scale) -> Tensor:
+    """-> out (..., d), by differentiable operations alone, none in place"""
+    return (_wide(hidden) + (_shifted(text) + _shifted(cross)) * scale).to(hidden.dtype)
+
+
+def gated_query_composed(hidden: Tensor, text: Modulated, padding_mask: Tensor | None) -> Tensor:
+    """-> out (..., S, d), likewise; padding_mask (..., S)"""
+    wide, moved = _wide(hidden), _shifted(text)
+    kept = moved if padding_mask is None else torch.where(padding_mask[..., None], moved, 0)
+    gate = (wide * kept.sum(-2, keepdim=True)).sum(-1, keepdim=True).softmax(-2)
+    return torch.lerp(moved, wide, gate).to(hidden.dtype)
+
+
+def _shifted(text: Modulated) -> Tensor:
+    return _wide(text.values) * _wide(text.gamma) + _wide(text.beta)
 
 
 def _moved(text: Modulated) -> Tensor:

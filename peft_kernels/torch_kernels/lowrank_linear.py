@@ -67,6 +67,26 @@ def lowrank_hidden_fwd(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
     return (x.reshape(-1, down.shape[1]) @ down.to(x.dtype).t()).view(x.shape[0], input_blocks * down.shape[0])
 
 
+def lowrank_linear_composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, p: float, on: str
+) -> Tensor:
+    """-> y (..., N) from x (..., K), with z (..., I·R), by differentiable operations alone, none in place."""
+    down, up, core, scale, z = factors
+    if z is None:
+        z = lowrank_hidden_composed(F.dropout(x, p) if on == "input" else x, down, _blocks(x, down))
+    z = F.dropout(z, p) if on == "rank" else z
+    if core is not None:
+        z = _through_core(z, core.to(z.dtype))
+    z = F.dropout(z, p) if on == "core" else z
+    update = z.unflatten(-1, (-1, up.shape[1])) @ up.to(x.dtype).t()
+    return F.linear(x, weight, bias) + scale * update.flatten(-2)
+
+
+def lowrank_hidden_composed(x: Tensor, down: Tensor, input_blocks: int) -> Tensor:
+    """-> z (..., I·R), likewise"""
+    return (x.unflatten(-1, (input_blocks, down.shape[1])) @ down.to(x.dtype).t()).flatten(-2)
+
+
 def lowrank_hidden_bwd(
     dz: Tensor, x: Tensor | None, down: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -93,7 +113,7 @@ def _keep(rng: Tensor, like: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, factor: Tensor) -> int:
-    return x.shape[1] // factor.shape[1]
+    return x.shape[-1] // factor.shape[1]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Scale) -> None:
@@ -121,6 +141,12 @@ def _times_core(z: Tensor, core: Tensor) -> Tensor:
     if core.dim() == 4:  # S[o, a] = Σ_ib K[o, i, a, b] z[i, b]
         return z @ core.permute(1, 3, 0, 2).reshape(in_blocks * rank, out_blocks * rank)
     return (z.view(-1, 1, in_blocks, rank) * core).sum(2).view(-1, out_blocks * rank)
+
+
+def _through_core(z: Tensor, core: Tensor) -> Tensor:
+    """S (..., O·R) of z (..., I·R)"""
+    z = z.unflatten(-1, core.shape[1:3])
+    return torch.einsum("oir,...ir->...or" if core.dim() == 3 else "oiab,...ib->...oa", core, z).flatten(-2)
 
 
 def _expand_bwd(

@@ -36,6 +36,16 @@ def reconstruct_fwd(factors: Factors, base: Tensor | None, dtype: torch.dtype) -
     return result
 
 
+def reconstruct_composed(factors: Factors, base: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`reconstruct_fwd` by differentiable operations alone, none in place"""
+    wide, core = torch.promote_types(dtype, torch.float32), factors.core
+    up = factors.up.to(wide) * factors.scale
+    left = up[None, :, None] if core is None else _times_cores(up, core.to(wide))
+    result = (left @ factors.down.to(wide)).flatten(2)  # (O, NB, I·KB)
+    result = result if base is None else base.unflatten(0, (-1, up.shape[0])) + result
+    return result.flatten(0, 1).to(dtype)
+
+
 def _in_batches(result: Tensor, down: Tensor, up: Tensor, core: Tensor | None, base: Tensor | None) -> None:
     """result = base + up core down, of as many output blocks at a time as _BATCH allows.
 

@@ -33,6 +33,23 @@ def weight_distance_fwd(placed: Placed, decay: float | None, reduction: str, los
             _compare(stage, placed.results, decay, reduction, loss_scale)
 
 
+def weight_distance_composed(
+    targets: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    reduction: str,
+) -> Tensor:
+    """-> loss (), by differentiable operations alone, none in place"""
+    losses = []
+    for target, base, left, right in zip(targets, bases, lefts, rights):
+        difference = base - target
+        error = left @ right + difference
+        sums = [t.detach().square().sum() for t in (error, difference, base)]
+        losses.append(_coefficient(sums, error.numel(), reduction) * error.square().sum())
+    return torch.stack(losses).sum()
+
+
 def _compare(
     distances: Sequence[Distance], results: Results, decay: float | None, reduction: str, loss_scale: float | Tensor
 ) -> None:
@@ -100,7 +117,7 @@ def _square(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dim=-1).square_().sum()
 
 
-def _coefficient(sums: Tensor, count: int, reduction: str) -> Tensor | float:
+def _coefficient(sums: Sequence[Tensor], count: int, reduction: str) -> Tensor | float:
     """What the sum of squares is multiplied by."""
     if reduction == "relative":  # what has not moved from zeros counts nothing
         denominator = torch.maximum(sums[1], FLOOR * sums[2])
