@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[type[Adapter], type[AdapterConfig], dict]] = {
     "full": (FullTuning, FullTuningConfig, {}),
 }
 MERGING = ("lora", "moil", "aurora")
+ACTIONS = ("merge", "save_pretrained", "export_lora")
 
 
 def config(method: str, kind: str | None = None, **options) -> AdapterConfig:
@@ -39,6 +40,25 @@ def config(method: str, kind: str | None = None, **options) -> AdapterConfig:
 
 def wrap(method: str, model: nn.Module, kind: str | None = None, **options) -> Adapter:
     return METHODS[method][0].wrap(model, config(method, kind, **options))
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.value, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+
+    def forward(self, x):
+        return self.norm(self.query(x) * self.value(x))
+
+
+def small(method: str, model: nn.Module | None = None) -> Adapter:
+    return wrap(method, Small() if model is None else model, targets=["query", "value"])
+
+
+def act(adapter: Adapter, action: str, folder) -> None:
+    """One of `ACTIONS`, in a folder if it takes one."""
+    getattr(adapter, action)(*[folder] * (action in ("save_pretrained", "export_lora")))
 
 
 @torch.no_grad()

@@ -10,6 +10,10 @@ import ddp_training
 import pytest
 import torch
 import torch.distributed as dist
+from adapter_cases import ACTIONS, MERGING, act, small, stir
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed")
 
@@ -55,6 +59,29 @@ def test_ddp(folder, method):
 @pytest.mark.parametrize("method", ["lora", "aurora"])
 def test_fsdp_sharded_at_the_root(folder, method):
     assert_both_equal(folder, f"fsdp-{method}", trained(method))
+
+
+@pytest.fixture
+def alone():
+    """A group of this one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["root", "part of the root"])
+@pytest.mark.parametrize("method", MERGING)
+def test_whole_for_a_moment_is_refused(method, outer, alone, tmp_path):
+    """After a forward the root's weights are whole until reshard(), which throws away what was written to them."""
+    adapter, x = small(method), torch.randn(3, 32)
+    stir(adapter)
+    root = fully_shard(nn.Sequential(adapter.model) if outer else adapter.model, mesh=alone)
+    with torch.no_grad():
+        root.eval()(x)
+    for action in (*ACTIONS, *["step"] * (method == "moil")):
+        with pytest.raises(ValueError, match=rf"^{action}: the weights are FSDP's, which are whole for a moment only"):
+            act(adapter, action, tmp_path)
+    assert not adapter.merged and list(tmp_path.iterdir()) == []
 
 
 def test_moil_under_fsdp_is_refused(folder):

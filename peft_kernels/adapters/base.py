@@ -1,5 +1,6 @@
 """What all adapters have in common: wrapping a model, its parameters, its files, merging and taking off."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -9,10 +10,11 @@ from torch import nn
 
 from peft_kernels.adapters.config import AdapterConfig
 from peft_kernels.adapters.heads import find_heads, warn_of_frozen_heads
+from peft_kernels.adapters.model_checks import check_not_offloaded, check_tensors
 from peft_kernels.adapters.state_files import AdapterFiles, Parts
 from peft_kernels.adapters.targets import Match, find_targets
 from peft_kernels.backend import Choice, explain
-from peft_kernels.layers.adapted_linear import AdaptedLinear
+from peft_kernels.layers.adapted_linear import HOOKS_OFF, AdaptedLinear
 from peft_kernels.presets import PRESETS
 
 KINDS = ("adapter", "live", "head")
@@ -39,7 +41,7 @@ class Adapter(AdapterFiles):
             if not model.get_parameter(name).is_floating_point():
                 raise TypeError(f"modules_to_save: {name} is of {model.get_parameter(name).dtype} and cannot train")
         self._places = _places(model, {name: model.get_submodule(name) for name in parts.layers})
-        self.removed = False
+        self.removed = self._told_of_lost = False
         model.requires_grad_(False)
         for name, parent, attribute, _ in self._places:
             setattr(parent, attribute, parts.layers[name])
@@ -66,7 +68,9 @@ class Adapter(AdapterFiles):
         """
         cls._check(model, config)
         config = cls.config_class() if config is None else config
-        adapter = cls(model, config, cls.build(model, config, cls.find(model, config), None))
+        matches = cls.find(model, config)
+        check_not_offloaded("model", model, {f"{match.name}.weight": match.linear.weight for match in matches})
+        adapter = cls(model, config, cls.build(model, config, matches, None))
         if config.modules_to_save is None:
             warn_of_frozen_heads(model)
         return adapter
@@ -107,6 +111,7 @@ class Adapter(AdapterFiles):
         """
         if kind not in (None, *KINDS):
             raise ValueError(f"kind: expected one of {KINDS} or None, got {kind!r}")
+        self._warn_of_lost("named_parameters")
         new = {
             id(tensor): "live" if name.rpartition(".")[2].startswith("live_") else "adapter"
             for name, tensor in Parts(self.layers, self.modules).state().items()
@@ -136,7 +141,9 @@ class Adapter(AdapterFiles):
 
         lr: of all;  adapter_lr: of the adapters, instead;  adapter_eps: their "eps", for Adam and its kin
         weight_decay: of matrices; the authors' 0.05
+        Raises ValueError where hooks of accelerate offload them: no gradient reaches an offloaded parameter.
         """
+        check_not_offloaded("param_groups", self.model, dict(self.named_parameters()))
         others = {"lr": lr}
         adapters = {"lr": lr if adapter_lr is None else adapter_lr}
         if adapter_eps is not None:
@@ -168,10 +175,10 @@ class Adapter(AdapterFiles):
         """Put every update into its weight, summed in float32 and rounded once.
 
         keep_on: the device of the originals that `unmerge` needs; None: beside the weights
-        Raises ValueError if weights are shared, before anything is changed.
+        Raises ValueError or TypeError, before anything is changed, if weights are shared, sharded, quantised or
+        offloaded, or if a layer is no longer in the model.
         """
-        self._check_on("merge")
-        self._check_whole("merge")
+        self._check_ready("merge")
         if not self.layers:
             raise ValueError(f"merge: {self.method!r} adapts no linear layer")
         self._check_shared()
@@ -189,6 +196,7 @@ class Adapter(AdapterFiles):
         """Give every weight its original bits back."""
         if not self.merged:
             raise ValueError("unmerge: the model is not merged")
+        self._check_tensors("unmerge")
         for layer in self.layers.values():
             if layer.merged:
                 layer.unmerge()
@@ -196,27 +204,58 @@ class Adapter(AdapterFiles):
     def remove(self) -> nn.Module:
         """Take the adapter off and give the model back: with merged weights if it is merged, and heads as trained."""
         self._check_on("remove")
+        if hooked := [name for name, layer in self.layers.items() if "_hf_hook" in vars(layer)]:
+            raise ValueError(f"remove: {hooked[0]} has a hook of accelerate; {HOOKS_OFF}")
         for name, parent, attribute, original in self._places:
             layer = self.layers[name]
             original.weight, original.bias = layer.weight, layer.bias
             original.train(layer.training)
-            setattr(parent, attribute, original)
-        for name in self.modules:
-            parent, _, attribute = name.rpartition(".")
-            delattr(self.model.get_submodule(parent), attribute)
+            if parent._modules.get(attribute) is layer:  # and nothing that was put there since
+                setattr(parent, attribute, original)
+        there = dict(self.model.named_modules(remove_duplicate=False))
+        for name, module in self.modules.items():
+            if there.get(name) is module:
+                parent, _, attribute = name.rpartition(".")
+                delattr(there[parent], attribute)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required.get(name, parameter.requires_grad))
         self.layers, self.modules, self._places, self.removed = {}, {}, [], True
         return self.model
 
+    # ---- what actions ask first -------------------------------------------------------------------------------------
+
     def _check_on(self, action: str) -> None:
         if self.removed:
             raise ValueError(f"{action}: the adapter was removed from its model")
 
-    def _check_whole(self, action: str, instead: str = "do it on a copy that is not sharded") -> None:
-        tensors = (tensor for layer in self.layers.values() for tensor in (*layer.parameters(), *layer.buffers()))
-        if any(hasattr(tensor, "to_local") for tensor in tensors):  # a DTensor, of FSDP2 for instance
-            raise ValueError(f"{action}: the weights are sharded, and it needs them whole; {instead}")
+    def _check_ready(self, action: str, instead: str = "do it on a copy that is not sharded") -> None:
+        """The adapter is in its model, with tensors that can be read and written."""
+        self._check_on(action)
+        if lost := self._lost():
+            raise ValueError(f"{action}: {_no_longer_there(lost)}; remove() the adapter and wrap the model anew")
+        self._check_tensors(action, instead)
+
+    def _check_tensors(self, action: str, instead: str = "do it on a copy that is not sharded") -> None:
+        owners = {**self.layers, **self.modules}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, owner in owners.items()
+            for key, tensor in (*owner.named_parameters(), *owner.named_buffers())
+        }
+        heads = set(self.heads)
+        tensors |= {name: p for name, p in self.model.named_parameters() if name in heads}
+        check_tensors(action, self.model, tensors, owners.values(), instead)
+
+    def _lost(self) -> list[str]:
+        """Names of layers and modules that are no longer in the model: it has put others in their places."""
+        there = set(map(id, self.model.modules()))
+        return [name for name, module in {**self.layers, **self.modules}.items() if id(module) not in there]
+
+    def _warn_of_lost(self, action: str) -> None:
+        """Once. Nothing runs them, and nothing trains them."""
+        if not self._told_of_lost and (lost := self._lost()):
+            self._told_of_lost = True
+            warnings.warn(f"{action}: {_no_longer_there(lost)}", stacklevel=3)
 
     def _check_shared(self) -> None:
         """Parameters may be tied, or be views of one memory."""
@@ -231,6 +270,15 @@ class Adapter(AdapterFiles):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.layers)} layers, {self.num_parameters():,} trained, {self.config})"
+
+
+def _no_longer_there(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    verb = "is" if len(names) == 1 else "are"
+    return (
+        f"{', '.join(names[:3])}{more} of the adapter {verb} no longer in the model, where others took the place "
+        "(resize_token_embeddings does that to an lm_head)"
+    )
 
 
 def _memory(parameter: nn.Parameter) -> object:

@@ -195,18 +195,24 @@ class MoIL(Adapter):
         micro_batches: how many backward passes this optimizer step adds up: with ema_per="micro_batch" as many moves
         returns the imitation loss, a 0-d tensor that was not waited for; None where nothing is done: at the first step,
         when live weights are still where they started, and between two intervals
-        Raises ValueError where no live weight has a gradient, as after a backward in evaluation mode, or under FSDP.
+        Raises ValueError where no live weight has a gradient, as after a backward in evaluation mode, and, as `merge`
+        does, where weights are sharded, quantised or offloaded. Warns, once, of layers that the model has lost.
         """
         config, count = self.config, self.steps
         check_count(micro_batches, "micro_batches")
         self._check_on("step")
+        groups = self.groups()
         lives = [layer.live_weight for layer in self.layers.values()]
-        self._check_whole("step", "take DistributedDataParallel")
         check_scale(loss_scale, lives[0], "loss_scale")
         if self.merged:
             raise ValueError("step: the model is merged; unmerge it first")
         if all(live.grad is None for live in lives):
-            raise ValueError("step: no live weight has a gradient; call it after backward, with the model in training")
+            evaluated = not any(layer.training for layer in self.layers.values())
+            seen = "the model is in evaluation mode, which runs the student: " if evaluated else ""
+            how = "call it after backward, with the model in training"
+            raise ValueError(f"step: no live weight has a gradient; {seen}{how}")
+        if any(parent._modules.get(attribute) is not self.layers[name] for name, parent, attribute, _ in self._places):
+            self._warn_of_lost("step")
         if not self._synchronized:
             self.synchronize()
         self._state.steps += 1
@@ -216,7 +222,7 @@ class MoIL(Adapter):
         if config.ema_per == "micro_batch":
             decay **= micro_batches
         loss, self._errors = imitation_step(
-            self.groups(),
+            groups,
             decay=decay,
             reduction=config.reduction,
             loss_scale=loss_scale * config.loss_weight,
@@ -228,7 +234,8 @@ class MoIL(Adapter):
     @property
     def last_relative_error(self) -> float | None:
         """Σ ‖Ŵ − W̄‖² / Σ ‖Ŵ − W0‖² over all projections at the last step: 1 for a student that has not moved, 0 for one
-        that is its teacher, moved or not. Waits for the device. None before there was a step."""
+        that is its teacher, moved or not. Waits for the device. None before the second step: the first finds live
+        weights where they started, and moves nothing."""
         if self._errors is None:
             return None
         pairs = [(teacher, base) for group in self._groups for teacher, base in zip(group.teacher, group.weight0)]
@@ -260,6 +267,7 @@ class MoIL(Adapter):
         # A half-precision base is held in float32, which does not see the base change
         identity += [layer._changes() for layer in self.layers.values()]
         if identity != self._grouped:
+            self._check_tensors("step", "take DistributedDataParallel")
             self._groups = [_group(layers) for layers in self._siblings()]
             self._grouped = identity
         return self._groups

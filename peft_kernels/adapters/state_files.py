@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -19,6 +20,7 @@ from peft_kernels.adapters.checkpoint import (
 from peft_kernels.adapters.config import AdapterConfig
 from peft_kernels.adapters.heads import head_modules, named_state
 from peft_kernels.adapters.lora_files import write_lora
+from peft_kernels.adapters.model_checks import check_not_offloaded
 from peft_kernels.adapters.targets import Match
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 
@@ -57,6 +59,8 @@ class AdapterFiles(ABC):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`. Raises ValueError on other names or shapes, before anything is changed."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected tensors by name, got {type(state).__name__}")
         own = self.state_dict()
         if self.merged:
             raise ValueError("load_state_dict: the model is merged, with what it would replace; unmerge it first")
@@ -73,10 +77,9 @@ class AdapterFiles(ABC):
 
         A crash while writing leaves the folder's earlier files whole.
         """
+        _check_folder(folder)
+        self._check_ready("save_pretrained")
         state = {name: tensor for name, tensor in self.state_dict().items() if self._is_saved(name)}
-        self._check_whole("save_pretrained")
-        if any(tensor.is_meta for tensor in (*state.values(), *self.model.parameters())):
-            raise ValueError("save_pretrained: the model is on the meta device and holds no values")
         frozen = {name: layer.frozen()[0] for name, layer in self.layers.items()}
         config = {"method": self.method, **self.config.to_dict(), "fingerprint": fingerprint(frozen)}
         del config["backend"]  # is of the machine
@@ -119,6 +122,7 @@ class AdapterFiles(ABC):
         cls: type[Self], model: nn.Module, config: AdapterConfig, matches: list[Match], checkpoint: Checkpoint
     ) -> Self:
         """An adapter with values from a file. All checks come first: a rank that only a file asks for costs nothing."""
+        check_not_offloaded("model", model, dict(model.named_parameters()))
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("model: is on the meta device; give it its weights first")
         try:
@@ -138,8 +142,15 @@ class AdapterFiles(ABC):
 
         Raises ValueError where stock LoRA cannot say the same.
         """
-        self._check_on("export_lora")
-        self._check_whole("export_lora")
+        _check_folder(folder)
+        self._check_ready("export_lora")
         factors = {name: layer.lora_factors() for name, layer in self.layers.items()}
         others = [name for name, _ in self.model.named_modules() if name not in factors]
         write_lora(folder, factors, head_modules(self.model, self._head_names), others)
+
+
+def _check_folder(folder: object) -> None:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder: expected a path, got {type(folder).__name__}")
+    if not os.fspath(folder):  # pathlib would take the current one
+        raise ValueError("folder: expected the path of a folder, got ''")

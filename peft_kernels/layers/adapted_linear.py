@@ -11,6 +11,8 @@ from peft_kernels.checks import DTYPES, check_choice, check_probability, check_s
 from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
 from peft_kernels.ops.reconstruct import reconstruct
 
+HOOKS_OFF = "take them off by accelerate.hooks.remove_hook_from_submodules(model) first, and dispatch it again after"
+
 
 class AdaptedLinear(nn.Linear):
     """Takes the place of `linear` and keeps its `weight` and `bias`, the same Parameters under the same keys.
@@ -48,6 +50,12 @@ class AdaptedLinear(nn.Linear):
         self._original: tuple[Tensor, Tensor | None] | None = None
         self.set_scale(scale)
         self.train(linear.training)
+
+    def train(self, mode: bool = True):
+        """As any module's. Raises ValueError where hooks of accelerate offload what trains: no gradient arrives."""
+        if mode and "_hf_hook" in vars(self) and any(p.is_meta and p.requires_grad for p in self.parameters()):
+            raise ValueError(f"train: the layer is offloaded by hooks of accelerate and cannot learn; {HOOKS_OFF}")
+        return super().train(mode)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(down, up, core) of the update, as `lowrank_linear` takes them."""
@@ -142,6 +150,8 @@ class AdaptedLinear(nn.Linear):
         keep_on: the device of the kept original; None is the weight's own, "cpu" frees that memory.
         """
         self._check_unmerged("merge")
+        check_keep_on(keep_on)
+        check_dense("merge: weight", self.weight)
         merged = reconstruct(*self.factors(), scale=self.scale, base=self.weight, backend=self.backend)
         bias = self.adapted_bias()
         kept = [
@@ -228,13 +238,42 @@ def check_linear_module(linear: object) -> None:
         raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
     if isinstance(linear, AdaptedLinear):
         raise ValueError(f"linear: is a {type(linear).__name__} already; its adapter would be lost")
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+    if "_hf_hook" in vars(linear):
+        raise ValueError(f"linear: has a hook of accelerate, which calls the forward that it found; {HOOKS_OFF}")
+    if isinstance(linear._parameters.get("weight"), Tensor):
+        check_dense("linear: weight", linear.weight)
+    if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:  # hooks, taken off, leave it on the instance
         raise TypeError(f"linear: expected the forward of nn.Linear, {type(linear).__name__} has its own")
     weight = linear._parameters.get("weight")
     if weight is None or is_lazy(weight):
         raise TypeError(f"linear: expected a plain weight Parameter, {type(linear).__name__} has none")
     if weight.dtype not in DTYPES:
         raise TypeError(f"linear: expected a floating-point weight, got {weight.dtype}; use lowrank_linear for it")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a tensor that stores its values in another form: quantised, sparse, nested or mkldnn's."""
+    kind, module = type(tensor), type(tensor).__module__
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        plain = not module.startswith("bitsandbytes.")  # its packed parameters have no operations of their own
+    else:
+        plain = module.startswith(("torch.distributed.", "torch._subclasses."))  # DTensor and FakeTensor stand for any
+    if plain and tensor.layout is torch.strided and not tensor.is_nested:
+        return
+    form = "nested " if tensor.is_nested else "" if tensor.layout is torch.strided else f"{tensor.layout} "
+    raise TypeError(
+        f"{name}: expected a dense Tensor, got {module.partition('.')[0]}'s {form}{kind.__name__}; dequantize the "
+        "model first, or adapt it by peft and peft_kernels.integrations.peft.accelerate"
+    )
+
+
+def check_keep_on(keep_on: torch.device | str | None) -> None:
+    try:
+        device = None if keep_on is None else torch.empty(0, device=keep_on).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # each kind of device has its own
+        raise ValueError(f"keep_on: expected a device of this machine or None, got {keep_on!r}") from error
+    if device is not None and device.type == "meta":
+        raise ValueError("keep_on: the meta device holds no values, and unmerge needs the originals")
 
 
 def adapter_dtype_for(linear: nn.Linear, asked: torch.dtype | None) -> torch.dtype:
