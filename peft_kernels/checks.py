@@ -12,6 +12,7 @@ _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # of a union, isinstance 
 _INTEGERS, _FLAGS = (int, torch.SymInt), (bool, int, torch.SymBool)
 _MOST = torch.finfo(torch.float32).max
 _PLAIN = (Tensor, nn.Parameter)
+_OR_PASS = ", or pass an object with .dequantize(dtype) and .shape"
 
 
 def check_tensor(
@@ -19,39 +20,33 @@ def check_tensor(
 ) -> None:
     """`value` is a dense tensor of one of `dtypes`, on the device of `like`."""
     if type(value) not in _PLAIN or value.layout is not torch.strided or value.is_nested:
-        _check_dense(name, value)
+        check_dense(name, value, "dequantize it first" + _OR_PASS * (name == "weight"))
     if value.dtype not in dtypes:
-        if library := _library(value):  # bitsandbytes packs weights as a Parameter of bytes
-            raise _packed(name, value, library)
         raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, as the others, got {value.device}")
 
 
-def _check_dense(name: str, value: object) -> None:
-    """A tensor with one number at every place of its shape, in memory of its own, whatever its type."""
+def check_dense(name: str, value: object, instead: str) -> None:
+    """A tensor with one number at every place of its shape, in memory of its own, whatever its type.
+
+    instead: what to do with one that a library has packed. torch's own types (DTensor, fake and functional tensors) are
+    left to torch, as are those of others whose memory is where it seems.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {kind_of(value)}")
     if value.is_nested:
         raise TypeError(f"{name}: expected a dense Tensor, got a nested one; pad it, or pass its parts one by one")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense Tensor, got layout {value.layout}; make it dense first")
-    # torch's own (DTensor, fake and functional tensors) are left to torch, as are those whose memory is where it seems.
-    library, overridden = _library(value), type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    if library and overridden and (torch.compiler.is_compiling() or (value.numel() and not value.data_ptr())):
-        raise _packed(name, value, library)
-
-
-def _library(value: Tensor) -> str:
-    """The package that a tensor's type comes from; "" for torch's own."""
-    library = type(value).__module__.partition(".")[0]
-    return "" if library == "torch" else library
-
-
-def _packed(name: str, value: Tensor, library: str) -> TypeError:
-    instead = ", or pass an object with .dequantize(dtype) and .shape" if name == "weight" else ""
-    got = f"a {type(value).__name__} of {library}"
-    return TypeError(f"{name}: expected a dense Tensor, got {got}; dequantize it first{instead}")
+    library, kind = type(value).__module__.partition(".")[0], type(value)
+    if library == "torch":
+        return
+    packed = not value.is_floating_point()  # as bitsandbytes does, in a Parameter of bytes
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not packed:
+        packed = torch.compiler.is_compiling() or (value.numel() and not value.data_ptr())
+    if packed:
+        raise TypeError(f"{name}: expected a dense Tensor, got a {kind.__name__} of {library}; {instead}")
 
 
 def kind_of(value: object) -> str:

@@ -52,10 +52,10 @@ def quantize(model):
 
 
 FORMS = {
-    "quantlib's Quantized": Quantized,
-    "bitsandbytes's Packed": lambda w: Packed(w.detach()),
-    r"torch's torch.sparse_coo \w+": lambda w: w.detach().to_sparse(),
-    r"torch's torch._mkldnn \w+": lambda w: w.detach().to_mkldnn(),
+    "a Quantized of quantlib; dequantize the model": Quantized,
+    "a Packed of bitsandbytes; dequantize the model": lambda w: Packed(w.detach().byte(), requires_grad=False),
+    "layout torch.sparse_coo; make it dense": lambda w: w.detach().to_sparse(),
+    "layout torch._mkldnn; make it dense": lambda w: w.detach().to_mkldnn(),
 }
 
 
@@ -64,7 +64,7 @@ def test_other_forms_of_weights_are_refused_by_their_library(form):
     model, linear = Small(), nn.Linear(32, 32)
     for each in (model.query, model.value, linear):
         each._parameters["weight"] = FORMS[form](each.weight)
-    with pytest.raises(TypeError, match=rf"^linear: weight: expected a dense Tensor, got {form}; dequantize the model"):
+    with pytest.raises(TypeError, match=rf"^linear: weight: expected a dense Tensor, got {form}"):
         LowRankLinear(linear, 4)
     for method in METHODS.keys() - {"full"}:
         with pytest.raises(TypeError, match=rf"^targets: query: linear: weight: expected a dense Tensor, got {form}"):
@@ -88,19 +88,19 @@ def test_quantised_after_wrapping(method, tmp_path):
     adapter = small(method)
     quantize(adapter.model)
     for action in ACTIONS:
-        with pytest.raises(TypeError, match=rf"^{action}: query.weight: expected a dense Tensor, got quantlib's"):
+        with pytest.raises(TypeError, match=rf"^{action}: query.weight: expected a dense Tensor, got a Quantized of quantlib"):
             act(adapter, action, tmp_path)
-    with pytest.raises(TypeError, match=r"^merge: weight: expected a dense Tensor, got quantlib's"):
+    with pytest.raises(TypeError, match=r"^merge: weight: expected a dense Tensor, got a Quantized of quantlib"):
         adapter.layers["query"].merge()
     if method == "moil":
-        with pytest.raises(TypeError, match=r"^step: query.weight: expected a dense Tensor, got quantlib's"):
+        with pytest.raises(TypeError, match=r"^step: query.weight: expected a dense Tensor, got a Quantized of quantlib"):
             adapter.step()
         assert adapter.steps == 0
     assert not adapter.merged and list(tmp_path.iterdir()) == []
     adapter = small(method)
     adapter.merge()
     quantize(adapter.model)  # what is deployed; the original bits would not fit into it
-    with pytest.raises(TypeError, match=r"^unmerge: query.weight: expected a dense Tensor, got quantlib's"):
+    with pytest.raises(TypeError, match=r"^unmerge: query.weight: expected a dense Tensor, got a Quantized of quantlib"):
         adapter.unmerge()
 
 

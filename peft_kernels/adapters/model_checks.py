@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from peft_kernels.layers.adapted_linear import HOOKS_OFF, check_dense
+from peft_kernels.checks import check_dense
+from peft_kernels.layers.adapted_linear import DENSE_FIRST, HOOKS_OFF
 
 
 def check_tensors(
@@ -22,7 +23,7 @@ def check_tensors(
     if any(getattr(owner, "_is_fsdp_managed_module", False) for owner in owners):
         raise ValueError(f"{action}: the weights are FSDP's, which are whole for a moment only; {instead}")
     for name, tensor in tensors.items():
-        check_dense(f"{action}: {name}", tensor)
+        check_dense(f"{action}: {name}", tensor, DENSE_FIRST)
     check_not_offloaded(action, model, tensors)
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError(f"{action}: the model is on the meta device and holds no values")

@@ -7,11 +7,12 @@ from torch.nn.parameter import is_lazy
 
 from peft_kernels import kinds
 from peft_kernels.backend import BACKENDS, Choice, resolve
-from peft_kernels.checks import DTYPES, check_choice, check_probability, check_scale
+from peft_kernels.checks import DTYPES, check_choice, check_dense, check_probability, check_scale
 from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
 from peft_kernels.ops.reconstruct import reconstruct
 
 HOOKS_OFF = "take them off by accelerate.hooks.remove_hook_from_submodules(model) first, and dispatch it again after"
+DENSE_FIRST = "dequantize the model first, or adapt it by peft and peft_kernels.integrations.peft.accelerate"
 
 
 class AdaptedLinear(nn.Linear):
@@ -151,7 +152,7 @@ class AdaptedLinear(nn.Linear):
         """
         self._check_unmerged("merge")
         check_keep_on(keep_on)
-        check_dense("merge: weight", self.weight)
+        check_dense("merge: weight", self.weight, DENSE_FIRST)
         merged = reconstruct(*self.factors(), scale=self.scale, base=self.weight, backend=self.backend)
         bias = self.adapted_bias()
         kept = [
@@ -241,7 +242,7 @@ def check_linear_module(linear: object) -> None:
     if "_hf_hook" in vars(linear):
         raise ValueError(f"linear: has a hook of accelerate, which calls the forward that it found; {HOOKS_OFF}")
     if isinstance(linear._parameters.get("weight"), Tensor):
-        check_dense("linear: weight", linear.weight)
+        check_dense("linear: weight", linear.weight, DENSE_FIRST)
     if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:  # hooks, taken off, leave it on the instance
         raise TypeError(f"linear: expected the forward of nn.Linear, {type(linear).__name__} has its own")
     weight = linear._parameters.get("weight")
@@ -249,22 +250,6 @@ def check_linear_module(linear: object) -> None:
         raise TypeError(f"linear: expected a plain weight Parameter, {type(linear).__name__} has none")
     if weight.dtype not in DTYPES:
         raise TypeError(f"linear: expected a floating-point weight, got {weight.dtype}; use lowrank_linear for it")
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for a tensor that stores its values in another form: quantised, sparse, nested or mkldnn's."""
-    kind, module = type(tensor), type(tensor).__module__
-    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
-        plain = not module.startswith("bitsandbytes.")  # its packed parameters have no operations of their own
-    else:
-        plain = module.startswith(("torch.distributed.", "torch._subclasses."))  # DTensor and FakeTensor stand for any
-    if plain and tensor.layout is torch.strided and not tensor.is_nested:
-        return
-    form = "nested " if tensor.is_nested else "" if tensor.layout is torch.strided else f"{tensor.layout} "
-    raise TypeError(
-        f"{name}: expected a dense Tensor, got {module.partition('.')[0]}'s {form}{kind.__name__}; dequantize the "
-        "model first, or adapt it by peft and peft_kernels.integrations.peft.accelerate"
-    )
 
 
 def check_keep_on(keep_on: torch.device | str | None) -> None:
