@@ -141,16 +141,16 @@ PRESETS: dict[str, Preset] = {
     ),
     "visualbert": Preset((_attention(_LAYER + r"\.attention\.self", "cross"),), _BERT_FFN, ("pooler", "cls")),
     "clip": Preset(
-        tuple(
-            _attention(_CLIP.format(tower) + r"\.self_attn", modality, "q_proj|k_proj|v_proj")
-            for tower, modality in (("vision", "vision"), ("text", "text"))
+        (
+            _attention(_CLIP.format("vision") + r"\.self_attn", "vision", "q_proj|k_proj|v_proj"),
+            _attention(_CLIP.format("text") + r"\.self_attn", names="q_proj|k_proj|v_proj"),
+            # One tower alone, in transformers 5: its name is gone, and with it the modality
+            _attention(r"encoder\.layers\.\d+\.self_attn", names="q_proj|k_proj|v_proj"),
         ),
-        tuple(
-            target
-            for tower, modality in (("vision", "vision"), ("text", "text"))
-            for target in _feed_forward(
-                _CLIP.format(tower) + r"\.mlp\.fc1", _CLIP.format(tower) + r"\.mlp\.fc2", modality
-            )
+        (
+            *_feed_forward(_CLIP.format("vision") + r"\.mlp\.fc1", _CLIP.format("vision") + r"\.mlp\.fc2", "vision"),
+            *_feed_forward(_CLIP.format("text") + r"\.mlp\.fc1", _CLIP.format("text") + r"\.mlp\.fc2"),
+            *_feed_forward(r"encoder\.layers\.\d+\.mlp\.fc1", r"encoder\.layers\.\d+\.mlp\.fc2"),
         ),
         ("visual_projection", "text_projection", "classifier"),
         whole=False,
@@ -179,7 +179,8 @@ PRESETS: dict[str, Preset] = {
                 "vision",
             ),
         ),
-        ("classifier", "cls_classifier", "distillation_classifier", "head"),  # the last is timm's
+        # The last are timm's, a linear layer or a module with one; SigLIP's `head` is a pretrained part of its towers
+        ("classifier", "cls_classifier", "distillation_classifier", "head.weight", "head.bias", "head.fc"),
         whole=False,
     ),
 }

@@ -54,7 +54,8 @@ def warn_of_frozen_heads(model: nn.Module) -> None:
     frozen = []
     for name, child in model.named_children():
         parameters = list(child.parameters())
-        if name in TASK_HEADS and parameters and not any(p.requires_grad for p in parameters):
+        pools = name == "head" and not (isinstance(child, nn.Linear) or hasattr(child, "fc"))  # SigLIP's, pretrained
+        if name in TASK_HEADS and not pools and parameters and not any(p.requires_grad for p in parameters):
             frozen.append(name)
     if frozen:
         warnings.warn(

@@ -77,7 +77,9 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
         found = [(name, target) for name in linears for target in wanted if re.fullmatch(target.pattern, name)]
         if not found:
             names = ["query", "key", "value", "qkv", "q_proj", "fc1"]
-            raise ValueError(f"preset: {config.preset!r} matches no linear layer; {nearest(names, linears)}")
+            called = [name for name in linears if not isinstance(modules[name.rpartition(".")[0]], _READS_WEIGHTS)]
+            inside = "" if len(called) == len(linears) else f"; {_IN_PEFT}"
+            raise ValueError(f"preset: {config.preset!r} matches no linear layer; {nearest(names, called)}{inside}")
         there = [target for _, target in found]
         if preset.whole and (absent := [target.pattern for target in preset.targets if target not in there]):
             raise ValueError(
@@ -99,12 +101,23 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
             raise ValueError(
                 f"targets: {match.name} is part of an nn.{kind}, which reads its weight past any adapter; {_IN_PEFT}"
             )
+        if _adds_biases_itself(match.linear, parent):
+            raise ValueError(
+                f"targets: {match.name} is part of a {type(parent).__name__} that reads its weight past any adapter, to "
+                "add q_bias and v_bias; timm's qkv_bias_separate=True calls it instead"
+            )
         try:
             check_linear_module(match.linear)
         except (TypeError, ValueError) as error:
             raise type(error)(f"targets: {match.name}: {error}") from None
     order = {name: place for place, name in enumerate(modules)}
     return sorted(matches.values(), key=lambda match: order[match.name])
+
+
+def _adds_biases_itself(linear: nn.Linear, parent: nn.Module) -> bool:
+    """BEiT's way, in timm and in code that comes from it: F.linear(x, self.qkv.weight, cat(q_bias, k_bias, v_bias))."""
+    separate = getattr(parent, "q_bias", None) is not None and getattr(parent, "qkv", None) is linear
+    return separate and not getattr(parent, "qkv_bias_separate", False)
 
 
 def _found(targets: str | tuple, modules: dict, linears: dict) -> list[tuple[str, Target]]:
