@@ -46,9 +46,9 @@ def work(folder: Path, began) -> None:
     """Goes on from what is there. began: an event, set when it is to be killed from now on"""
     torch.use_deterministic_algorithms(True)
     moil, optimizer, batch = resumed(folder / STATE) if (folder / STATE).exists() else training()
-    began.set()
     while True:
         train(moil, optimizer, batch, 1)
+        began.set()
         interrupt(folder / STATE, moil, optimizer)
         write(folder, int(moil.steps))
 

@@ -129,7 +129,7 @@ def test_killed_at_random_moments(processes, moments, tmp_path):
     write(tmp_path, 0)
     uninterrupted, counts, left, between = Uninterrupted(), (0, 0), 0, 0
     for number in range(moments):
-        killed(processes, work, tmp_path, after=random.Random(number).uniform(0, 1))
+        killed(processes, work, tmp_path, after=random.Random(number).uniform(0, 0.3))
         counts = check(tmp_path, uninterrupted, counts)
         left += len(unfinished(tmp_path)) > 0
         between += not (tmp_path / STOCK / CONFIG_FILE).exists()

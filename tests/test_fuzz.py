@@ -61,13 +61,8 @@ def check_strides(case, backend):
         leaves = [t.requires_grad_() for t in each.values()]
         torch.manual_seed(7)
         with torch.autocast(DEVICE, half, enabled=half is not None and case.dtype == torch.float32):
-            y = lowrank_linear(
-                **{"bias": None, **each},
-                scale=case.scale,
-                dropout_p=case.dropout_p,
-                dropout_on=case.dropout_on,
-                backend=backend,
-            )
+            dropout = {"dropout_p": case.dropout_p, "dropout_on": case.dropout_on}
+            y = lowrank_linear(**{"bias": None, **each}, scale=case.scale, **dropout, backend=backend)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, case.gradient(DEVICE).to(y.dtype))])
     ulp = lowrank_cases.ULP[results[0][0].dtype]
     for ours, same in zip(*results):
