@@ -6,6 +6,8 @@
 #   make lint      ruff
 #   make static    every ahead-of-time compilation, not only CI's choice
 #   make races     races in the kernels, looked for in all of the tests' problems and with every barrier left out
+#   make kills     a training that saves and exports, killed at 200 random moments: what it leaves is whole
+#   make fuzz      10,000 random cases: operations against float64, adapters there and back through files; long
 #   make bench     the benchmarks' cases under pytest-benchmark; python -m peft_kernels bench is the one with peers
 #   make gpu       on a GPU machine, three runs of nine minutes: PARTS="truth speed tuning" OUT=gpu_out (docs/gpu.md)
 #   make gpu-rehearsal  all of make gpu but the numbers, without a GPU: kernels compiled, launches checked; long
@@ -45,7 +47,7 @@ HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 CAPABILITY = import torch; c = torch.cuda.get_device_capability(); print(f"{c[0]}{c[1]}" + "a" * (c[0] == 9))
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint tests static-ci static races peft-suite demo bench gpu gpu-rehearsal tables wheel clean distclean
+.PHONY: help env test lint tests static-ci static races kills fuzz peft-suite demo bench gpu gpu-rehearsal tables wheel clean distclean
 .PHONY: FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -112,6 +114,14 @@ static: $(VENV)/installed
 races: $(VENV)/installed
 	@echo "== races, the full sweep"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_races*.py -m "" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+kills: $(VENV)/installed
+	@echo "== killed at 200 random moments"
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_adapter_crashes.py -m "" -s $(PYTEST_ARGS)
+
+fuzz: $(VENV)/installed
+	@echo "== 10,000 random cases"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_fuzz.py -m sweep -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 peft-suite: $(VENV)/installed
 	@echo "== PEFT's own tests"

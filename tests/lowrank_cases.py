@@ -168,7 +168,7 @@ def assert_as_accurate_as_torch(
     of single elements average out only as 1/√n: a tensor of one may be off by two ulps more.
 
     conditioned: for arbitrary shapes, where a gradient may hang on one sum that cancels (one row, rank 1), and which of
-    two roundings of it is the better is chance: half a float32 ulp of the sum of the absolute terms is allowed besides.
+    two roundings of it is the better is chance: half an ulp of the sum of the absolute terms is allowed besides.
     """
     mask = recover_mask(problem, device, backend, design=design) if problem.dropout_p else None
     ours = run(problem, device, backend, design=design)
@@ -182,7 +182,7 @@ def assert_as_accurate_as_torch(
         assert value.dtype == (problem.dtype if name in ("y", "x", "weight", "bias") else _factor_dtype(problem)), name
         allowed = factor * error(peer[name], oracle[name]) + slack + 2 * ULP[problem.dtype] / value.numel() ** 0.5
         if conditioned:
-            allowed += ULP[torch.float32] / 2 * (terms[name].norm() / oracle[name].norm().clamp_min(1e-300)).item()
+            allowed += ULP[problem.dtype] / 2 * (terms[name].norm() / oracle[name].norm().clamp_min(1e-300)).item()
         assert error(value, oracle[name]) <= allowed, (name, error(value, oracle[name]), allowed)
 
 

@@ -215,16 +215,24 @@ def training(seed: int = 0) -> tuple[MoIL, torch.optim.Optimizer, dict[str, Tens
 
 
 def interrupt(path: Path, moil: MoIL, optimizer: torch.optim.Optimizer) -> None:
+    """As docs/raw_loop.md has it."""
     state = {"moil": moil.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-    torch.save(state, path)
+    new = path.with_name(f"{path.name}.new")
+    torch.save(state, new)
+    os.replace(new, path)
 
 
-def resume(path: str | os.PathLike, steps: int) -> dict[str, Tensor]:
-    """In any process: the adapter's state after some more steps."""
+def resumed(path: str | os.PathLike) -> tuple[MoIL, torch.optim.Optimizer, dict[str, Tensor]]:
     state = torch.load(path)
     moil, optimizer, batch = training(seed=99)  # what it starts from is replaced
     moil.load_state_dict(state["moil"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
+    return moil, optimizer, batch
+
+
+def resume(path: str | os.PathLike, steps: int) -> dict[str, Tensor]:
+    """In any process: the adapter's state after some more steps."""
+    moil, optimizer, batch = resumed(path)
     train(moil, optimizer, batch, steps)
     return moil.state_dict()

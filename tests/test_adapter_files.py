@@ -186,31 +186,6 @@ def test_a_crash_while_writing_leaves_the_old_files(old, place, crash, monkeypat
     load("lora", "vilt_vqa", folder)
 
 
-def test_a_crash_between_the_files_is_either_checkpoint_or_told(old, monkeypatch):
-    adapter, folder, before = old
-    real = checkpoint.write_atomically
-
-    def stop_at_the_second(path, write):
-        if path.name == CONFIG_FILE:
-            raise OSError("power")
-        real(path, write)
-
-    monkeypatch.setattr(checkpoint, "write_atomically", stop_at_the_second)
-    with pytest.raises(OSError, match="power"):
-        adapter.save_pretrained(folder)
-    now = files(folder)
-    assert now[CONFIG_FILE] == before[CONFIG_FILE] and now[WEIGHTS_FILE] != before[WEIGHTS_FILE]
-    batch = build("vilt_vqa")[1]  # the same configuration: the new checkpoint
-    assert torch.equal(output(load("lora", "vilt_vqa", folder).model, batch), output(adapter.model, batch))
-    model, _ = build("vilt_vqa")
-    with pytest.raises(OSError, match="power"):
-        wrap("lora", model, "vilt_vqa", rank=4).save_pretrained(folder)
-    with pytest.raises(ValueError, match=rf"{CONFIG_FILE}: is not the configuration .* remove {CONFIG_FILE} to take"):
-        load("lora", "vilt_vqa", folder)
-    (folder / CONFIG_FILE).unlink()
-    assert load("lora", "vilt_vqa", folder).config.rank == 4
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("action", ["save_pretrained", "export_lora"])
 def test_broken_values_do_not_replace_good_ones(old, value, action):

@@ -4,10 +4,10 @@ The weights' file carries the configuration in its header, so that one atomic re
 adapter_config.json is its readable copy. Nothing is ever unpickled.
 """
 
+import hashlib
 import json
 import os
-import secrets
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_kernels.adapters.writing import write_atomically, write_together
+
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"  # of older releases of peft
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _DTYPES |= {"BOOL": torch.bool}
 _HALVES = (torch.bfloat16, torch.float16)
+_LEVELS = 16  # of lists and dictionaries inside each other: no configuration has more than a few
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a temporary file beside `path`, which then takes its place: a crash leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # what the umask allows, whatever `write` does
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Both files into `folder`, which is made if it is not there. Tensors may share memory."""
-    folder = Path(folder)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     # One entry: with two, safetensors writes them in any order, and equal adapters would differ in bytes
-    save_tensors(folder / WEIGHTS_FILE, tensors, {"adapter_config": text})
-    write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    metadata = {"adapter_config": _text(config)}
+    write_with_config(folder, {**config, "sha256": _digest(config)}, tensors, metadata)
+
+
+def write_with_config(
+    folder: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """The weights with `metadata` in their header, and then adapter_config.json. Raises as `save_tensors`."""
+    weights, text = Path(folder) / WEIGHTS_FILE, _text(config)
+    separate = _separate(weights, tensors)
+    writers = {
+        WEIGHTS_FILE: lambda path: save_file(separate, path, metadata=metadata),
+        CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    write_together(weights.parent, writers)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -53,6 +55,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
     Raises ValueError for a value that is not finite, which nothing would load: an earlier file stays.
     """
+    separate = _separate(path, tensors)
+    write_atomically(path, lambda new: save_file(separate, new, metadata=metadata))
+
+
+def _separate(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the CPU, contiguous, and no two in one memory."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -63,52 +71,79 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         shared = storage.data_ptr() in seen or storage.nbytes() > tensor.nbytes
         seen.add(storage.data_ptr())
         separate[name] = tensor.clone() if shared else tensor
-    write_atomically(path, lambda temporary: save_file(separate, temporary, metadata=metadata))
+    return separate
+
+
+def _text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 class Checkpoint:
     """An opened folder: its configuration, and the names and shapes of its tensors; values are read by `tensors`.
 
+    The file stays open: whatever is saved into the folder meanwhile, all of this is of one save.
     Raises FileNotFoundError where a file is missing, and ValueError, naming the file, where one is broken.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.path = Path(folder) / WEIGHTS_FILE
-        copy = Path(folder) / CONFIG_FILE
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file")
+        self.path, copy = Path(folder) / WEIGHTS_FILE, Path(folder) / CONFIG_FILE
+        _check_folder(Path(folder))
+        _check_file(self.path)
         try:
-            with safe_open(self.path, "pt") as file:
-                metadata = file.metadata() or {}
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a dict
-                self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
-                kinds = {name: each.get_dtype() for name, each in slices.items()}
-                self.dtypes = {name: _DTYPES.get(kind, kind) for name, kind in kinds.items()}
-        except (SafetensorError, OSError) as error:
+            self._file = safe_open(self.path, "pt")
+            metadata = self._file.metadata() or {}
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, not a dict
+        except (SafetensorError, OSError, UnicodeError) as error:
             raise ValueError(f"{self.path}: not a whole safetensors file: {error}") from None
+        self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+        kinds = {name: each.get_dtype() for name, each in slices.items()}
+        self.dtypes = {name: _DTYPES.get(kind, kind) for name, kind in kinds.items()}
+        self.stored = {name: name for name in slices}  # in the file, by the names that `shapes` and `dtypes` go by
         own = metadata.get("adapter_config")
-        self.config = read_json(copy) if copy.is_file() else _parsed(own, self.path) if own else None
-        if self.config is None:
-            raise FileNotFoundError(f"{copy}: no such file")
-        if own and self.config != _parsed(own, self.path):
+        self.config = read_json(copy) if own is None else _parsed(own, self.path)
+        if own is not None and os.path.lexists(copy):
+            self._check_copy(copy)
+
+    def _check_copy(self, copy: Path) -> None:
+        """A copy that says by its digest that nobody has edited it was written by another save, and loses to the
+        header. Where somebody has edited it, the adapter that they expect is not there."""
+        config = read_json(copy)
+        digest = config.pop("sha256", None)
+        if config == self.config:
+            return
+        if digest != _digest(config):
             raise ValueError(
                 f"{copy}: is not the configuration that {self.path.name} was saved with, which its header holds; "
                 f"remove {copy.name} to take that one"
             )
+        warnings.warn(
+            f"{copy}: was written by another save than {self.path.name}, whose own configuration, in its header, is "
+            f"taken; remove {copy.name} to be rid of this warning",
+            stacklevel=2,
+        )
 
     def tensors(self, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         """All of them, on the CPU. Raises ValueError unless they have the names and shapes of `expected`, and values
-        that are finite."""
+        that are finite, in the dtypes there too."""
         check_state(str(self.path), {name: (self.shapes[name], self.dtypes[name]) for name in self.shapes}, expected)
+        return {name: self.value(stored, expected[name].dtype) for name, stored in self.stored.items()}
+
+    def value(self, stored: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor of the file. Raises ValueError unless its values are finite, in `dtype` too."""
         try:
-            with safe_open(self.path, "pt") as file:
-                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            value = self._file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path}: not a whole safetensors file: {error}") from None
-        for name, value in values.items():
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{self.path}: {name} holds values that are not finite")
-        return values
+        if not torch.isfinite(value.to(dtype or value.dtype)).all():
+            raise ValueError(f"{self.path}: {stored} holds values that are not finite")
+        return value
 
 
 def check_state(what: str, found: dict[str, tuple[tuple[int, ...], object]], expected: dict[str, Tensor]) -> None:
@@ -128,20 +163,63 @@ def check_state(what: str, found: dict[str, tuple[tuple[int, ...], object]], exp
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError or ValueError, naming the file."""
+    _check_file(path)
     try:
         return _parsed(path.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
+def _check_folder(folder: Path) -> None:
+    """What users of hubs and of older files bring is told what is read."""
+    if not os.path.lexists(folder):
+        raise FileNotFoundError(
+            f"{folder}: no such folder. A local one is read; huggingface_hub.snapshot_download(…) gets one of a hub"
+        )
+    if os.path.lexists(folder / PICKLED_FILE) and not os.path.lexists(folder / WEIGHTS_FILE):
+        raise FileNotFoundError(
+            f"{folder / WEIGHTS_FILE}: no such file. {PICKLED_FILE} is there, but pickles are never read: load it with "
+            "peft, whose save_pretrained writes safetensors"
+        )
+
+
+def _check_file(path: Path) -> None:
+    """A FIFO would be waited for."""
+    try:
+        if path.is_file():
+            return
+    except OSError as error:  # a name that is too long, or a folder that is not ours
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if os.path.lexists(path):
+        raise ValueError(f"{path}: expected a file, got a folder, a broken link, or something else that is none")
+    raise FileNotFoundError(f"{path}: no such file")
+
+
 def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # ValueError alone for a number of 4,300 digits
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    if _deeper(value, _LEVELS):
+        raise ValueError(f"{path}: expected at most {_LEVELS} lists and objects inside each other")
     return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name!r} is there twice")
+        values[name] = value
+    return values
+
+
+def _deeper(value: object, levels: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(child, levels - 1) for child in children)
 
 
 def fingerprint(weights: dict[str, Tensor]) -> dict[str, list[float]]:

@@ -126,7 +126,7 @@ class LoRA(Adapter):
         named = dict(model.named_modules())
         if missing := [name for name in stock.ranks if not isinstance(named.get(name), nn.Linear)]:
             raise ValueError(f"model: has no nn.Linear named {missing[0]}, as {stock.path} asks for")
-        bases = stock.base_parameters(model)
+        bases, base_values = stock.base_parameters(model), stock.base_values()
         config = LoRAConfig(
             targets="|".join(re.escape(name) for name in stock.ranks),
             modules_to_save=stock.heads,
@@ -139,5 +139,5 @@ class LoRA(Adapter):
         adapter = cls._filled(model, config, cls.find(model, config), stock)
         with torch.no_grad():
             for name, parameter in bases.items():
-                parameter.copy_(stock.base_values[name])
+                parameter.copy_(base_values[name])
         return adapter

@@ -1,23 +1,16 @@
 """Stock LoRA checkpoints, in the format of the peft library, without that library."""
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from peft_kernels.adapters.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Checkpoint,
-    read_json,
-    save_tensors,
-    write_atomically,
-)
+from peft_kernels.adapters.checkpoint import CONFIG_FILE, Checkpoint, read_json, write_with_config
 from peft_kernels.adapters.config import by_pattern, check_count, check_flag, check_number, check_patterns
 from peft_kernels.checks import check_probability
 
@@ -50,7 +43,7 @@ def write_lora(
     """
     if not factors:
         raise ValueError("export_lora: there is no adapted linear layer")
-    if _holds_our_own(Path(folder) / CONFIG_FILE):
+    if _holds_our_own(Path(folder)):
         raise ValueError(f"export_lora: {folder} holds an adapter that save_pretrained wrote; take another folder")
     with_bias = any(bias is not None for _, _, bias in factors.values())
     tensors: dict[str, Tensor] = {}
@@ -83,16 +76,15 @@ def write_lora(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    save_tensors(Path(folder) / WEIGHTS_FILE, tensors, {"format": "pt"})
-    write_atomically(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_with_config(folder, config, tensors, {"format": "pt"})
 
 
-def _holds_our_own(config: Path) -> bool:
-    try:
-        return "method" in read_json(config)
-    except ValueError:  # none there, or nothing that could be loaded
-        return False
+def _holds_our_own(folder: Path) -> bool:
+    for read in (lambda: read_json(folder / CONFIG_FILE), lambda: Checkpoint(folder).config):
+        with suppress(OSError, ValueError):  # none there, or nothing that could be loaded
+            if "method" in read():
+                return True
+    return False
 
 
 class StockLora(Checkpoint):
@@ -124,8 +116,10 @@ class StockLora(Checkpoint):
             check_patterns(config.get(name), name, check)
         alpha, trained, heads = _number(config, "lora_alpha", 8), config.get("modules_to_save") or (), {}
         self._bases: dict[str, str] = {}  # weights of the base, of embeddings for instance, by their names in the model
-        self._stored = {self._our_name(name): name for name in self.shapes}
-        for own, name in self._stored.items():
+        self.stored = {self._our_name(name): name for name in self.shapes}
+        if twice := set(self.shapes) - set(self.stored.values()):
+            raise ValueError(f"{self.path.name} holds {min(twice)} twice, with and without {_PREFIX}")
+        for own, name in self.stored.items():
             module, _, last = own.rpartition(".")
             if name.endswith(".lora_A.weight") and len(self.shapes[name]) == 2:
                 rank = self.ranks[module] = self.shapes[name][0]
@@ -146,9 +140,9 @@ class StockLora(Checkpoint):
             raise ValueError(f"{self.path.name} holds a tensor that is of no module")
         self.heads = tuple(heads)
         self._base_shapes = {own: self.shapes[name] for own, name in self._bases.items()}
-        self._stored = {own: name for own, name in self._stored.items() if name not in self._bases.values()}
-        self.shapes = {own: self.shapes[name] for own, name in self._stored.items()}
-        self.dtypes = {own: self.dtypes[name] for own, name in self._stored.items()}
+        self.stored = {own: name for own, name in self.stored.items() if name not in self._bases.values()}
+        self.shapes = {own: self.shapes[name] for own, name in self.stored.items()}
+        self.dtypes = {own: self.dtypes[name] for own, name in self.stored.items()}
 
     def base_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters that the file brings values for: of embeddings, which peft saves if they were resized.
@@ -177,11 +171,9 @@ class StockLora(Checkpoint):
                 return name.removesuffix(end) + ours
         return name
 
-    def tensors(self, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As every checkpoint's, under the names of this package; `base_values` are those of the base."""
-        values = super().tensors(expected)
-        self.base_values = {own: values[name] for own, name in self._bases.items()}
-        return {own: values[name] for own, name in self._stored.items()}
+    def base_values(self) -> dict[str, Tensor]:
+        """What the file brings of the base, by the names of `base_parameters`."""
+        return {name: self.value(stored) for name, stored in self._bases.items()}
 
 
 def _number(values: dict[str, Any], name: str, default: float) -> float:
