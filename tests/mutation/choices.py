@@ -4,13 +4,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ADAPTERS = ("test_adapters", "test_adapter_files", "test_adapter_merging")
-DISTANCES = (
-    "test_imitation_errors",
-    "test_imitation",
-    "test_imitation_plans",
-    "test_weight_distance_plans",
-    "test_moil",
-)
+DISTANCES = ("test_imitation_errors", "test_imitation", "test_imitation_plans", "test_weight_distance_plans")
 ERRORS = ("test_lowrank_linear_errors", "test_batched_lowrank_linear_errors", "test_gated_query_errors")
 FILES = ("test_adapter_files", "test_adapter_hostile_files", "test_moil_state", "test_lora_files")
 OPERATIONS = ("test_gated_query", "test_reconstruct", "test_batched_lowrank_linear", "test_lowrank_linear")
@@ -26,13 +20,7 @@ CHOICES = {
     "peft_kernels/ops/weight_distance.py": ("test_*", "test_*_plans"),
     "peft_kernels/operator.py": ("test_gated_query_compile", "test_lowrank_linear_compile", *OPERATIONS),
     "peft_kernels/backend.py": ("test_backend", "test_environment", "test_moil_use", "test_lowrank_linear_compile"),
-    "peft_kernels/checks.py": (
-        *ERRORS,
-        *OPERATIONS[:2],
-        "test_weight_distance",
-        "test_imitation_errors",
-        "test_layers",
-    ),
+    "peft_kernels/checks.py": (*ERRORS, *OPERATIONS[:2], "test_weight_distance", "test_layers", *DISTANCES[:1]),
     "peft_kernels/remembered.py": ("test_remembered", *ERRORS, "static/test_replay_calls"),
     "peft_kernels/records.py": ("test_backend", *OPERATIONS, *LAYERS, "test_imitation", "test_lowrank_linear_cuda"),
     "peft_kernels/torch_kernels/support.py": ("test_backend",),
@@ -55,14 +43,8 @@ CHOICES = {
     "peft_kernels/adapters/moil.py": ("test_moil", "test_moil_use", "test_moil_state", "test_moil_models", *ADAPTERS),
     "peft_kernels/adapters/state_files.py": (*FILES, *ADAPTERS),
     "peft_kernels/adapters/targets.py": ("test_targets", "test_presets", *ADAPTERS),
-    "peft_kernels/adapters/base.py": (
-        *ADAPTERS,
-        "test_lora",
-        "test_aurora",
-        "test_moil_state",
-        "test_adapter_hostile_files",
-    ),
-    "peft_kernels/imitation/*.py": DISTANCES,
+    "peft_kernels/adapters/base.py": (*ADAPTERS, "test_lora", "test_aurora", *FILES[1:3]),
+    "peft_kernels/imitation/*.py": (*DISTANCES, "test_moil"),
     "triton_kernels/replay.py": LAUNCHES,
     "triton_kernels/support.py": ("test_backend", "test_environment"),
 }
