@@ -12,6 +12,7 @@
 #   make gpu       on a GPU machine, three runs of nine minutes: PARTS="truth speed tuning" OUT=gpu_out (docs/gpu.md)
 #   make gpu-rehearsal  all of make gpu but the numbers, without a GPU: kernels compiled, launches checked; long
 #   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; 12 minutes on two cores
+#   make mutation  MUTANTS=300 SEED=0 JOBS=1: whether tests notice wrong lines (tests/mutation/run.py); hours
 #   make tables    docs/measured.md, its pictures and README's line and figure from the result files
 #   make wheel     dist/*.whl
 #   make clean     removes build outputs; distclean also .venv
@@ -29,6 +30,10 @@ PYTEST_ARGS    ?=
 OUT   ?= gpu_out
 PARTS ?=
 SUITE_ARGS ?=
+MUTANTS ?= 300
+SEED    ?= 0
+ONLY    ?=
+JOBS    ?= 1
 
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip install -q --no-compile  # half the time: most modules are never imported
@@ -47,8 +52,8 @@ HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 CAPABILITY = import torch; c = torch.cuda.get_device_capability(); print(f"{c[0]}{c[1]}" + "a" * (c[0] == 9))
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint tests static-ci static races kills fuzz peft-suite demo bench gpu gpu-rehearsal tables wheel clean distclean
-.PHONY: FORCE
+.PHONY: help env test lint tests static-ci static races kills fuzz mutation peft-suite demo bench gpu gpu-rehearsal
+.PHONY: tables wheel clean distclean FORCE
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -127,6 +132,12 @@ peft-suite: $(VENV)/installed
 	@echo "== PEFT's own tests"
 	$(PIP) datasets diffusers parameterized scipy
 	OMP_NUM_THREADS=1 $(PY) tests/peft_suite/run.py $(SUITE_ARGS)
+
+mutation: $(VENV)/installed
+	@echo "== mutants"
+	$(PIP) cosmic-ray==8.7.0
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PY) tests/mutation/run.py \
+	    --mutants $(MUTANTS) --seed $(SEED) --only "$(ONLY)" --jobs $(JOBS)
 
 # ---- what users run ------------------------------------------------------------------------------------------------
 

@@ -88,19 +88,19 @@ def test_quantised_after_wrapping(method, tmp_path):
     adapter = small(method)
     quantize(adapter.model)
     for action in ACTIONS:
-        with pytest.raises(TypeError, match=rf"^{action}: query.weight: expected a dense Tensor, got a Quantized of quantlib"):
+        with pytest.raises(TypeError, match=rf"^{action}: query.weight: expected a dense Tensor, got a Quantized"):
             act(adapter, action, tmp_path)
-    with pytest.raises(TypeError, match=r"^merge: weight: expected a dense Tensor, got a Quantized of quantlib"):
+    with pytest.raises(TypeError, match=r"^merge: weight: expected a dense Tensor, got a Quantized"):
         adapter.layers["query"].merge()
     if method == "moil":
-        with pytest.raises(TypeError, match=r"^step: query.weight: expected a dense Tensor, got a Quantized of quantlib"):
+        with pytest.raises(TypeError, match=r"^step: query.weight: expected a dense Tensor, got a Quantized"):
             adapter.step()
         assert adapter.steps == 0
     assert not adapter.merged and list(tmp_path.iterdir()) == []
     adapter = small(method)
     adapter.merge()
     quantize(adapter.model)  # what is deployed; the original bits would not fit into it
-    with pytest.raises(TypeError, match=r"^unmerge: query.weight: expected a dense Tensor, got a Quantized of quantlib"):
+    with pytest.raises(TypeError, match=r"^unmerge: query.weight: expected a dense Tensor, got a Quantized"):
         adapter.unmerge()
 
 

@@ -108,6 +108,7 @@ class Checkpoint:
         self.stored = {name: name for name in slices}  # in the file, by the names that `shapes` and `dtypes` go by
         own = metadata.get("adapter_config")
         self.config = read_json(copy) if own is None else _parsed(own, self.path)
+        self.config.pop("sha256", None)  # who writes tensors anew, without a header, leaves the copy as it is
         if own is not None and os.path.lexists(copy):
             self._check_copy(copy)
 
@@ -175,7 +176,8 @@ def _check_folder(folder: Path) -> None:
     """What users of hubs and of older files bring is told what is read."""
     if not os.path.lexists(folder):
         raise FileNotFoundError(
-            f"{folder}: no such folder. A local one is read; huggingface_hub.snapshot_download(…) gets one of a hub"
+            f"{folder / WEIGHTS_FILE}: no such file, and no such folder. A local one is read; "
+            "huggingface_hub.snapshot_download(…) gets one of a hub"
         )
     if os.path.lexists(folder / PICKLED_FILE) and not os.path.lexists(folder / WEIGHTS_FILE):
         raise FileNotFoundError(

@@ -103,8 +103,8 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
             )
         if _adds_biases_itself(match.linear, parent):
             raise ValueError(
-                f"targets: {match.name} is part of a {type(parent).__name__} that reads its weight past any adapter, to "
-                "add q_bias and v_bias; timm's qkv_bias_separate=True calls it instead"
+                f"targets: {match.name} is part of a {type(parent).__name__} that reads its weight past any adapter, "
+                "to add q_bias and v_bias; timm's qkv_bias_separate=True calls it instead"
             )
         try:
             check_linear_module(match.linear)

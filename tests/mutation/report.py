@@ -1,0 +1,71 @@
+"""What came of the mutants: lines to read while they run, and docs/mutation.md."""
+
+import json
+import subprocess
+from collections import Counter, defaultdict
+from datetime import date
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+TIMED_OUT = "timed out"
+VERDICTS = ("killed", "at import", TIMED_OUT, "explained", "survived")
+HEAD = """# Mutants
+
+Whether a test fails when a line is wrong: cosmic-ray changes one place at a time, and the tests of that module run
+(`make mutation`; [CONTRIBUTING.md](../CONTRIBUTING.md) says how). This page is generated.
+
+{day}, commit {commit}, cosmic-ray {tool}, seed {seed}: {count} of {places} places, one mutant of each.
+**{good} of {count} were noticed or are explained: {share:.1f} %.**
+
+Killed: a test failed. At import: the package or the tests could not even be loaded. Timed out: no end within four
+minutes of a processor. Explained: the mutant means the same, or changes no result; its reason is in
+[explained.jsonl](../tests/mutation/explained.jsonl). Survived: a gap.
+"""
+
+
+@cache
+def reasons() -> dict[tuple[str, str, str], str]:
+    lines = Path(__file__).with_name("explained.jsonl").read_text(encoding="utf-8").splitlines()
+    return {(line["module"], line["line"], line["mutant"]): line["why"] for line in map(json.loads, lines)}
+
+
+def difference(result) -> tuple[str, str, str]:
+    """The module, what stood there and the mutant: what a line of explained.jsonl names it by."""
+    module, _, *lines = result.diff.splitlines()
+    before, after = (" ".join(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
+    return module.removeprefix("--- ").strip(), before, after
+
+
+def verdict(result) -> str | None:
+    """One of VERDICTS, or None: not tried, or no mutant."""
+    if result is None or result.test_outcome is None:
+        return None
+    if result.output == TIMED_OUT:
+        return TIMED_OUT
+    if result.test_outcome == "survived":
+        return "explained" if difference(result) in reasons() else "survived"
+    return "killed" if result.test_outcome == "killed" else "at import"
+
+
+def show(results) -> None:
+    for module, result in results:
+        if verdict(result) == "survived":
+            print(*("\n", module, result.diff), sep="\n")
+    print(Counter(verdict(result) for _, result in results))
+
+
+def write(page: Path, results, places: int, seed: int) -> None:
+    table = defaultdict(Counter)
+    for module, result in results:
+        table[module][verdict(result)] += 1
+    total = sum(table.values(), Counter())
+    count = sum(total[name] for name in VERDICTS)
+    good = count - total["survived"]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"day": date.today(), "commit": commit, "tool": version("cosmic-ray"), "seed": seed, "places": places}
+    lines = [HEAD.format(**about, count=count, good=good, share=100 * good / count)]
+    lines += [f"| module | {' | '.join(VERDICTS)} |", f"| --- |{' ---: |' * len(VERDICTS)}"]
+    for module, counts in [*sorted(table.items()), ("all", total)]:
+        lines.append(f"| {module} | {' | '.join(str(counts[name] or '') for name in VERDICTS)} |")
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
