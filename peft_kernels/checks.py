@@ -24,7 +24,8 @@ def check_tensor(
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {value.dtype}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, as the others, got {value.device}")
+        empty = "; nothing is there, hooks of accelerate may have offloaded it" if value.is_meta else ""
+        raise ValueError(f"{name}: expected device {like.device}, as the others, got {value.device}{empty}")
 
 
 def check_dense(name: str, value: object, instead: str) -> None:

@@ -206,8 +206,29 @@ def test_a_head_that_stays_frozen_is_named(kind, options, told):
         warnings.simplefilter("always")
         LoRA.wrap(classifier(kind), LoRAConfig(**options))
     said = [warning for warning in caught if "modules_to_save" in str(warning.message)]
-    assert [str(each.message).split()[1] for each in said] == ([told] if told else [])
+    assert [str(each.message).split()[1] for each in said] == ([f"{told}:"] if told else [])
     assert all(each.filename == __file__ for each in said)
+
+
+def test_what_from_pretrained_made_anew_is_named(tmp_path):
+    """Where transformers marks what it has loaded (5 does), a classifier with values is not taken for a new one."""
+    import transformers as hf
+
+    def said(model) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            LoRA.wrap(model, LoRAConfig(targets=["query"]))
+        return [str(each.message) for each in caught if "modules_to_save" in str(each.message)]
+
+    model = classifier("BertForSequenceClassification")
+    model.bert.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "tuned")
+    (told,) = said(hf.BertForSequenceClassification.from_pretrained(tmp_path / "base"))
+    assert told.startswith("modules_to_save: classifier: frozen")
+    if int(hf.__version__.partition(".")[0]) >= 5:
+        assert said(hf.BertForSequenceClassification.from_pretrained(tmp_path / "tuned")) == []
+        (told,) = said(hf.BertForMaskedLM.from_pretrained(tmp_path / "base"))
+        assert "cls.predictions" in told
 
 
 @pytest.mark.parametrize(

@@ -50,20 +50,34 @@ def find_heads(model: nn.Module, asked: Sequence[str], layers: dict[str, nn.Line
 
 
 def warn_of_frozen_heads(model: nn.Module) -> None:
-    """Says by name which heads of a task train nowhere: behind a base checkpoint they start, and stay, at random."""
+    """Says by name what stays frozen at a random start: transformers 5 marks what it loads; elsewhere names tell."""
+    anew = _made_anew(model)
+    if frozen := _frozen_heads(model) if anew is None else anew:
+        more = f" and {len(frozen) - 5} more" if len(frozen) > 5 else ""
+        warnings.warn(
+            f"modules_to_save: {', '.join(frozen[:5])}{more}: frozen. What no checkpoint has values for starts, and "
+            "stays, at random: name it in modules_to_save (with [] this is not said)",
+            UserWarning,
+            stacklevel=4,  # behind `wrap` and its decorator
+        )
+
+
+def _made_anew(model: nn.Module) -> list[str] | None:
+    """Modules with frozen parameters that from_pretrained found no values for; None where it has loaded nothing."""
+    parameters = dict(model.named_parameters())
+    loaded = {name for name, p in parameters.items() if getattr(p, "_is_hf_initialized", False)}
+    frozen = [name for name, p in parameters.items() if not p.requires_grad and name not in loaded]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in frozen)) if loaded else None
+
+
+def _frozen_heads(model: nn.Module) -> list[str]:
     frozen = []
     for name, child in model.named_children():
         parameters = list(child.parameters())
         pools = name == "head" and not (isinstance(child, nn.Linear) or hasattr(child, "fc"))  # SigLIP's, pretrained
         if name in TASK_HEADS and not pools and parameters and not any(p.requires_grad for p in parameters):
             frozen.append(name)
-    if frozen:
-        warnings.warn(
-            f"modules_to_save: {', '.join(frozen)} stays frozen. A head that no checkpoint has values for starts at "
-            "random: name it in modules_to_save (with [] this is not said)",
-            UserWarning,
-            stacklevel=4,  # behind `wrap` and its decorator
-        )
+    return frozen
 
 
 def head_modules(model: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, Tensor]]:
