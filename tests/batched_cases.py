@@ -80,12 +80,17 @@ def expected(
 
 
 def assert_as_accurate_as_torch(
-    problem: Problem, device: str, backend: str, results: dict[str, Tensor] | None = None
+    problem: Problem,
+    device: str,
+    backend: str,
+    results: dict[str, Tensor] | None = None,
+    *,
+    conditioned: bool = False,
 ) -> None:
     """err(ours) ≤ 1.25 × err(torch in the same dtype) + half an ulp; interpreted bfloat16 and few elements as in
     lowrank_cases. An adapter may have one row: half a float32 ulp of the sum of the absolute terms is allowed besides.
 
-    results: of another way to compute the same, instead of ours.
+    results: of another way to compute the same, instead of ours;  conditioned: as in lowrank_cases
     """
     ours = results or run(problem, device, backend)
     oracle, peer = expected(problem, device), expected(problem, device, problem.dtype)
@@ -99,5 +104,6 @@ def assert_as_accurate_as_torch(
         assert value.dtype == kind, name
         allowed = factor * error(peer[name], oracle[name]) + slack
         allowed += 2 * ULP[problem.dtype] / max(1, value.numel()) ** 0.5
-        allowed += ULP[torch.float32] / 2 * (terms[name].norm() / oracle[name].norm().clamp_min(1e-300)).item()
+        term = ULP[problem.dtype if conditioned else torch.float32] / 2
+        allowed += term * (terms[name].norm() / oracle[name].norm().clamp_min(1e-300)).item()
         assert error(value, oracle[name]) <= allowed, (name, error(value, oracle[name]), allowed)

@@ -26,9 +26,9 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forks of one that has imported torch: otherwise each process would take seconds to begin."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "peft_kernels.adapters"])  # optimizers import that
+    """Forks, which begin at once, with all that is slow the first time done; autograd cannot be forked with a GPU."""
+    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    train(*training(), 2)
     return context
 
 
@@ -124,6 +124,7 @@ def test_killed_before_each_thing_that_it_does_to_the_file_system(processes, tmp
     assert list(dict.fromkeys(found)) == [(1, 1), (2, 1), (2, None), (2, 2)]
 
 
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("moments", [3, pytest.param(200, marks=pytest.mark.sweep)])
 def test_killed_at_random_moments(processes, moments, tmp_path):
     write(tmp_path, 0)
