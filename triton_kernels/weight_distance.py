@@ -255,7 +255,7 @@ def _launch(
 ) -> None:
     records, tiles, partial, *results = tensors
     follow, moving = decay is not None, (1.0, 0.0) if decay is None else (float(decay), 1.0 - decay)
-    wide, short = run.config.distance, run.config.finish
+    wide, short = run.config.distance if run.aligned else run.config.unaligned, run.config.finish
     launch(
         _distance_kernel,
         (run.programs,),
