@@ -248,7 +248,7 @@ class WeightDistanceConfig:
     """One tile per kernel of `weight_distance`; `depth` of a rank, or of what is added up, at a time."""
 
     distance: Tile
-    unaligned: Tile  # distance's where not all rows are aligned
+    unaligned: Tile  # distance's where not all rows are aligned, factors' included
     finish: Tile
     product: Tile
 
@@ -259,14 +259,14 @@ def weight_distance_config(arch: int) -> WeightDistanceConfig:
     Products are long chains of short steps: some programs of a multiprocessor wait for memory or at a barrier while
     another multiplies. Steps of 32 terms were 4 % faster on an H200, but their sums err more. product's tiles have the
     64 rows that Hopper's tensor cores want, and 32 columns, which divide the common ranks.
-    unaligned: the same rows and columns, which decide the order of sums; as many addresses leave registers for short
-    steps alone.
+    unaligned: the same rows and columns, which decide the order of sums; so many addresses leave sm_90's registers
+    for short steps alone.
     finish: one program for each matrix, with as many rows as threads; `depth` partial sums at a time.
     """
     distance = Tile(64, 32, warps=4, depth=32) if arch >= 90 else Tile(32, 64, warps=4, stages=2, depth=16)
     return WeightDistanceConfig(
         distance=distance,
-        unaligned=replace(distance, stages=2, depth=16),
+        unaligned=replace(distance, stages=2, depth=16) if arch < 100 else distance,
         finish=Tile(256, 32, stages=1, depth=512),
         product=Tile(64, 32, warps=4, stages=4 if arch >= 90 else 2, depth=16),
     )
