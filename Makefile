@@ -1,7 +1,8 @@
 # Every target works from a fresh clone: it creates .venv, installs what is missing, says what it does, and is cheap to
 # repeat. CUDA kernels are built when an nvcc is found; PEFT_KERNELS_CUDA and PEFT_KERNELS_CUDA_ARCHS are in setup.py.
 #
-#   make test      lint, the tests, then the static checks of the compiled kernels: what CI runs
+#   make test      lint, the tests, then the static checks of the compiled kernels: what CI runs; RECORD=1 keeps how they
+#                  ended in benchmarks/results/tests/, for README's table of versions
 #   make demo      adapts a small vision-language model by every method; FULL=1: all variants, long
 #   make lint      ruff
 #   make static    every ahead-of-time compilation, not only CI's choice
@@ -13,7 +14,7 @@
 #   make gpu-rehearsal  all of make gpu but the numbers, without a GPU: kernels compiled, launches checked; long
 #   make peft-suite  PEFT's own tests with its layers fused, and with Aurora as a method of it; 12 minutes on two cores
 #   make mutation  MUTANTS=300 SEED=0 JOBS=1: whether tests notice wrong lines (tests/mutation/run.py); hours
-#   make tables    docs/measured.md, its pictures and README's line and figure from the result files
+#   make tables    docs/measured.md, its pictures and README's line, table and figure from the result files
 #   make wheel     dist/*.whl
 #   make clean     removes build outputs; distclean also .venv
 
@@ -26,6 +27,7 @@ VENV   ?= .venv
 PYTEST_WORKERS  ?= 2
 OMP_NUM_THREADS ?= 1
 PYTEST_ARGS    ?=
+RECORD         ?=
 
 OUT   ?= gpu_out
 PARTS ?=
@@ -50,6 +52,10 @@ HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 # Hopper's own instructions need the letter.
 CAPABILITY = import torch; c = torch.cuda.get_device_capability(); print(f"{c[0]}{c[1]}" + "a" * (c[0] == 9))
+
+ifneq ($(and $(RECORD),$(PYTEST_ARGS)),)
+$(error RECORD=$(RECORD) is for whole runs: leave out PYTEST_ARGS)
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help env test lint tests static-ci static races kills fuzz mutation peft-suite demo bench gpu gpu-rehearsal
@@ -99,18 +105,19 @@ lint: $(VENV)/installed
 tests: $(VENV)/installed
 	@if $(HAS_GPU); then \
 	    echo "== tests, on the GPU"; \
-	    $(call timed,$(PY) -m pytest tests --ignore=tests/static $(PYTEST_ARGS)); \
+	    $(call timed,$(PY) -m pytest tests --ignore=tests/static $(if $(RECORD),--record tests) $(PYTEST_ARGS)); \
 	else \
 	    echo "== tests, Triton kernels interpreted: about eight minutes on two quiet cores"; \
 	    $(call timed,TRITON_INTERPRET=1 OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest tests --ignore=tests/static \
-	        -n $(PYTEST_WORKERS) --dist worksteal --durations=10 --durations-min=5 $(PYTEST_ARGS)); \
+	        -n $(PYTEST_WORKERS) --dist worksteal --durations=10 --durations-min=5 \
+	        $(if $(RECORD),--record tests) $(PYTEST_ARGS)); \
 	fi
 
 # Processes of its own: kernels decorated under the interpreter cannot be compiled. A file's tests share what is compiled.
 static-ci: $(VENV)/installed
 	@echo "== static checks of the compiled kernels"
 	@$(call timed,env -u TRITON_INTERPRET OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest tests/static \
-	    -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS))
+	    -n $(PYTEST_WORKERS) --dist loadfile $(if $(RECORD),--record static) $(PYTEST_ARGS))
 
 static: $(VENV)/installed
 	@echo "== static checks, the full sweep"

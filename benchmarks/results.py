@@ -26,6 +26,7 @@ FOLDERS = {  # where sources lie, by their name in the hash: an installed packag
     "benchmarks": HERE,
     "csrc": HERE.parent / "csrc",
 }
+STATUS = ["status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}"]
 KINDS = (".py", ".cu", ".cuh", ".cpp", ".h")
 
 
@@ -52,9 +53,9 @@ def provenance(device: torch.device) -> dict:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+" if files that are tracked differ from it; None outside a checkout."""
+    """The checkout's commit, with "+" if tracked files other than results differ from it; None outside a checkout."""
     answers = []
-    for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+    for command in (["rev-parse", "--short=12", "HEAD"], STATUS):
         try:
             done = subprocess.run(["git", "-C", HERE, *command], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import choices, measured
+from . import choices, measured, verified
 from .measured import on_gpu
 from .predictions import GRAPHED, KERNELS, WIDE, title
 from .results import HERE, RESULTS, by_device, load
@@ -76,9 +76,10 @@ def shown(devices: Sequence[dict]) -> dict | None:
     return None
 
 
-def updated(text: str, devices: Sequence[dict]) -> str:
+def updated(text: str, devices: Sequence[dict], tests: Sequence[dict] = ()) -> str:
     """README's text with its generated parts made anew. Raises ValueError if a pair of markers is missing."""
-    for name, part in (("status", status(devices)), ("speed", speed(devices))):
+    parts = {"status": status(devices), "verified": verified.table(tests, devices), "speed": speed(devices)}
+    for name, part in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
             raise ValueError(f"README: expected {begin} and, after it, {end}, each once")
@@ -111,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     devices = by_device(load(given.results))
-    texts = {given.readme: updated(given.readme.read_text(), devices), given.page: measured.page(devices)}
+    readme = updated(given.readme.read_text(), devices, verified.load(given.results / verified.TESTS.name))
+    texts = {given.readme: readme, given.page: measured.page(devices)}
     texts[given.choices] = choices.text(devices)
     differ = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     names = {name for text in texts.values() for name in PICTURE.findall(text)}

@@ -2,7 +2,7 @@
 
 Every launch, and every call of a device function, patches all of triton.language; every operation builds a table of
 numpy's types to look one up, new types for the blocks it takes and gives, and copies of a small operand as large as the
-large one, which numpy would have broadcast. Seen in triton 3.6.0 and 3.7.1.
+large one, which numpy would have broadcast. Seen in triton 3.6.0, 3.7.1 and 3.8.0.
 """
 
 import os
@@ -17,6 +17,7 @@ def quicken() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
+    interpreter._patch_lang_tensor = _with_an_index(interpreter._patch_lang_tensor)
     interpreter._patch_lang = _once(interpreter, interpreter._patch_lang)
     interpreter._patch_attr = _directly(interpreter)
     interpreter._get_np_dtype = _remembering(interpreter, interpreter._get_np_dtype)
@@ -26,6 +27,17 @@ def quicken() -> None:
     semantic.binary_op_type_checking_impl = _known_operands(core, semantic.binary_op_type_checking_impl)
     semantic.binary_op_sanitize_overflow_impl = lambda *operation: None  # it works out an overflow and lets it pass
     interpreter.TensorHandle.__init__ = _known_handles(interpreter.TensorHandle)
+
+
+def _with_an_index(patch_lang_tensor):
+    """A scalar, an array of one element, as an integer: Triton 3.6 asks for it in a way that numpy 2.4 refuses."""
+
+    @wraps(patch_lang_tensor)
+    def patch(tensor, scope):
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch
 
 
 def _once(interpreter, patch_lang):

@@ -56,7 +56,8 @@ def small_tiles(patch: pytest.MonkeyPatch) -> None:
     one = Tile(8, 64, stages=1)
     gated = GatedQueryConfig(one, one, one, replace(one, rows=2))
     patch.setattr(gated_query, "gated_query_config", lambda columns: gated)
-    distances = WeightDistanceConfig(Tile(32, 32, depth=16), Tile(32, 16, depth=2), Tile(32, 32, depth=16))
+    tile = Tile(32, 32, depth=16)
+    distances = WeightDistanceConfig(tile, tile, Tile(32, 16, depth=2), tile)
     patch.setattr(weight_distance, "weight_distance_config", lambda *sizes: distances)
 
 

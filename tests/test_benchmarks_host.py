@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from importlib.metadata import version
 
 import pytest
 
@@ -30,6 +31,8 @@ with host.stage(device := torch.device("cpu")) as launches:
 """
 # The most calls of functions of Python and of C that a layer's forward may take, at p = 0 and at 0.1; or whose calls.
 BUDGETS = {f"{name}, {backend}": 50 for name in ("LowRankLinear", "Aurora") for backend in ("triton", "cuda")}
+if importlib.util.find_spec("triton") is not None and [*map(int, version("triton").split(".")[:2])] >= [3, 8]:
+    BUDGETS["Aurora, triton"] += 12  # in each of three launches Triton's own launcher makes four calls more than 3.7's
 BUDGETS |= {f"PEFT accelerated, {backend}": "PEFT" for backend in ("triton", "cuda")}
 BUDGET_OF_MANY = 200  # of a warm call for 36 projections: none for each of its 144 or 336 tensors
 NEEDED = {"triton": "triton", "cuda": "peft_kernels._C"}

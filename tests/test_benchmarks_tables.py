@@ -58,7 +58,8 @@ def test_run_saves_what_tables_need(saved_run):
 
 # ---- README and the page --------------------------------------------------------------------------------------------
 
-MARKED = "# A\n<!-- status:begin -->\n<!-- status:end -->\nb\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nc\n"
+EMPTY = "<!-- {0}:begin -->\n<!-- {0}:end -->\n"
+MARKED = f"# A\n{EMPTY.format('status')}{EMPTY.format('verified')}b\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nc\n"
 
 
 def _on_gpu(run):

@@ -65,6 +65,8 @@ def test_what_is_collected_runs_kernels_alone():
 
 FAULTY = """
 import os, pytest
+from quick_interpreter import quicken
+quicken()  # as conftest.py does for its own folder
 pytestmark = pytest.mark.kernels
 
 def test_that_launches():

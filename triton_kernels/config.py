@@ -80,8 +80,9 @@ def lowrank_linear_config(
     return LowRankLinearConfig(design or "passes", dtype, block_r, chunk_r, **_fitted(tiles, arch))
 
 
-# The widest tiles that the assembler gives no spills on sm_80, sm_90 and sm_100, for widths divisible by 16
-# (tests/static holds the calls that users make to it; `make static` all of them).
+# The widest tiles that Triton 3.6, 3.7 and 3.8 compile without spills for sm_80, sm_90 and sm_100, at widths divisible
+# by 16, and whose programs share a multiprocessor alike in all three (tests/static holds the calls that users make to
+# it; `make static` all of them). Their assemblers differ: where a choice looks odd, one of them spilled.
 
 
 def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]:
@@ -99,6 +100,8 @@ def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]
         shrink = replace(wide, warps=4)
     elif arch >= 100 and block_r == 16:
         down_bwd = Tile(32, 128)
+    elif arch >= 100 and block_r == 64:
+        down_bwd = replace(wide, stages=2)
     if arch >= 90:
         rank_16 = wide if hopper and few_chunks else Tile(64, 256)
         up_bwd = {16: rank_16, 32: Tile(64, 256, resident=1), 64: replace(wide, resident=1)}[block_r]
@@ -129,7 +132,7 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
         "shrink": replace(wide, rows=16) if block_r == 64 and arch >= 100 else wide,
         "mix": replace(small, rows=rows),
         "expand": wide,
-        "up_bwd": wide if block_r == 64 else replace(wide, stages=2),
+        "up_bwd": replace(wide, rows=32 if arch >= 90 else 16) if block_r == 64 else replace(wide, stages=2),
         "hidden_bwd": replace(small, rows={16: 64, 32: 32, 64: 16}[block_r]),
         "core_bwd": replace(small, rows=32) if block_r == 32 else small,
         "down_bwd": replace({16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r], resident=1),
@@ -183,6 +186,8 @@ def batched_config(rank: int, dtype: torch.dtype, arch: int) -> BatchedConfig:
     if block_r == 64:
         shrink = replace(wide, stages=2) if dtype == torch.float32 else Tile(64, 64)
         gram = replace(wide, resident=1) if dtype != torch.float32 and 90 <= arch < 100 else wide
+        if dtype == torch.float32 and arch < 90:
+            gram = replace(wide, stages=1)
     if block_r == 16 and arch < 90:
         gram = replace(wide, stages=2)
     return BatchedConfig(block_r, **_fitted({"shrink": shrink, "expand": wide, "gram": gram}, arch))
@@ -229,7 +234,7 @@ def _block_rank(rank: int) -> int:
 def _fitted(tiles: dict[str, Tile], arch: int) -> dict[str, Tile]:
     """Fewer stages where a block has little shared memory."""
     if SHARED_MEMORY[_nearest(arch, SHARED_MEMORY)] < 128_000:
-        return {kernel: replace(tile, stages=2) for kernel, tile in tiles.items()}
+        return {kernel: replace(tile, stages=min(2, tile.stages)) for kernel, tile in tiles.items()}
     return tiles
 
 
@@ -243,6 +248,7 @@ class WeightDistanceConfig:
     """One tile per kernel of `weight_distance`; `depth` of a rank, or of what is added up, at a time."""
 
     distance: Tile
+    unaligned: Tile  # distance's where not all rows are aligned, factors' included
     finish: Tile
     product: Tile
 
@@ -251,16 +257,18 @@ def weight_distance_config(arch: int) -> WeightDistanceConfig:
     """One launch takes matrices of every shape, so no shape chooses a tile.
 
     Products are long chains of short steps: some programs of a multiprocessor wait for memory or at a barrier while
-    another multiplies. Steps of 32 terms were 4 % faster on an H200, but their sums err more. Tiles have the 64 rows
-    that Hopper's tensor cores want, and 32 columns, which divide the common ranks.
-    distance: the tile decides the order of sums, so it is the same where rows are not aligned.
+    another multiplies. Steps of 32 terms were 4 % faster on an H200, but their sums err more. product's tiles have the
+    64 rows that Hopper's tensor cores want, and 32 columns, which divide the common ranks.
+    unaligned: the same rows and columns, which decide the order of sums; so many addresses leave sm_90's registers
+    for short steps alone.
     finish: one program for each matrix, with as many rows as threads; `depth` partial sums at a time.
     """
-    long, short = Tile(64, 32, warps=4, depth=32), Tile(64, 32, warps=4, depth=16)
+    distance = Tile(64, 32, warps=4, depth=32) if arch >= 90 else Tile(32, 64, warps=4, stages=2, depth=16)
     return WeightDistanceConfig(
-        distance=long if arch >= 90 else replace(short, stages=2),
+        distance=distance,
+        unaligned=replace(distance, stages=2, depth=16) if arch < 100 else distance,
         finish=Tile(256, 32, stages=1, depth=512),
-        product=replace(short, stages=4),
+        product=Tile(64, 32, warps=4, stages=4 if arch >= 90 else 2, depth=16),
     )
 
 

@@ -255,7 +255,8 @@ def _launch(
 ) -> None:
     records, tiles, partial, *results = tensors
     follow, moving = decay is not None, (1.0, 0.0) if decay is None else (float(decay), 1.0 - decay)
-    wide, short = run.config.distance, run.config.finish
+    all_aligned, short = run.aligned and run.thin_aligned, run.config.finish
+    wide = run.config.distance if all_aligned else run.config.unaligned
     launch(
         _distance_kernel,
         (run.programs,),
