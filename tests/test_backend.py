@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from able_machine import OnGpu, constant, everything_runs
+from imitation_cases import Layer
 
 import peft_kernels
 from peft_kernels import BackendUnavailableError, Choice, backend, lowrank_linear, resolve, use_backend
@@ -164,3 +165,60 @@ def test_the_built_extension_has_the_limits_of_its_source():
     limit = backend.SUPPORT["cuda"]._limit
     assert limit("LOWRANK_LINEAR_MAX_RANK") == constant("kLowRankLinearMaxRank")
     assert limit("LOWRANK_LINEAR_MAX_HIDDEN") == constant("kLowRankLinearMaxHidden")
+
+
+ONES = torch.ones
+WIDE = {"down": ONES(2, 6), "up": ONES(4, 2), "core": ONES(3, 2, 2)}  # 3 × 2 blocks
+LIVE = [ONES(5, 7, dtype=torch.bfloat16), ONES(6, 4)]
+SIZES = {
+    "lowrank_linear": (
+        lambda: lowrank_linear(ONES(2, 3, 12), ONES(12, 12), None, **WIDE, backend="cuda"),
+        {"rank": 2, "blocks": (3, 2), "shape": (6, 12)},
+    ),
+    "lowrank_hidden": (
+        lambda: peft_kernels.lowrank_hidden(ONES(2, 3, 12), ONES(2, 6), 2, backend="cuda"),
+        {"rank": 2, "blocks": (1, 2), "shape": (6, 12)},
+    ),
+    "batched_lowrank_linear": (
+        lambda: peft_kernels.batched_lowrank_linear(
+            *(ONES(2, 3, 12), ONES(8, 12), None, ONES(4, 5, 12), ONES(4, 8, 5), torch.zeros(2, dtype=torch.int64)),
+            backend="cuda",
+        ),
+        {"rank": 5, "blocks": (1, 1), "shape": (6, 12)},
+    ),
+    "gated_query": (
+        lambda: peft_kernels.gated_query("gated", *2 * [ONES(2, 3, 12)], ONES(12), ONES(12), backend="cuda"),
+        {"shape": (6, 12)},
+    ),
+    "reconstruct": (
+        lambda: peft_kernels.reconstruct(**WIDE, backend="cuda"),
+        {"blocks": (3, 2), "shape": (4, 6)},
+    ),
+    "momentum_weight_distance": (
+        lambda: peft_kernels.momentum_weight_distance(
+            *(LIVE, [t.float() for t in LIVE], [t.float() for t in LIVE], [ONES(5, 2), ONES(6, 2)]),
+            *([ONES(2, 7), ONES(2, 4)],),
+            decay=0.5,
+            backend="cuda",
+        ),
+        {"shape": (6, 7), "live": torch.float32},
+    ),
+    "imitation_step": (
+        lambda: peft_kernels.imitation_step(
+            [Layer((24, 40), 8).group("cpu"), Layer((16,), 32, live=torch.bfloat16).group("cpu")],
+            decay=0.5,
+            backend="cuda",
+        ),
+        {"shape": (40, 32), "live": torch.float32},
+    ),
+}
+
+
+@pytest.mark.parametrize("op", SIZES)
+def test_a_backend_is_asked_about_the_size_of_a_call(op, monkeypatch):
+    call, size = SIZES[op]
+    asked = []
+    monkeypatch.setattr(backend.SUPPORT["cuda"], "unsupported", lambda case: asked.append(case) or "never")
+    with pytest.raises(BackendUnavailableError, match="never"):
+        call()
+    assert [{"op": case.op, **{name: getattr(case, name) for name in size}} for case in asked] == [{"op": op, **size}]

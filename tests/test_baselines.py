@@ -86,6 +86,11 @@ def test_widths_and_depths_that_differ_share_nothing():
     output(model, batch)
 
 
+def test_without_uniadapter_the_model_trains_as_before():
+    model, _ = build("vilt_vqa")
+    assert all(p.requires_grad for p in wrap("uniadapter", model, "vilt_vqa").remove().parameters())
+
+
 def test_uniadapter_on_named_layers_and_in_half_precision():
     model, batch = build("lxmert", torch.bfloat16)
     y = output(model, batch)

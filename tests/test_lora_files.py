@@ -136,6 +136,14 @@ def test_ranks_and_scales():
     assert LoRAConfig(targets="x", rank=4, alpha=6, rslora=True, rank_pattern={"a": 9}).layer("a") == (9, 2.0)
 
 
+def test_the_commonest_rank_is_written_and_the_others_as_patterns(tmp_path):
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abc"})
+    wrap("lora", model, targets=["a", "b", "c"], rank=4, rank_pattern={"a": 3}).export_lora(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"^a": 3}
+
+
 def test_scales_are_exact_in_float64():
     """A float32 0.1 is off by 1e-9."""
     linear = nn.Linear(4, 4, dtype=torch.float64)

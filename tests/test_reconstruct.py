@@ -289,8 +289,10 @@ BAD = [
     ("down", {"down": ONES(2, 12, dtype=torch.int64)}, TypeError),
     ("down", {"down": ONES(2)}, ValueError),
     ("down", {"down": ONES(0, 12)}, ValueError),
+    ("down", {"down": ONES(2, 12, 1)}, ValueError),
     ("down", {"down": ONES(2, 12, dtype=torch.bfloat16)}, TypeError),  # on a float32 base
     ("up", {"up": ONES(8, 3)}, ValueError),
+    ("up", {"up": ONES(8, 2, 1)}, ValueError),
     ("up", {"up": ONES(8, 2, dtype=torch.float64)}, TypeError),
     ("up", {"up": ONES(8, 2, device="meta")}, ValueError),
     ("core", {"core": ONES(3)}, ValueError),

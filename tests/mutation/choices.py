@@ -8,19 +8,20 @@ DISTANCES = ("test_imitation_errors", "test_imitation", "test_imitation_plans", 
 ERRORS = ("test_lowrank_linear_errors", "test_batched_lowrank_linear_errors", "test_gated_query_errors")
 FILES = ("test_adapter_files", "test_adapter_hostile_files", "test_moil_state", "test_lora_files")
 OPERATIONS = ("test_gated_query", "test_reconstruct", "test_batched_lowrank_linear", "test_lowrank_linear")
+OPERATION = ("test_backend", "test_*")
 LAYERS = ("test_layers", "test_aurora", "test_lowrank_linear_compile")
 LAUNCHES = ("static/test_replay", "static/test_replay_calls")
 
 # {pattern of modules: their tests}; * is the name of the operation. The first that fits counts.
 CHOICES = {
-    "peft_kernels/ops/lowrank_linear.py": (*ERRORS[:1], "test_lowrank_linear", "test_lowrank_linear_dropout", *LAYERS),
-    "peft_kernels/ops/batched_lowrank_linear.py": (*ERRORS[1:2], "test_*", "test_integrations_peft_lora_mixed"),
-    "peft_kernels/ops/gated_query.py": (*ERRORS[2:], "test_*", "test_*_compile", "test_gates"),
-    "peft_kernels/ops/reconstruct.py": ("test_*", "test_adapter_merging", "test_layers"),
-    "peft_kernels/ops/weight_distance.py": ("test_*", "test_*_plans"),
+    "peft_kernels/ops/lowrank_linear.py": (*ERRORS[:1], *OPERATION, "test_*_dropout", *LAYERS),
+    "peft_kernels/ops/batched_lowrank_linear.py": (*ERRORS[1:2], *OPERATION, "test_integrations_peft_lora_mixed"),
+    "peft_kernels/ops/gated_query.py": (*ERRORS[2:], *OPERATION, "test_*_compile", "test_gates"),
+    "peft_kernels/ops/reconstruct.py": (*OPERATION, "test_adapter_merging", "test_layers"),
+    "peft_kernels/ops/weight_distance.py": (*OPERATION, "test_*_plans"),
     "peft_kernels/operator.py": ("test_gated_query_compile", "test_lowrank_linear_compile", *OPERATIONS),
     "peft_kernels/backend.py": ("test_backend", "test_environment", "test_moil_use", "test_lowrank_linear_compile"),
-    "peft_kernels/checks.py": (*ERRORS, *OPERATIONS[:2], "test_weight_distance", "test_layers", *DISTANCES[:1]),
+    "peft_kernels/checks.py": (*ERRORS, *DISTANCES[:1], "test_lowrank_linear", *OPERATIONS[:2], "test_layers"),
     "peft_kernels/remembered.py": ("test_remembered", *ERRORS, "static/test_replay_calls"),
     "peft_kernels/records.py": ("test_backend", *OPERATIONS, *LAYERS, "test_imitation", "test_lowrank_linear_cuda"),
     "peft_kernels/torch_kernels/support.py": ("test_backend",),
@@ -57,7 +58,7 @@ def modules(root: Path) -> list[str]:
 
 def tests_of(module: str) -> tuple[str, ...]:
     tests = next(tests for pattern, tests in CHOICES.items() if fnmatch(module, pattern))
-    return tuple(dict.fromkeys(test.replace("*", Path(module).stem) for test in tests))
+    return tuple(dict.fromkeys(f"tests/{test.replace('*', Path(module).stem)}.py" for test in tests))
 
 
 def left_out(module: str) -> str:

@@ -48,6 +48,12 @@ def verdict(result) -> str | None:
     return "killed" if result.test_outcome == "killed" else "at import"
 
 
+def failed(result) -> list[str]:
+    """Tests, or files that could not be loaded, by pytest's names."""
+    lines = [line.partition(" ") for line in result.output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return [rest.partition(" - ")[0] for _, _, rest in lines]
+
+
 def show(results) -> None:
     for module, result in results:
         if verdict(result) == "survived":

@@ -110,8 +110,8 @@ def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run_tests(folder, module, log):
-    """pytest's exit code, the first that is not 0."""
+def run_tests(folder, tests, keywords, log):
+    """pytest's exit code, the first that is not 0. tests: files, or single tests, of tests/"""
     with open(log, "w", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -119,21 +119,19 @@ def run_tests(folder, module, log):
     sys.path[:1] = [str(folder), str(folder / "tests")]
     os.environ["PYTHONPATH"] = str(folder)
     for static in (False, True):  # these compile kernels: in a process without the interpreter
-        chosen = [f"tests/{test}.py" for test in tests_of(module) if test.startswith("static/") == static]
-        if chosen:
-            code = wait(fork(run_pytest, chosen, left_out(module), static))
-            if code:
-                return code if code > 0 else TOO_LONG if code == -signal.SIGXCPU else 1  # 1: a crash
+        chosen = [test for test in tests if test.startswith("tests/static/") == static]
+        if chosen and (code := wait(fork(run_pytest, chosen, keywords, static))):
+            return code if code > 0 else TOO_LONG if code == -signal.SIGXCPU else 1  # 1: a crash
     return 0
 
 
-def run_pytest(files, keywords, static):
+def run_pytest(tests, keywords, static):
     import pytest
 
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))  # other work on the machine does not count
     if static:
         del os.environ["TRITON_INTERPRET"]
-    return pytest.main(["-xq", "--tb=short", "-p", "no:cacheprovider", "-k", keywords, *files])
+    return pytest.main(["-xq", "--tb=short", "-p", "no:cacheprovider", "-k", keywords, *tests])
 
 
 def tree(number):
@@ -151,7 +149,7 @@ def attempt(folder, item):
     module, log = place(item)[0], folder.with_suffix(".log")
     (folder / module).write_text(mutant, encoding="utf-8")
     try:
-        code = wait(fork(run_tests, folder, module, log))
+        code = wait(fork(run_tests, folder, tests_of(module), left_out(module), log))
     finally:
         shutil.copy2(ROOT / module, folder / module)  # as old as its bytecode
     output = log.read_text(encoding="utf-8", errors="replace")[-4000:] if code != TOO_LONG else report.TIMED_OUT
@@ -170,14 +168,11 @@ def work(number, session, items):
 
 
 def control(results):
-    """Tests that noticed every mutant have to pass without one."""
+    """The very tests that failed have to pass without a mutant."""
     folder, log = tree("unchanged"), BUILD / "unchanged.log"
-    passed = {tests_of(module) for module, result in results if result.test_outcome == TestOutcome.SURVIVED}
-    for module in sorted({module for module, _ in results}):
-        if tests_of(module) not in passed:
-            if code := wait(fork(run_tests, folder, module, log)):
-                sys.exit(f"{module}: its tests fail without a mutant, by {code}:\n{log.read_text(encoding='utf-8')}")
-            passed.add(tests_of(module))
+    noticed = sorted({test for _, result in results for test in report.failed(result)})
+    if code := wait(fork(run_tests, folder, noticed, "", log)):
+        sys.exit(f"tests fail without a mutant, by {code}:\n{log.read_text(encoding='utf-8')[-4000:]}")
 
 
 def main():
