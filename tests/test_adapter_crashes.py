@@ -16,8 +16,9 @@ import pytest
 import torch
 from crash_cases import KINDS, SAVED, STATE, STOCK, Model, die_at, lora, save_often, work, write
 from moil_cases import train, training
+from safetensors import safe_open
 
-from peft_kernels.adapters import LoRA, writing
+from peft_kernels.adapters import LoRA, checkpoint, writing
 from peft_kernels.adapters.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 peft = pytest.importorskip("peft")
@@ -130,7 +131,7 @@ def test_killed_at_random_moments(processes, moments, tmp_path):
     write(tmp_path, 0)
     uninterrupted, counts, left, between = Uninterrupted(), (0, 0), 0, 0
     for number in range(moments):
-        killed(processes, work, tmp_path, after=random.Random(number).uniform(0, 0.3))
+        killed(processes, work, tmp_path, after=random.Random(number).uniform(0, 0.5))
         counts = check(tmp_path, uninterrupted, counts)
         left += len(unfinished(tmp_path)) > 0
         between += not (tmp_path / STOCK / CONFIG_FILE).exists()
@@ -156,6 +157,18 @@ def test_writers_of_two_configurations_at_once(processes, tmp_path):
 
 
 # ---- one at a time --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
+    """safetensors opens a name twice, for the header and for the values; it is given what stays the same file."""
+    write(tmp_path, 1)
+
+    def replaced_first(path, *arguments):
+        write(tmp_path, 2)
+        return safe_open(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "safe_open", replaced_first)
+    assert saved(tmp_path) == 1
 
 
 def test_a_copy_of_another_save_loses_and_an_edited_one_is_refused(tmp_path):

@@ -97,10 +97,12 @@ class Checkpoint:
         _check_folder(Path(folder))
         _check_file(self.path)
         try:
-            self._file = safe_open(self.path, "pt")
+            with self.path.open("rb") as file:  # safetensors opens by name twice: header and values of two saves
+                handle = f"/dev/fd/{file.fileno()}"
+                self._file = safe_open(handle if os.path.exists(handle) else self.path, "pt")
             metadata = self._file.metadata() or {}
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, not a dict
-        except (SafetensorError, OSError, UnicodeError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"{self.path}: not a whole safetensors file: {error}") from None
         self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
         kinds = {name: each.get_dtype() for name, each in slices.items()}
