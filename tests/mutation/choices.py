@@ -40,7 +40,7 @@ CHOICES = {
     "peft_kernels/adapters/gates.py": ("test_gates", *ADAPTERS),
     "peft_kernels/adapters/heads.py": ("test_moil_models", *ADAPTERS, *FILES),
     "peft_kernels/adapters/lora.py": ("test_lora", "test_lora_files", *ADAPTERS),
-    "peft_kernels/adapters/lora_files.py": ("test_lora", *FILES),
+    "peft_kernels/adapters/lora_files.py": (*FILES[3:], "test_lora", *FILES),
     "peft_kernels/adapters/moil.py": ("test_moil", "test_moil_use", "test_moil_state", "test_moil_models", *ADAPTERS),
     "peft_kernels/adapters/state_files.py": (*FILES, *ADAPTERS),
     "peft_kernels/adapters/targets.py": ("test_targets", "test_presets", *ADAPTERS),

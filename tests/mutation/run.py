@@ -118,7 +118,7 @@ def run_tests(folder, tests, keywords, log):
     os.chdir(folder)
     sys.path[:1] = [str(folder), str(folder / "tests")]
     os.environ["PYTHONPATH"] = str(folder)
-    for static in (False, True):  # these compile kernels: in a process without the interpreter
+    for static in (False, True):  # those compile kernels, without the interpreter
         chosen = [test for test in tests if test.startswith("tests/static/") == static]
         if chosen and (code := wait(fork(run_pytest, chosen, keywords, static))):
             return code if code > 0 else TOO_LONG if code == -signal.SIGXCPU else 1  # 1: a crash
@@ -129,9 +129,11 @@ def run_pytest(tests, keywords, static):
     import pytest
 
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))  # other work on the machine does not count
-    if static:
+    arguments = ["-xq", "--tb=short", "-p", "no:cacheprovider", "-k", keywords, *tests]
+    if static:  # afresh: Triton's own functions, too, are of the interpreter where they were loaded for it
         del os.environ["TRITON_INTERPRET"]
-    return pytest.main(["-xq", "--tb=short", "-p", "no:cacheprovider", "-k", keywords, *tests])
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
+    return pytest.main(arguments)
 
 
 def tree(number):
