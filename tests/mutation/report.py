@@ -16,7 +16,8 @@ Whether a test fails when a line is wrong: cosmic-ray changes one place at a tim
 (`make mutation`; [CONTRIBUTING.md](../CONTRIBUTING.md) says how). This page is generated.
 
 {day}, commit {commit}, cosmic-ray {tool}, seed {seed}: {count} of {places} places, one mutant of each.
-**{good} of {count} were noticed or are explained: {share:.1f} %.**
+**{good} of {count} were noticed or are explained: {share:.1f} %.** Of all places it may be {least:.0f} %
+(Wilson's bound at 95 %), and what survived first and then got its test counts as noticed here.
 
 Killed: a test failed. At import: the package or the tests could not even be loaded. Timed out: no end within four
 minutes of a processor. Explained: the mutant means the same, or changes no result; its reason is in
@@ -61,6 +62,13 @@ def show(results) -> None:
     print(Counter(verdict(result) for _, result in results))
 
 
+def lower_bound(good: int, count: int, z: float = 1.96) -> float:
+    """Wilson's, of a share."""
+    share = good / count
+    spread = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return (share + z * z / (2 * count) - spread) / (1 + z * z / count)
+
+
 def write(page: Path, results, places: int, seed: int) -> None:
     table = defaultdict(Counter)
     for module, result in results:
@@ -70,7 +78,8 @@ def write(page: Path, results, places: int, seed: int) -> None:
     good = count - total["survived"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {"day": date.today(), "commit": commit, "tool": version("cosmic-ray"), "seed": seed, "places": places}
-    lines = [HEAD.format(**about, count=count, good=good, share=100 * good / count)]
+    about |= {"count": count, "good": good, "share": 100 * good / count, "least": 100 * lower_bound(good, count)}
+    lines = [HEAD.format(**about)]
     lines += [f"| module | {' | '.join(VERDICTS)} |", f"| --- |{' ---: |' * len(VERDICTS)}"]
     for module, counts in [*sorted(table.items()), ("all", total)]:
         lines.append(f"| {module} | {' | '.join(str(counts[name] or '') for name in VERDICTS)} |")
