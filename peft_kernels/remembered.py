@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from peft_kernels.autocast import linear_dtype
 from peft_kernels.backend import requested_by
-from peft_kernels.transforms import transformed
+from peft_kernels.transforms import in_torch_func
 
 MOST = 4096  # calls of a function that are told apart
 
@@ -24,7 +25,7 @@ def remembered(check: Callable) -> Callable:
 
     @functools.wraps(check)
     def checked(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or transformed():
+        if torch.compiler.is_compiling() or in_torch_func() or forward_ad._current_level >= 0:  # `transformed()`, warm
             return check(*args)
         try:
             key = (*map(_looks, args), _first_dtype(args), requested_by("auto"))

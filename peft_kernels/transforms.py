@@ -4,7 +4,7 @@ import torch
 from torch.autograd import forward_ad
 
 WHY_NOT = "torch.func and forward-mode differentiation see through plain torch alone"
-_in_torch_func = torch._C._are_functorch_transforms_active
+in_torch_func = torch._C._are_functorch_transforms_active
 
 
 def transformed() -> bool:
@@ -12,4 +12,4 @@ def transformed() -> bool:
 
     Operations are then composed of differentiable torch operations, none in place: what transforms can transform.
     """
-    return _in_torch_func() or forward_ad._current_level >= 0
+    return in_torch_func() or forward_ad._current_level >= 0

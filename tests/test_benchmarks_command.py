@@ -332,7 +332,7 @@ def test_without_matplotlib_nothing_runs(monkeypatch, capsys):
     monkeypatch.delattr(sys.modules["peft_kernels.benchmarks"], "plots", raising=False)
     with pytest.raises(SystemExit):
         run("--plot", "nowhere")
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install 'peft_kernels[bench]'" in capsys.readouterr().err
 
 
 def _size(folder, name):

@@ -141,11 +141,12 @@ print(json.dumps([find_spec(name) for name in ("triton_kernels", "benchmarks", "
 def test_a_checkout_works_beside_the_installation(installed, checkout):
     """Python that is started in the repository's root imports the checkout, whose folders nothing maps."""
     python, packages = installed
+    settings = {"PYTHONDONTWRITEBYTECODE": "1"}
     code = "import peft_kernels.triton_kernels as t, peft_kernels.benchmarks.floor as f; print(t.__file__, f.__file__)"
-    status, output = run(python, "-c", code, cwd=checkout)
+    status, output = run(python, "-c", code, cwd=checkout, **settings)
     places = [str(checkout / folder / "__init__.py") for folder in ("triton_kernels", "benchmarks/floor")]
     assert (status, output.split()) == (0, places), output
-    status, output = run(python, "-m", "peft_kernels", "env", cwd=checkout)
+    status, output = run(python, "-m", "peft_kernels", "env", cwd=checkout, **settings)
     told = f"{checkout / 'peft_kernels'}, and not {packages / 'peft_kernels'}, which is installed"
     assert status == 0 and told in output, output[-2000:]
 

@@ -213,7 +213,7 @@ def test_where_gates_cannot_stand():
         layer.chunk_size_feed_forward = 0
         del layer.crossattention
     with pytest.raises(ValueError, match=r"^gates: the model has no layer with cross-attention"):
-        Aurora.wrap(model, AuroraConfig(preset="paper", rank=RANK, gates="additive"))
+        Aurora.wrap(model, AuroraConfig(preset="paper", targets=["query"], rank=RANK, gates="additive"))
     assert [k for k in keys if "crossattention" not in k] == list(model.state_dict())
 
 

@@ -234,6 +234,8 @@ class Adapter(AdapterFiles):
         if lost := self._lost():
             raise ValueError(f"{action}: {_no_longer_there(lost)}; remove() the adapter and wrap the model anew")
         self._check_tensors(action, instead)
+        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+            raise ValueError(f"{action}: the model is on the meta device and holds no values")
 
     def _check_tensors(self, action: str, instead: str = "do it on a copy that is not sharded") -> None:
         owners = {**self.layers, **self.modules}

@@ -25,8 +25,6 @@ def check_tensors(
     for name, tensor in tensors.items():
         check_dense(f"{action}: {name}", tensor, DENSE_FIRST)
     check_not_offloaded(action, model, tensors)
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise ValueError(f"{action}: the model is on the meta device and holds no values")
 
 
 def check_not_offloaded(action: str, model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from peft_kernels import kinds
@@ -45,7 +46,7 @@ from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
 from peft_kernels.remembered import MOST, remembered
 from peft_kernels.rows import contiguous, rows, shaped
 from peft_kernels.torch_kernels import lowrank_linear as launchers
-from peft_kernels.transforms import transformed
+from peft_kernels.transforms import in_torch_func, transformed
 
 DROPOUT_PLACES = ("input", "rank", "core")
 DESIGNS = (None, "passes", "fused")
@@ -272,22 +273,25 @@ def _signature(x, weight, bias, down, up, core, scale, hidden, options: tuple) -
     Raises for what is no tensor, and for what cannot be in a key.
     """
     dropout_p, dropout_on, training, backend, design = options
-    if transformed():
+    if in_torch_func() or forward_ad._current_level >= 0:  # `transformed()`, without a call in each warm one
         raise TypeError("a transform's tensors")
     shape, device = x.shape, x.device
+    factors = (down, up) if bias is None else (bias, down, up)
+    factors = factors if core is None else (*factors, core)
     return (
         type(x), type(weight), type(bias), type(down), type(up), type(core), type(hidden), type(scale), type(dropout_p),
         x.dtype, device, x.layout, shape[-1], 0 in shape, x.is_contiguous(),
         linear_dtype(x) if torch._C._is_any_autocast_enabled() else None,
         weight.dtype, weight.device == device, weight.layout, weight.shape,
-        None if bias is None else (bias.dtype, bias.device == device, bias.layout, bias.shape, bias.is_contiguous()),
-        down.dtype, down.device == device, down.layout, down.shape, down.is_contiguous(),
-        up.dtype, up.device == device, up.layout, up.shape, up.is_contiguous(),
-        None if core is None else (core.dtype, core.device == device, core.layout, core.shape, core.is_contiguous()),
+        None if bias is None else (bias.dtype, bias.device == device, bias.layout, bias.shape),
+        down.dtype, down.device == device, down.layout, down.shape,
+        up.dtype, up.device == device, up.layout, up.shape,
+        None if core is None else (core.dtype, core.device == device, core.layout, core.shape),
         None if hidden is None else (hidden.dtype, hidden.device == device, hidden.layout, hidden.shape[-1],
                                      hidden.shape[:-1] == shape[:-1]),
         (scale.dtype, scale.device == device, scale.layout, scale.ndim, scale.requires_grad)
         if type(scale) in _TENSORS else None,
+        all(map(Tensor.is_contiguous, factors)),
         dropout_p, dropout_on, not training, design, backend if backend != "auto" else requested_by(backend),
     )  # fmt: skip
 
