@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ class Checkpoint:
         own = metadata.get("adapter_config")
         self.config = read_json(copy) if own is None else _parsed(own, self.path)
         self.config.pop("sha256", None)  # who writes tensors anew, without a header, leaves the copy as it is
-        if own is not None and os.path.lexists(copy):
-            self._check_copy(copy)
+        if own is not None:
+            with suppress(FileNotFoundError):  # there is none, or a save that goes on has just removed it
+                self._check_copy(copy)
 
     def _check_copy(self, copy: Path) -> None:
         """A copy that says by its digest that nobody has edited it was written by another save, and loses to the
@@ -170,6 +172,8 @@ def read_json(path: Path) -> dict[str, Any]:
     _check_file(path)
     try:
         return _parsed(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError:  # since it was looked at
+        raise FileNotFoundError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
@@ -195,9 +199,10 @@ def _check_file(path: Path) -> None:
             return
     except OSError as error:  # a name that is too long, or a folder that is not ours
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    if os.path.lexists(path):
+    if os.path.lexists(path) and not path.is_file():  # it may have come since the first look
         raise ValueError(f"{path}: expected a file, got a folder, a broken link, or something else that is none")
-    raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:
