@@ -13,7 +13,7 @@ from .results import RESULTS, provenance, save
 TESTS = RESULTS / "tests"  # a folder of their own: they measure nothing
 PARTS = {"tests": "", "static": "static checks: "}  # as pytest's --record names them, and as the table does
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
-SAME = ("kind", "device", "versions", "commit", "sources")  # of both parts of one run
+SAME = ("kind", "device", "versions", "commit", "sources")  # what the two parts of one run agree in
 
 
 def record(part: str, counts: Mapping[str, int], folder: Path = TESTS) -> Path:

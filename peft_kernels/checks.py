@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from peft_kernels.autocast import autocasts, linear_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # of a union, isinstance would make a new one in every call
-_INTEGERS, _FLAGS = (int, torch.SymInt), (bool, int, torch.SymBool)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)  # a tuple: a union would be made anew in every call
+_INTEGERS, _FLAGS = (int, torch.SymInt), (bool, torch.SymBool)
 _MOST = torch.finfo(torch.float32).max
 _PLAIN = (Tensor, nn.Parameter)
 _OR_PASS = ", or pass an object with .dequantize(dtype) and .shape"
@@ -67,8 +67,8 @@ def check_scale(scale: object, like: Tensor, name: str = "scale", or_else: str =
         if isinstance(scale, bool) or not isinstance(scale, _NUMBERS):
             raise TypeError(f"{name}: expected a number or a 0-d Tensor{or_else}, got {kind_of(scale)}")
         # A compiled graph keeps a changing number symbolic; asking for its value would recompile for each.
-        if not torch.compiler.is_compiling() and not -_MOST <= scale <= _MOST:
-            _check_finite(scale, like.dtype, name)
+        if not torch.compiler.is_compiling():
+            check_finite(name, scale, like.dtype)
         return
     check_tensor(name, scale, like)
     if scale.dim() != 0:
@@ -77,8 +77,10 @@ def check_scale(scale: object, like: Tensor, name: str = "scale", or_else: str =
         raise ValueError(f"{name}: takes no gradient; a trainable scale belongs in the factors or the core")
 
 
-def _check_finite(number: float, dtype: torch.dtype, name: str) -> None:
-    """Of a number that float32 does not hold."""
+def check_finite(name: str, number: float, dtype: torch.dtype = torch.float32) -> None:
+    """The number is finite in `dtype`; half precisions are computed with in float32."""
+    if -_MOST <= number <= _MOST:
+        return
     got = f"an integer of {number.bit_length()} bits" if isinstance(number, int) else number
     if not -sys.float_info.max <= number <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {got}")

@@ -171,6 +171,20 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch):
     assert saved(tmp_path) == 1
 
 
+def test_a_copy_that_a_save_takes_away_while_it_is_read(tmp_path, monkeypatch):
+    """The weights' header has all that is needed."""
+    write(tmp_path, 1)
+    check = checkpoint._check_file
+
+    def taken_away(path):
+        check(path)
+        if path.name == CONFIG_FILE:
+            path.unlink()
+
+    monkeypatch.setattr(checkpoint, "_check_file", taken_away)
+    assert saved(tmp_path) == 1
+
+
 def test_a_copy_of_another_save_loses_and_an_edited_one_is_refused(tmp_path):
     """Where folders cannot be locked the copies of two saves may change places."""
     write(tmp_path, 1)

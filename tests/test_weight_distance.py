@@ -105,6 +105,11 @@ def test_vilts_width(backend, device):
 )
 @pytest.mark.kernels
 def test_any_shapes(shapes, reduction, backend):
+    check_shapes(shapes, reduction, backend)
+
+
+def check_shapes(shapes, reduction, backend):
+    """Loss and gradients of random matrices, one of each shape (out, in, rank), against float64."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, base, left, right = problem(shapes, device)
     loss = weight_distance(target, base, left, right, reduction=reduction, backend=backend)

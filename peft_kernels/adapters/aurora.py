@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from peft_kernels.adapters.base import Adapter, Parts
-from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
+from peft_kernels.adapters.config import AdapterConfig, check_count, check_number
 from peft_kernels.adapters.gates import LayerGate, build_gates
 from peft_kernels.adapters.targets import Match
-from peft_kernels.checks import check_choice, check_probability
+from peft_kernels.checks import check_choice, check_flag, check_probability
 from peft_kernels.cores import LAYOUTS
 from peft_kernels.layers.adapted_linear import adapter_dtype_for
 from peft_kernels.layers.gated_query import MODES as GATES
@@ -55,7 +55,7 @@ class AuroraConfig(AdapterConfig):
         check_number(self.scale, "scale")
         check_probability("dropout", self.dropout)
         check_choice("gates", self.gates, (None, *GATES))
-        check_flag(self.released, "released")
+        check_flag("released", self.released)
         if self.layout == "released" and self.core == "cp":
             raise ValueError("layout: 'released' is a layout of the tucker core")
         if self.gates is not None and (self.preset is None or PRESETS[self.preset].gates is None):

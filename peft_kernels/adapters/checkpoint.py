@@ -20,12 +20,12 @@ from torch import Tensor
 from peft_kernels.adapters.writing import write_atomically, write_together
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"  # of older releases of peft
+PICKLED_FILE = "adapter_model.bin"  # older releases of peft wrote it
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _DTYPES |= {"BOOL": torch.bool}
 _HALVES = (torch.bfloat16, torch.float16)
-_LEVELS = 16  # of lists and dictionaries inside each other: no configuration has more than a few
+_LEVELS = 16  # lists and dictionaries inside each other: no configuration has more than a few
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

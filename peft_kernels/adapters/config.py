@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from peft_kernels.backend import BACKENDS
-from peft_kernels.checks import check_choice
+from peft_kernels.checks import check_choice, check_finite
 from peft_kernels.presets import PRESETS, Target
 
 ADAPTER_DTYPES = (None, "float32", "float16", "bfloat16", "float64")
 MAX_RANK = 65_536  # a file that asks for more is broken
-_LARGEST = torch.finfo(torch.float32).max
 Config = TypeVar("Config", bound="AdapterConfig")
 
 
@@ -132,14 +131,7 @@ def check_count(value: object, name: str = "rank") -> None:
 def check_number(value: object, name: str, least: float = -math.inf, most: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not -_LARGEST <= value <= _LARGEST:
-        got = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else value
-        raise ValueError(f"{name}: expected a finite number that float32 holds, got {got}")
+    check_finite(name, value)
     if not least <= value <= most:
         expected = f"at least {least:g}" if most == math.inf else f"in [{least:g}, {most:g}]"
         raise ValueError(f"{name}: expected a number {expected}, got {value}")
-
-
-def check_flag(value: object, name: str) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")

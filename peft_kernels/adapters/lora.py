@@ -14,14 +14,13 @@ from peft_kernels.adapters.config import (
     AdapterConfig,
     by_pattern,
     check_count,
-    check_flag,
     check_number,
     check_patterns,
     matches_end,
 )
 from peft_kernels.adapters.lora_files import StockLora
 from peft_kernels.adapters.targets import Match, nearest
-from peft_kernels.checks import check_choice, check_probability
+from peft_kernels.checks import check_choice, check_flag, check_probability
 from peft_kernels.layers.lowrank_linear import INITS, LowRankLinear
 
 
@@ -47,7 +46,7 @@ class LoRAConfig(AdapterConfig):
         super().__post_init__()
         check_count(self.rank)
         check_number(self.alpha, "alpha")
-        check_flag(self.rslora, "rslora")
+        check_flag("rslora", self.rslora)
         check_probability("dropout", self.dropout)
         check_choice("init", self.init, INITS)
         for name, check in self._patterns().items():

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_kernels.adapters.checkpoint import CONFIG_FILE, Checkpoint, read_json, write_with_config
-from peft_kernels.adapters.config import by_pattern, check_count, check_flag, check_number, check_patterns
-from peft_kernels.checks import check_probability
+from peft_kernels.adapters.config import by_pattern, check_count, check_number, check_patterns
+from peft_kernels.checks import check_flag, check_probability
 
 _PREFIX = "base_model.model."
 # What a LoRA configuration may say besides weight + scaling · B A, without meaning anything else by it …
@@ -104,7 +104,7 @@ class StockLora(Checkpoint):
         try:
             self.dropout = _number(config, "lora_dropout", 0.0)
             check_probability("lora_dropout", self.dropout)
-            check_flag(config.get("use_rslora", False), "use_rslora")
+            check_flag("use_rslora", config.get("use_rslora", False))
             self._read(config)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None

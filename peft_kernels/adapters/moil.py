@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peft_kernels.adapters.base import Adapter, Parts
-from peft_kernels.adapters.config import AdapterConfig, check_count, check_flag, check_number
+from peft_kernels.adapters.config import AdapterConfig, check_count, check_number
 from peft_kernels.adapters.targets import Match, find_targets
-from peft_kernels.checks import check_choice, check_scale
+from peft_kernels.checks import check_choice, check_flag, check_scale
 from peft_kernels.imitation import ImitationGroup, imitation_step
 from peft_kernels.layers.imitation_linear import INITS, MODES, ImitationLinear, LinearTransform, SharedState
 from peft_kernels.ops.weight_distance import REDUCTIONS
@@ -57,7 +57,7 @@ class MoILConfig(AdapterConfig):
         check_count(self.transform_rank, "transform_rank")
         check_count(self.interval, "interval")
         check_choice("approximation", self.approximation, APPROXIMATIONS)
-        check_flag(self.ffn, "ffn")
+        check_flag("ffn", self.ffn)
         check_choice("init", self.init, INITS)
         check_number(self.decay, "decay", 0, 1)
         check_choice("teacher", self.teacher, TEACHERS)

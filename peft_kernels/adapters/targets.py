@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peft_kernels.adapters.config import AdapterConfig
+from peft_kernels.checks import kind_of
 from peft_kernels.layers.adapted_linear import check_linear_module
 from peft_kernels.presets import PRESETS, Target
 
@@ -136,7 +137,7 @@ def _found(targets: str | tuple, modules: dict, linears: dict) -> list[tuple[str
             pattern, names = wanted, [name for name in modules if f".{name}".endswith(f".{wanted}")]
         fitting = [name for name in names if name in linears]
         if not fitting:
-            others = sorted({_told(type(modules[name])) for name in names})
+            others = sorted({kind_of(modules[name]).removeprefix("torch.") for name in names})
             what = f"matches no nn.Linear, but {', '.join(others)}" if others else "matches no module"
             if isinstance(targets, str) and not others:
                 what += " by its whole name (a list would give suffixes)"
@@ -158,12 +159,6 @@ def _all_linear(modules: dict[str, nn.Module], linears: dict[str, nn.Linear]) ->
     if not found:
         raise ValueError(f"targets: {ALL_LINEAR!r} matches nothing; {nearest([], linears)}")
     return found
-
-
-def _told(kind: type) -> str:
-    """A class by its name, with its library's unless it is torch's."""
-    library = kind.__module__.partition(".")[0]
-    return kind.__name__ if library == "torch" else f"{library}.{kind.__name__}"
 
 
 def _instead(modules: list[nn.Module]) -> str:

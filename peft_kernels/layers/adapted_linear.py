@@ -268,11 +268,6 @@ def adapter_dtype_for(linear: nn.Linear, asked: torch.dtype | None) -> torch.dty
     return dtype
 
 
-def check_rank(rank: object, name: str = "rank") -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{name}: expected an integer ≥ 1, got {rank!r}")
-
-
 def check_blocks(name: str, blocks: object, features: int) -> None:
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1 or features % blocks:
         raise ValueError(f"{name}: expected a divisor of {features}, got {blocks!r}")

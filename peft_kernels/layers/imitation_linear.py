@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from peft_kernels import kinds
 from peft_kernels.autocast import autocast_off, linear_dtype
 from peft_kernels.backend import Choice, resolve
-from peft_kernels.checks import check_choice
+from peft_kernels.checks import check_choice, check_integer
 from peft_kernels.imitation import Transform, hybrid_factors
 from peft_kernels.imitation.factors import PLACEMENTS
-from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module, check_rank
+from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module
 from peft_kernels.layers.per_pass import PerPass
 from peft_kernels.ops.lowrank_linear import lowrank_linear
 
@@ -49,7 +49,7 @@ class LinearTransform(nn.Module):
 
     def __init__(self, features: int, rank: int, *, bias: bool = True, init: str = "default", dtype=None, device=None):
         super().__init__()
-        check_rank(rank, "transform_rank")
+        check_integer("transform_rank", rank)
         check_choice("init", init, INITS)
         factory = {"dtype": dtype, "device": device}
         self.down = nn.Parameter(torch.empty(rank, features, **factory))
@@ -121,7 +121,7 @@ class ImitationLinear(AdaptedLinear):
         if projections > 1 and placement == "output":
             raise ValueError("placement: fused projections take the transform on their input")
         if rank is not None:
-            check_rank(rank)
+            check_integer("rank", rank)
         super().__init__(linear, backend=backend, freeze=freeze)
         self.rank, self.placement, self.projections, self.mode = rank, placement, projections, None
         self._transform = (transform,)  # in a tuple: the model's module, under one name, and not this layer's too

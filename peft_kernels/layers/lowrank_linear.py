@@ -5,13 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.checks import check_choice
+from peft_kernels.checks import check_choice, check_integer
 from peft_kernels.layers.adapted_linear import (
     AdaptedLinear,
     adapter_dtype_for,
     check_blocks,
     check_linear_module,
-    check_rank,
 )
 
 CORES = (None, "diagonal", "dense")
@@ -56,7 +55,7 @@ class LowRankLinear(AdaptedLinear):
         device: torch.device | str | None = None,
     ):
         check_linear_module(linear)
-        check_rank(rank)
+        check_integer("rank", rank)
         check_choice("core", core, CORES)
         check_choice("init", init, INITS)
         check_blocks("out_blocks", out_blocks, linear.out_features)

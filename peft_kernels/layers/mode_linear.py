@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.autocast import autocast_off
-from peft_kernels.checks import check_choice
+from peft_kernels.checks import check_choice, check_integer
 from peft_kernels.cores import LAYOUTS, tucker_core
-from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module, check_rank
+from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module
 from peft_kernels.layers.per_pass import PerPass, in_recomputation, sharing_state
 from peft_kernels.ops.lowrank_linear import lowrank_hidden
 
@@ -44,7 +44,7 @@ class Decomposition(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        check_rank(rank)
+        check_integer("rank", rank)
         check_choice("core", core, DECOMPOSITIONS)
         factory = {"dtype": dtype, "device": device}
         self.rank, self.core, self.fans = rank, core, list(fans)

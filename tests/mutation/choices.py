@@ -7,7 +7,13 @@ ADAPTERS = ("test_adapters", "test_adapter_files", "test_adapter_merging")
 DISTANCES = ("test_imitation_errors", "test_imitation", "test_imitation_plans", "test_weight_distance_plans")
 HOSTILE = ("test_hostile_calls",)
 ERRORS = ("test_lowrank_linear_errors", "test_batched_lowrank_linear_errors", "test_gated_query_errors")
-FILES = ("test_adapter_files", "test_adapter_hostile_files", "test_moil_state", "test_lora_files")
+FILES = (
+    "test_adapter_files",
+    "test_adapter_hostile_files",
+    "test_moil_state",
+    "test_lora_files",
+    "test_adapter_hostile_places",
+)
 OPERATIONS = ("test_gated_query", "test_reconstruct", "test_batched_lowrank_linear", "test_lowrank_linear")
 OPERATION = ("test_backend", "test_*")
 LAYERS = ("test_layers", "test_aurora", "test_lowrank_linear_compile")

@@ -19,8 +19,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from peft_kernels.adapters.config import check_count, check_flag, check_number
-from peft_kernels.checks import check_choice, check_probability
+from peft_kernels.adapters.config import check_count, check_number
+from peft_kernels.checks import check_choice, check_flag, check_probability
 from peft_kernels.integrations.peft.aurora_linear import AuroraLinear, SharedFactors
 from peft_kernels.layers.mode_linear import DECOMPOSITIONS
 from peft_kernels.layers.per_pass import PerPass
@@ -67,7 +67,7 @@ class AuroraConfig(PeftConfig):
         check_choice("core", self.core, DECOMPOSITIONS)
         check_number(self.scale, "scale")
         check_probability("dropout", self.dropout)
-        check_flag(self.init_weights, "init_weights")
+        check_flag("init_weights", self.init_weights)
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, _names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
