@@ -136,11 +136,13 @@ def test_start_values(core):
     """V = 0; U uniform ±1/√d_in; λ = 1 and P Xavier over (N, R); tucker: C Xavier, p ±√(6 / (R + n)), n = 1, 4 or 8."""
     model, _ = build("blip_retrieval", vision=64, layers=6)
     rank = 32
-    Aurora.wrap(model, AuroraConfig(preset="blip-retrieval", rank=rank, core=core))
+    adapter = Aurora.wrap(model, AuroraConfig(preset="blip-retrieval", rank=rank, core=core))
     parameters = parameters_of(model)
     bounds = {f"down.{k}x{n}": k**-0.5 for k, n in ((16, 16), (64, 16), (64, 64))}
     P = parameters["slots"]
     vision = [(3, 4), (1, 4), (4, 8), (4, 8)] * 6  # (slots, n) of qkv, projection, fc1, fc2
+    (decomposition,) = adapter.modules["aurora"].values()
+    assert sorted(decomposition.fans) == sorted([*vision, *[(1, 1)] * 36])
     if core == "cp":
         assert torch.equal(parameters["lam"], torch.ones(rank))
         bounds["slots"] = (6 / sum(P.shape)) ** 0.5

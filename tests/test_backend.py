@@ -97,6 +97,17 @@ def test_named_backend_that_cannot_run_raises_with_the_reason(name, monkeypatch)
         lowrank_linear(X, torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1))
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_triton_needs_triton(there, monkeypatch):
+    monkeypatch.setattr(triton_support, "no_gpu_for_kernels", lambda device_type: "")
+    monkeypatch.setattr(triton_support, "importable", lambda name: there)
+    triton_support.missing.cache_clear()
+    try:
+        assert triton_support.missing("cuda") == ("" if there else "triton is not installed (pip install triton)")
+    finally:
+        triton_support.missing.cache_clear()
+
+
 def test_unknown_names_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="backend: expected 'auto'"):
         resolve("op", [X], "trition")

@@ -78,28 +78,34 @@ def test_any_pattern(index, adapters, inputs, outputs, rank, backend):
     assert_as_accurate_as_torch(Problem(tuple(index), adapters, inputs, outputs, rank), device, backend)
 
 
+class Elsewhere(torch.Tensor):
+    """As much of a tensor on a GPU as this backend looks at."""
+
+    device = torch.device("cuda")
+
+
 @pytest.mark.parametrize("mixture", ["usual", "one adapter", "nobody", "many adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_way_for_gpus_on_the_torch_backend(mixture, dtype, device, monkeypatch):
+def test_the_way_for_gpus_on_the_torch_backend(mixture, dtype, device):
     """Every row through every adapter, masked: what the torch backend does where reading counts would wait."""
     problem = replace(MIXTURES[mixture], dtype=dtype, scale=None)
     t = {name: tensor.detach() for name, tensor in problem.tensors(device).items()}
     segments = adapter_segments(torch.tensor(problem.index, device=device), problem.adapters)
     scale, dy = problem.scales(device), problem.gradient(device)
-    z, own = torch_kernels._own(t["x"] @ t["down"].flatten(0, 1).t(), segments)
+    x, weight, bias = t["x"].as_subclass(Elsewhere), t["weight"], t["bias"]
+    y, z = torch_kernels.batched_lowrank_linear_fwd(
+        x, weight, bias, Factors(t["down"], t["up"], None, scale, None), segments
+    )
     factors = Factors(t["down"], t["up"], None, scale, z)
-    y = torch_kernels.batched_lowrank_linear_fwd(t["x"], t["weight"], t["bias"], factors, segments)[0]
-    at_once = t["x"] @ t["weight"].t() + t["bias"]
-    at_once.addmm_(torch_kernels._spread(z, own, scale), t["up"].transpose(1, 2).flatten(0, 1))
-    args = (dy, t["x"], dy @ t["weight"], factors, segments, (True, True, True))
-    dx, d_down, d_up = torch_kernels._bwd_at_once(*args)
-    assert error(at_once, y.double()) <= 4 * torch.finfo(dtype).eps
+    needs = (True, True, True)
+    grads = torch_kernels.batched_lowrank_linear_bwd(dy.as_subclass(Elsewhere), x, weight, factors, segments, needs)
+    y, z, dx, d_down, d_up = (each.as_subclass(torch.Tensor) for each in (y, z, *grads))
     assert d_down.is_contiguous() and d_up.is_contiguous()  # as operators promise
     overflowing = t["x"] @ t["down"].index_fill(0, torch.tensor(0, device=device), torch.inf).flatten(0, 1).t()
     mine = torch.tensor(problem.index, device=device) != 0
     assert torch.equal(torch_kernels._own(overflowing, segments)[0][mine], z[mine])  # another adapter's is not ours
     grads = {"weight": dy.t() @ t["x"], "bias": dy.sum(0)}
-    results = {"y": at_once, "x": dx, "down": d_down, "up": d_up} | grads
+    results = {"y": y, "x": dx, "down": d_down, "up": d_up} | grads
     assert_as_accurate_as_torch(problem, device, "torch", results)
 
 
@@ -215,6 +221,18 @@ def test_rows_without_an_adapter_are_the_frozen_layers(device):
     y = batched_lowrank_linear(x, weight, bias, down.fill_(float("nan")), up, index, backend="torch")
     assert torch.equal(y[index < 0], torch.nn.functional.linear(x, weight, bias)[index < 0])
     assert y[index >= 0].isnan().all()
+
+
+def test_what_overflows_in_one_adapters_rows_stays_there(backend):
+    """On a CPU; torch's way for GPUs multiplies every row's gradient with every adapter, if by 0."""
+    problem = Problem()
+    tensors, index = problem.tensors("cpu"), torch.tensor(problem.index)
+    dy = problem.gradient("cpu")
+    dy[index == 2] = float("nan")
+    batched_lowrank_linear(*tensors.values(), index, backend=backend).backward(dy)
+    for name in ("down", "up"):
+        assert [bool(t.isnan().any()) for t in tensors[name].grad] == [i == 2 for i in range(problem.adapters)]
+    assert torch.equal(tensors["x"].grad.isnan().any(1), index == 2)
 
 
 def test_strided_input(backend, device):

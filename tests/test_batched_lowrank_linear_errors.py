@@ -45,6 +45,20 @@ def test_bad_input_names_the_argument(argument, change, kind, monkeypatch):
         batched_lowrank_linear(**good | {"adapter_index": torch.zeros(5, dtype=torch.int64)} | change)
 
 
+def test_an_index_may_be_one_per_row_or_one_per_leading_entry():
+    factors = {"weight": ONES(8, 12), "bias": None, "down": ONES(3, 2, 12), "up": ONES(3, 8, 2)}
+    with pytest.raises(ValueError, match=r"^adapter_index: expected shape \(5, 4\) or \(5,\), got \(4,\)"):
+        batched_lowrank_linear(ONES(5, 4, 12), **factors, adapter_index=torch.zeros(4, dtype=torch.int64))
+
+
+def test_an_index_is_not_read_unless_asked():
+    """On a CPU it always is; a tensor without values stands for one on a GPU."""
+    index = torch.zeros(5, dtype=torch.int64, device="meta")
+    assert adapter_segments(index, 3).order.shape == (5,)
+    with pytest.raises(Exception, match="meta"):
+        adapter_segments(index, 3, validate=True)
+
+
 @pytest.mark.parametrize(
     "factors",
     [

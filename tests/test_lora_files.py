@@ -63,6 +63,15 @@ def test_every_option_of_peft_is_judged(tmp_path):
     refused(tmp_path, ValueError, rf"{CONFIG_FILE}: use_something=.* is not supported; merge it with peft")
 
 
+def test_what_a_file_leaves_out_is_as_in_peft(tmp_path):
+    write(tmp_path, lora_alpha=peft.LoraConfig().lora_alpha)
+    whole = LoRA.from_peft(build("vilt_vqa")[0], tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["query"]}))
+    short = LoRA.from_peft(build("vilt_vqa")[0], tmp_path)
+    assert short.config == whole.config and short.config.dropout == 0 and short.config.alpha == 8
+    assert [layer.scale for layer in short.layers.values()] == [2.0] * len(whole.layers)
+
+
 ENTRIES = [
     ("peft_type", "IA3", ValueError, "expected peft_type 'LORA', got 'IA3'"),
     ("r", 5, ValueError, r"r, rank_pattern: 5 for .*, whose lora_A.weight has rank 4"),

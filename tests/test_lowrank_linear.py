@@ -111,6 +111,15 @@ def test_one_gradient_at_a_time(backend_design, needed, device):
             assert tensor.grad is None
 
 
+@pytest.mark.parametrize("core", [None, "dense"])
+def test_the_reference_takes_leading_dimensions(core):
+    blocks = {"core": core, "out_blocks": 2, "in_blocks": 2} if core else {}
+    tensors = Problem(**blocks).tensors("cpu")
+    x = tensors.pop("x")[:6]
+    by_rows = op.lowrank_linear_reference(x, **tensors)
+    assert torch.equal(op.lowrank_linear_reference(x.view(2, 3, -1), **tensors), by_rows.view(2, 3, -1))
+
+
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 2, 3, 24), (24,)])
 def test_leading_dimensions_and_strides(backend_design, shape, device):
     problem = Problem()

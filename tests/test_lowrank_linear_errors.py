@@ -79,6 +79,23 @@ def test_lowrank_linear_names_the_argument(argument, change, kind, monkeypatch):
         lowrank_linear(**good() | change)
 
 
+WARM = good() | {"core": torch.ones(2), "hidden": torch.ones(5, 2), "scale": torch.tensor(1.0)}
+OTHERWISE = {
+    "device": lambda t: t.to("meta"),
+    "dtype": torch.Tensor.cfloat,
+    "layout": torch.Tensor.to_sparse,
+    "dimensions": lambda t: t[..., None],
+}
+
+
+@pytest.mark.parametrize("other", OTHERWISE)
+@pytest.mark.parametrize("name", sorted(WARM.keys() - {"x"}))
+def test_a_call_like_a_right_one_but_for_one_tensor(name, other):
+    lowrank_linear(**WARM)  # whose checks are remembered
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
+        lowrank_linear(**WARM | {name: OTHERWISE[other](WARM[name])})
+
+
 @pytest.mark.parametrize(
     ("design", "change"),
     [

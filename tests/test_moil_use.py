@@ -44,6 +44,16 @@ def test_modes():
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
+def test_a_step_tells_that_no_layer_is_left():
+    moil, batch = wrapped()
+    pull(moil, batch)
+    for name in moil.layers:
+        moil.model.set_submodule(name, nn.Identity())
+    with pytest.warns(UserWarning, match=r"^step: .* of the adapter are no longer in the model") as told:
+        moil.step()
+    assert told[0].filename == __file__
+
+
 def test_steps_that_are_refused_count_nothing():
     moil, batch = wrapped()
     moil.model.train()

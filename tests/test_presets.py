@@ -8,7 +8,7 @@ from adapter_cases import assert_unchanged, snapshot, wrap
 from adapter_models import PRESET, build
 from torch import nn
 
-from peft_kernels.adapters import LoRA, LoRAConfig
+from peft_kernels.adapters import LoRA, LoRAConfig, heads
 from peft_kernels.adapters.targets import find_targets
 from peft_kernels.presets import PRESETS
 
@@ -208,6 +208,13 @@ def test_a_head_that_stays_frozen_is_named(kind, options, told):
     said = [warning for warning in caught if "modules_to_save" in str(warning.message)]
     assert [str(each.message).split()[1] for each in said] == ([f"{told}:"] if told else [])
     assert all(each.filename == __file__ for each in said)
+
+
+@pytest.mark.parametrize(("count", "told"), [(5, "4: frozen"), (7, "4 and 2 more: frozen")])
+def test_many_frozen_heads_are_counted(count, told, monkeypatch):
+    monkeypatch.setattr(heads, "_frozen_heads", lambda model: [f"head{i}" for i in range(count)])
+    with pytest.warns(UserWarning, match=rf"head3, head{told}"):
+        LoRA.wrap(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(targets=["0"]))
 
 
 def test_what_from_pretrained_made_anew_is_named(tmp_path):

@@ -67,12 +67,19 @@ def test_what_is_around_a_call_counts(checked, monkeypatch):
 
 
 def test_errors_and_tensors_of_other_types_are_not_kept(checked):
+    assert checked(X) == 1
     for _ in range(2):
         with pytest.raises(ValueError, match="word"):
             checked(X, None, "wrong")
-    assert [checked(HOSTILE) for _ in range(2)] == [3, 4] and [checked([X]) for _ in range(2)] == [5, 6]
+    assert [checked(HOSTILE) for _ in range(2)] == [4, 5] and [checked([X]) for _ in range(2)] == [6, 7]
+
+
+def test_transforms_are_not_kept(checked):
+    assert checked(X) == 1
     torch.func.vmap(lambda x: (checked(x), x)[1])(torch.zeros(4, 2, 3))
-    assert len(checked.made) == 7
+    with torch.autograd.forward_ad.dual_level():
+        checked(X)
+    assert len(checked.made) == 3 and checked(X) == 1
 
 
 def test_it_does_not_grow_without_end(checked, monkeypatch):

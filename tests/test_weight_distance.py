@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from imitation_cases import relative
 from lowrank_cases import INTERPRETED
+from torch._dynamo.testing import CompileCounter
 
 from peft_kernels import momentum_weight_distance, weight_distance
 from peft_kernels.ops import weight_distance as op
@@ -272,6 +273,37 @@ def test_mutant_is_noticed(mutant, monkeypatch, device):
     mutant(kernels, monkeypatch)
     with pytest.raises(AssertionError):
         test_loss_and_gradients("torch", "different shapes", "mean", device)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_graphs_break_around_it_once(momentum, device):
+    """Nothing of it is traced: what it keeps between calls, and a teacher that moves, are no graph's business."""
+    torch._dynamo.reset()
+    target, base, left, right = problem(SHAPES["different shapes"], device)
+    counter, before = CompileCounter(), [t.clone() for t in target]
+
+    @torch.compile(backend=counter)
+    def distance(weight):
+        if momentum:
+            return weight * momentum_weight_distance(base, target, base, left, right, decay=0.5)
+        return weight * weight_distance(target, base, left, right)
+
+    for step in (1, 2):
+        found = distance(torch.ones((), device=device))
+        kept = 0.5**step if momentum else 1
+        for moved, first, b in zip(target, before, base):
+            torch.testing.assert_close(moved, kept * first + (1 - kept) * b)
+        torch.testing.assert_close(found, sum(map(weight_distance_reference, target, base, left, right)))
+    assert counter.frame_count == counter.op_count == 1
+
+
+def test_one_row_has_no_next_one(backend, device):
+    """Its stride says nothing, whatever it is."""
+    live, base, left, right = (torch.randn(shape, device=device) for shape in ((1, 40), (1, 40), (1, 2), (2, 40)))
+    whole = base + 0.5
+    row = whole.clone().as_strided((1, 40), (1, 1))
+    losses = [momentum_weight_distance(live, t, base, left, right, decay=0.5, backend=backend) for t in (row, whole)]
+    assert torch.equal(*losses) and torch.equal(row, whole)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

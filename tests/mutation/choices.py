@@ -16,6 +16,7 @@ FILES = (
 )
 OPERATIONS = ("test_gated_query", "test_reconstruct", "test_batched_lowrank_linear", "test_lowrank_linear")
 OPERATION = ("test_backend", "test_*")
+CUDA = tuple(f"{operation}_cuda" for operation in (*OPERATIONS, "test_weight_distance"))
 LAYERS = ("test_layers", "test_aurora", "test_lowrank_linear_compile")
 LAUNCHES = ("static/test_replay", "static/test_replay_calls")
 
@@ -49,9 +50,9 @@ CHOICES = {
     "peft_kernels/torch_kernels/lowrank_linear.py": ("test_*", "test_*_dropout", "test_transforms", *LAYERS),
     "peft_kernels/torch_kernels/weight_distance.py": ("test_*", "test_transforms", *DISTANCES),
     "peft_kernels/torch_kernels/*.py": ("test_*", "test_transforms", "test_layers", "test_gates"),
-    "peft_kernels/cuda_kernels/support.py": ("test_backend", "test_lowrank_linear_cuda", "test_reconstruct_cuda"),
+    "peft_kernels/cuda_kernels/support.py": ("test_backend", *CUDA),
     "peft_kernels/cuda_kernels/lowrank_linear.py": ("test_*_cuda",),
-    "peft_kernels/cuda_kernels/common.py": tuple(f"{operation}_cuda" for operation in OPERATIONS),
+    "peft_kernels/cuda_kernels/common.py": CUDA,
     "peft_kernels/cuda_kernels/__init__.py": ("test_backend", "test_environment", "test_reconstruct_cuda"),
     "peft_kernels/cuda_kernels/*.py": ("test_*_cuda",),
     "peft_kernels/adapters/aurora.py": ("test_aurora", "test_aurora_sharing", *ADAPTERS),

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import defaultdict
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def fork(work, *args):
         return pid
     try:
         os._exit(work(*args))
-    finally:  # an exception
+    except BaseException:
+        traceback.print_exc()
         os._exit(3)
 
 
@@ -165,7 +167,9 @@ def work(number, session, items):
         for item in items:
             begin, result = time.monotonic(), attempt(folder, item)
             db.set_result(item.job_id, result)
-            print(f"{time.monotonic() - begin:4.0f} s", report.verdict(result), *report.difference(result), flush=True)
+            if result.diff:
+                told = f"{time.monotonic() - begin:4.0f} s", report.verdict(result), *report.difference(result)
+                print(*told, flush=True)
     return 0
 
 
@@ -196,8 +200,10 @@ def main():
     todo = [item for item in items if report.verdict(known.get(item.job_id)) in (None, "survived")]
     for module in HEAVY:
         importlib.import_module(module)
-    for pid in [fork(work, number, session, todo[number :: chosen.jobs]) for number in range(chosen.jobs)]:
-        wait(pid)
+    workers = [fork(work, number, session, todo[number :: chosen.jobs]) for number in range(chosen.jobs)]
+    codes = [wait(worker) for worker in workers]
+    if any(codes):
+        sys.exit("a worker ended early; what it found is kept, and the next run goes on from there")
     with use_db(str(session)) as db:
         known = dict(db.results)
     results = [(place(item)[0], known[item.job_id]) for item in items if item.job_id in known]

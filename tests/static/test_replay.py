@@ -212,6 +212,19 @@ def test_a_watched_launch_takes_the_long_way(floats, watch):
     assert function.calls == 2
 
 
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_launch_on_a_gpu_takes_the_stream_of_the_current_device(current, monkeypatch):
+    """Another device is Triton's business."""
+    monkeypatch.setattr(replay, "_current_device", lambda: current, raising=False)
+    monkeypatch.setattr(replay, "_raw_stream", lambda index: 70 + index, raising=False)
+    x, ran = torch.zeros(64), []
+    launch = (lambda *args: ran.append(args), (3, 2, 1), ("compiled",), tuple, ("rest",))
+    kept = replay.Replay(torch.device("cuda", 1), lambda tensors: (x,), [], [], [launch], lambda made: "replayed")
+    result = replay.replayed({"one": kept}, "one", lambda: "the long way", (x,))
+    assert result == ("replayed" if current == 1 else "the long way")
+    assert ran == ([(3, 2, 1, 71, "compiled", x.data_ptr(), "rest")] if current == 1 else [])
+
+
 def test_launchers_with_a_memo_by_how_their_arguments_look():
     """lowrank_hidden's, which nobody keeps a memo for."""
     calls = []
