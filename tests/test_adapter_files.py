@@ -45,7 +45,10 @@ def test_what_is_saved_comes_back(method, kind, tmp_path):
     assert names <= set(adapter.state_dict())
     assert names >= {name for name, _ in (*adapter.named_parameters("adapter"), *adapter.named_parameters("head"))}
     assert not any(word in name for name in names for word in ("live_", "teacher_", "moil.steps"))
-    assert set(files(tmp_path / "new" / "folder")) == {CONFIG_FILE, WEIGHTS_FILE}
+    written = files(tmp_path / "new" / "folder")
+    assert set(written) == {CONFIG_FILE, WEIGHTS_FILE}
+    text = written[CONFIG_FILE].decode()  # for people, too
+    assert text == json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
 
 
 WIDTHS = {"vilt_vqa": {}, "blip_retrieval": {"vision": 24}}  # that of pictures is another than that of text

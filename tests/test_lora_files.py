@@ -72,6 +72,16 @@ def test_what_a_file_leaves_out_is_as_in_peft(tmp_path):
     assert [layer.scale for layer in short.layers.values()] == [2.0] * len(whole.layers)
 
 
+@pytest.mark.parametrize("read", [LoRA.from_peft, LoRA.from_pretrained])
+def test_pickles_and_hubs_are_never_read(read, tmp_path):
+    write(tmp_path)
+    (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS_FILE}: no such file. adapter_model.bin is there, but pick"):
+        read(build("vilt_vqa")[0], tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such folder. A local one is read; .*snapshot_download"):
+        read(build("vilt_vqa")[0], "someone/of-a-hub")
+
+
 ENTRIES = [
     ("peft_type", "IA3", ValueError, "expected peft_type 'LORA', got 'IA3'"),
     ("r", 5, ValueError, r"r, rank_pattern: 5 for .*, whose lora_A.weight has rank 4"),

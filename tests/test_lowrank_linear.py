@@ -367,11 +367,14 @@ def test_strips_of_several_tiles(layout, tiles, monkeypatch, device):
 
 @pytest.mark.kernels
 def test_hidden_alone(device):
+    from peft_kernels.triton_kernels.common import record_launches
+
     for backend in ("torch", "triton"):
         x = torch.randn(3, 5, 24, device=device, requires_grad=True)
         down = torch.randn(4, 12, device=device, requires_grad=True)
-        z = lowrank_hidden(x, down, 2, backend=backend)
-        assert z.shape == (3, 5, 8)
+        with record_launches() as launched:
+            z = lowrank_hidden(x, down, 2, backend=backend)
+        assert z.shape == (3, 5, 8) and bool(launched) == (backend == "triton")
         gradient = torch.randn_like(z)
         reference = (x.unflatten(-1, (2, 12)) @ down.t()).flatten(-2)
         torch.testing.assert_close(z, reference, rtol=1e-5, atol=1e-5)

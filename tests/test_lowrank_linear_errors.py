@@ -96,6 +96,13 @@ def test_a_call_like_a_right_one_but_for_one_tensor(name, other):
         lowrank_linear(**WARM | {name: OTHERWISE[other](WARM[name])})
 
 
+def test_rows_of_another_width_after_a_right_call():
+    batch = {"x": torch.ones(5, 4, 12), "hidden": torch.ones(5, 4, 2)}
+    lowrank_linear(**WARM | batch)
+    with pytest.raises(ValueError, match=r"^x\b"):
+        lowrank_linear(**WARM | batch | {"x": torch.ones(5, 4, 11)})
+
+
 @pytest.mark.parametrize(
     ("design", "change"),
     [

@@ -164,6 +164,7 @@ def test_the_distance_stays_above_the_tail_of_the_singular_values():
         ({}, 1, 0.9),
         ({}, 3, 0.9),
         ({"ema_per": "micro_batch"}, 3, 0.9**3),
+        ({"ema_per": "micro_batch"}, None, 0.9),
         ({"teacher": "live"}, 1, 0.0),
         ({"interval": 2}, 1, 0.9),
     ],
@@ -174,12 +175,12 @@ def test_teachers_follow_the_hand_formula(options, micro, decay):
     by_hand, interval = teachers(moil), options.get("interval", 1)
     for count in range(6):
         optimizer.zero_grad()
-        for _ in range(micro):
+        for _ in range(micro or 1):
             task_loss(moil.model.train(), batch).backward()
         idle = count == 0 or count % interval
         if not idle:
             by_hand = [decay * t + (1 - decay) * live for t, live in zip(by_hand, lives(moil))]
-        assert (moil.step(micro_batches=micro) is None) == bool(idle)
+        assert (moil.step(**{"micro_batches": micro} if micro else {}) is None) == bool(idle)
         assert all((p.grad is None) == bool(idle) for p in moil.parameters("adapter"))
         for ours, hand in zip(teachers(moil), by_hand):
             torch.testing.assert_close(ours, hand, rtol=1e-13, atol=1e-14)

@@ -281,6 +281,14 @@ def test_what_was_right_once_is_refused_when_it_is_wrong(backend, device):
     assert all(map(torch.equal, before, given["target"]))
 
 
+def test_what_was_right_once_is_looked_at_once(monkeypatch, device):
+    given = made(device)
+    live = [t.detach().clone() for t in given["base"]]
+    call(given, "torch", live)
+    monkeypatch.setattr(op, "check_changed", None)
+    call(given, "torch", live)
+
+
 class Other(torch.Tensor):
     """Plain, and of another type."""
 
