@@ -383,6 +383,13 @@ def test_hidden_alone(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_hiddens_checks_are_made_once(monkeypatch, device):
+    x, down = torch.ones(3, 7, device=device), torch.ones(2, 7, device=device)
+    z = lowrank_hidden(x, down)
+    monkeypatch.setattr(op, "resolve", None)
+    assert torch.equal(lowrank_hidden(x, down), z)
+
+
 @pytest.mark.kernels
 def test_one_hidden_serves_q_k_and_v(device):
     """docs/method.md, section 1: one x Aᵀ for three projections that share A, or one stacked A with a slice each."""

@@ -15,7 +15,7 @@ FILES = (
     "test_adapter_hostile_places",
 )
 OPERATIONS = ("test_gated_query", "test_reconstruct", "test_batched_lowrank_linear", "test_lowrank_linear")
-OPERATION = ("test_backend", "test_*")
+OPERATION = ("test_backend", "test_*", "test_transforms")
 CUDA = tuple(f"{operation}_cuda" for operation in (*OPERATIONS, "test_weight_distance"))
 LAYERS = ("test_layers", "test_aurora", "test_lowrank_linear_compile")
 LAUNCHES = ("static/test_replay", "static/test_replay_calls")
@@ -76,7 +76,14 @@ CHOICES = {
     "peft_kernels/adapters/state_files.py": (*FILES, *ADAPTERS),
     "peft_kernels/adapters/targets.py": ("test_targets", "test_presets", "test_towers", *ADAPTERS),
     "peft_kernels/adapters/writing.py": ("test_adapter_crashes", *FILES[:1]),
-    "peft_kernels/adapters/base.py": ("test_adapter_weights", *ADAPTERS, "test_lora", "test_aurora", *FILES[1:3]),
+    "peft_kernels/adapters/base.py": (
+        "test_adapter_weights",
+        "test_adapter_config_errors",
+        *ADAPTERS,
+        "test_lora",
+        "test_aurora",
+        *FILES[1:3],
+    ),
     "peft_kernels/imitation/*.py": (*DISTANCES, "test_moil"),
     "triton_kernels/replay.py": LAUNCHES,
     "triton_kernels/support.py": ("test_backend", "test_environment"),
