@@ -253,11 +253,11 @@ class Adapter(AdapterFiles):
         there = set(map(id, self.model.modules()))
         return [name for name, module in {**self.layers, **self.modules}.items() if id(module) not in there]
 
-    def _warn_of_lost(self, action: str) -> None:
+    def _warn_of_lost(self, action: str, stacklevel: int = 3) -> None:
         """Once. Nothing runs them, and nothing trains them."""
         if not self._told_of_lost and (lost := self._lost()):
             self._told_of_lost = True
-            warnings.warn(f"{action}: {_no_longer_there(lost)}", stacklevel=3)
+            warnings.warn(f"{action}: {_no_longer_there(lost)}", stacklevel=stacklevel)
 
     def _check_shared(self) -> None:
         """Parameters may be tied, or be views of one memory."""

@@ -212,7 +212,7 @@ class MoIL(Adapter):
             how = "call it after backward, with the model in training"
             raise ValueError(f"step: no live weight has a gradient; {seen}{how}")
         if any(parent._modules.get(attribute) is not self.layers[name] for name, parent, attribute, _ in self._places):
-            self._warn_of_lost("step")
+            self._warn_of_lost("step", stacklevel=4)  # behind no_grad
         if not self._synchronized:
             self.synchronize()
         self._state.steps += 1
