@@ -9,19 +9,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 TIMED_OUT = "timed out"
-VERDICTS = ("killed", "at import", TIMED_OUT, "explained", "survived")
+LATE = "survived at first\n"  # what the output of a mutant begins with that a test notices since it survived
+VERDICTS = ("killed", "killed late", "at import", TIMED_OUT, "explained", "survived")
 HEAD = """# Mutants
 
 Whether a test fails when a line is wrong: cosmic-ray changes one place at a time, and the tests of that module run
 (`make mutation`; [CONTRIBUTING.md](../CONTRIBUTING.md) says how). This page is generated.
 
 {day}, commit {commit}, cosmic-ray {tool}, seed {seed}: {count} of {places} places, one mutant of each.
-**{good} of {count} were noticed or are explained: {share:.1f} %.** Of all places it may be {least:.0f} %
-(Wilson's bound at 95 %), and what survived first and then got its test counts as noticed here.
+**{good} of {count} are noticed or explained: {share:.1f} %.** Before this sample was looked at it was {first:.1f} %,
+which is what to expect of the places that no sample has met (at least {least:.0f} %, Wilson's bound at 95 %).
 
-Killed: a test failed. At import: the package or the tests could not even be loaded. Timed out: no end within four
-minutes of a processor. Explained: the mutant means the same, or changes no result; its reason is in
-[explained.jsonl](../tests/mutation/explained.jsonl). Survived: a gap.
+Killed: a test failed. Killed late: by a test that came because the mutant survived. At import: the package or the
+tests could not even be loaded. Timed out: no end within four minutes of a processor. Explained: the mutant means the
+same, or changes no result; its reason is in [explained.jsonl](../tests/mutation/explained.jsonl). Survived: a gap.
 """
 
 
@@ -42,11 +43,13 @@ def verdict(result) -> str | None:
     """One of VERDICTS, or None: not tried, or no mutant."""
     if result is None or result.test_outcome is None:
         return None
-    if result.output == TIMED_OUT:
+    if result.output.removeprefix(LATE) == TIMED_OUT:
         return TIMED_OUT
     if result.test_outcome == "survived":
         return "explained" if difference(result) in reasons() else "survived"
-    return "killed" if result.test_outcome == "killed" else "at import"
+    if result.test_outcome == "killed":
+        return "killed late" if result.output.startswith(LATE) else "killed"
+    return "at import"
 
 
 def failed(result) -> list[str]:
@@ -78,7 +81,9 @@ def write(page: Path, results, places: int, seed: int) -> None:
     good = count - total["survived"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {"day": date.today(), "commit": commit, "tool": version("cosmic-ray"), "seed": seed, "places": places}
-    about |= {"count": count, "good": good, "share": 100 * good / count, "least": 100 * lower_bound(good, count)}
+    first = good - total["killed late"]
+    about |= {"count": count, "good": good, "share": 100 * good / count}
+    about |= {"first": 100 * first / count, "least": 100 * lower_bound(first, count)}
     lines = [HEAD.format(**about)]
     lines += [f"| module | {' | '.join(VERDICTS)} |", f"| --- |{' ---: |' * len(VERDICTS)}"]
     for module, counts in [*sorted(table.items()), ("all", total)]:

@@ -146,7 +146,7 @@ def tree(number):
     return copy
 
 
-def attempt(folder, item):
+def attempt(folder, item, before):
     source, mutant = changed(item)
     if mutant is None:
         return WorkResult(WorkerOutcome.SKIPPED, "no Python")
@@ -158,14 +158,14 @@ def attempt(folder, item):
         shutil.copy2(ROOT / module, folder / module)  # as old as its bytecode
     output = log.read_text(encoding="utf-8", errors="replace")[-4000:] if code != TOO_LONG else report.TIMED_OUT
     diff = "\n".join(difflib.unified_diff(source.splitlines(), mutant.splitlines(), module, module, lineterm="", n=1))
-    return WorkResult(WorkerOutcome.NORMAL, output, OUTCOMES.get(code, TestOutcome.INCOMPETENT), diff)
+    return WorkResult(WorkerOutcome.NORMAL, before + output, OUTCOMES.get(code, TestOutcome.INCOMPETENT), diff)
 
 
-def work(number, session, items):
+def work(number, session, items, survivors):
     folder = tree(number)
     with use_db(str(session)) as db:
         for item in items:
-            begin, result = time.monotonic(), attempt(folder, item)
+            begin, result = time.monotonic(), attempt(folder, item, report.LATE if item.job_id in survivors else "")
             db.set_result(item.job_id, result)
             if result.diff:
                 told = f"{time.monotonic() - begin:4.0f} s", report.verdict(result), *report.difference(result)
@@ -197,10 +197,11 @@ def main():
         items = sample([item for item in db.work_items if chosen.only in place(item)[0]], chosen.seed)
         everything, items = len(items), items[: None if chosen.mutants == "all" else int(chosen.mutants)]
         known = dict(db.results)
-    todo = [item for item in items if report.verdict(known.get(item.job_id)) in (None, "survived")]
+    survivors = {item.job_id for item in items if report.verdict(known.get(item.job_id)) == "survived"}
+    todo = [item for item in items if item.job_id not in known or item.job_id in survivors]
     for module in HEAVY:
         importlib.import_module(module)
-    workers = [fork(work, number, session, todo[number :: chosen.jobs]) for number in range(chosen.jobs)]
+    workers = [fork(work, number, session, todo[number :: chosen.jobs], survivors) for number in range(chosen.jobs)]
     codes = [wait(worker) for worker in workers]
     if any(codes):
         sys.exit("a worker ended early; what it found is kept, and the next run goes on from there")
