@@ -39,6 +39,7 @@ JOBS    ?= 1
 
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip install -q --no-compile  # half the time: most modules are never imported
+NUMPY := $(if $(filter triton==3.6.%,$(TRITON)),"numpy<2.4")# which Triton 3.6's interpreter needs
 BUILD_REQUIRES := "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
 CHOICES := $(PYTHON) $(TORCH) $(TRITON)
 CUDA_CHOICES := $(PEFT_KERNELS_CUDA) $(PEFT_KERNELS_CUDA_ARCHS) $(CUDACXX) $(CUDA_HOME)
@@ -85,7 +86,7 @@ $(VENV)/installed: $(VENV)/choices $(VENV)/cuda-choices pyproject.toml setup.py 
 	@echo "== installing $(TORCH) $(TRITON), then peft_kernels, editable; its CUDA kernels compile meanwhile, for minutes"
 	$(PIP) $(BUILD_REQUIRES)
 	@$(PY) setup.py build_ext >/dev/null 2>&1 & \
-	$(PIP) "$(TORCH)" $(if $(TRITON),"$(TRITON)") && PEFT_KERNELS_CUDA=off $(PIP) --no-build-isolation -e ".[test,demo]"; \
+	$(PIP) "$(TORCH)" $(if $(TRITON),"$(TRITON)") && PEFT_KERNELS_CUDA=off $(PIP) --no-build-isolation -e ".[test,demo]" $(NUMPY); \
 	status=$$?; wait; exit $$status
 	$(PY) setup.py -q build_ext --inplace
 	$(PY) -m peft_kernels env
