@@ -108,7 +108,7 @@ tests: $(VENV)/installed
 	    echo "== tests, on the GPU"; \
 	    $(call timed,$(PY) -m pytest tests --ignore=tests/static $(if $(RECORD),--record tests) $(PYTEST_ARGS)); \
 	else \
-	    echo "== tests, Triton kernels interpreted: about thirteen minutes on two quiet cores"; \
+	    echo "== tests, Triton kernels interpreted: about fourteen minutes on two quiet cores"; \
 	    $(call timed,TRITON_INTERPRET=1 OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(PY) -m pytest tests --ignore=tests/static \
 	        -n $(PYTEST_WORKERS) --dist worksteal --durations=10 --durations-min=5 \
 	        $(if $(RECORD),--record tests) $(PYTEST_ARGS)); \
