@@ -96,6 +96,13 @@ def test_a_call_like_a_right_one_but_for_one_tensor(name, other):
         lowrank_linear(**WARM | {name: OTHERWISE[other](WARM[name])})
 
 
+def test_a_hiddens_checks_are_made_once(monkeypatch):
+    x, down = torch.ones(3, 7), torch.ones(2, 7)
+    z = lowrank_hidden(x, down)
+    monkeypatch.setattr(op, "resolve", None)
+    assert torch.equal(lowrank_hidden(x, down), z)
+
+
 def test_rows_of_another_width_after_a_right_call():
     batch = {"x": torch.ones(5, 4, 12), "hidden": torch.ones(5, 4, 2)}
     lowrank_linear(**WARM | batch)
