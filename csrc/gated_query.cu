@@ -95,11 +95,14 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) gated_query_fwd_kernel(co
     __syncthreads();
 
     float largest = -INFINITY, sum = 0.f;
-    for (int64_t i = threadIdx.x; i < p.positions; i += blockDim.x) largest = max(largest, gate[i]);
+    for (int64_t i = threadIdx.x; i < p.positions; i += blockDim.x)
+        if (sequence.kept(i)) largest = max(largest, gate[i]);
     largest = combine(largest, memory, [](float a, float b) { return max(a, b); });
-    for (int64_t i = threadIdx.x; i < p.positions; i += blockDim.x) sum += gate[i] = expf(gate[i] - largest);
+    for (int64_t i = threadIdx.x; i < p.positions; i += blockDim.x)
+        sum += gate[i] = sequence.kept(i) ? expf(gate[i] - largest) : 0.f;
     sum = combine(sum, memory, [](float a, float b) { return a + b; });
-    for (int64_t i = threadIdx.x; i < p.positions; i += blockDim.x) gate[i] /= sum;
+    for (int64_t i = threadIdx.x; i < p.positions; i += blockDim.x)
+        if (sequence.kept(i)) gate[i] /= sum;
     __syncthreads();
 
     sequence.for_chunks([&](int64_t col) {

@@ -1,7 +1,7 @@
 // Aurora's gated query transformation (peft_kernels/ops/gated_query.py), forward and backward; t' = gamma o t + beta.
 //
 //     additive: out = h + s (a_s o gamma + beta) + s (a_c o gamma_c + beta_c)
-//     gated:    out = g f + (1 - g) t', g the softmax over a sequence's positions of <f, sum_j m_j t'_j>
+//     gated:    out = g f + (1 - g) t', g the softmax of <f, sum_j m_j t'_j> over a sequence's kept positions
 #pragma once
 #include "lowrank_linear.h"  // DType
 

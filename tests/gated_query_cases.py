@@ -90,7 +90,7 @@ def terms(problem: Problem, device: str) -> dict[str, Tensor]:
     mask = problem.options(device).get("padding_mask", torch.ones(dy.shape[:-1], dtype=torch.bool, device=device))
     moved = t["text"] * t["gamma"] + t["beta"]
     scores = (t["hidden"] * (moved * mask[..., None]).sum(-2, keepdim=True)).sum(-1, keepdim=True)
-    gate = scores.softmax(-2)
+    gate = scores.masked_fill(~mask[..., None], -1e9).softmax(-2) * mask[..., None]
     hidden, moved = t["hidden"].abs(), t["text"].abs() * t["gamma"].abs() + t["beta"].abs()
     total = (moved * mask[..., None]).sum(-2, keepdim=True)
     gate = gate * (1 + (hidden * total).sum(-1, keepdim=True))

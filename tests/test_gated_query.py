@@ -8,6 +8,7 @@ from gated_query_cases import MODES, Problem, assert_as_accurate_as_torch, expec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank_cases import INTERPRETED, ULP, error
+from torch.nn import functional as F
 
 from peft_kernels import gated_query
 
@@ -97,33 +98,50 @@ def test_float64_is_exact_and_matches_finite_differences(use, device):
 
 
 def test_gated_by_hand(backend, device):
-    """Two positions of one column, the second one padding: τ = t'_0 = 2 · 1 + 1, scores 3 ln 2 and 0, g = 8/9 and 1/9.
+    """Three positions of one column, the last one padding: τ = 3 − 2 = 1, scores 3 ln 2, 0 and 9: g = 8/9, 1/9 and 0.
 
-    Whether the softmax left padding out, or τ took it in, it would be another number.
+    Whether the softmax or τ took the padding in, it would be other numbers.
     """
-    hidden = torch.tensor([[torch.log(torch.tensor(2.0))], [0.0]], device=device)
-    text, mask = torch.tensor([[1.0], [4.0]], device=device), torch.tensor([True, False], device=device)
+    hidden = torch.tensor([[3 * torch.log(torch.tensor(2.0))], [0.0], [9.0]], device=device)
+    text, mask = torch.tensor([[1.0], [-1.5], [4.0]], device=device), torch.tensor([True, True, False], device=device)
     vectors = (torch.tensor([2.0], device=device), torch.tensor([1.0], device=device))
     out = gated_query("gated", hidden, text, *vectors, padding_mask=mask, backend=backend)
-    exact = torch.stack([8 / 9 * hidden[0] + 1 / 9 * 3, 1 / 9 * hidden[1] + 8 / 9 * 9])
+    exact = torch.stack([8 / 9 * hidden[0] + 1 / 9 * 3, 8 / 9 * hidden[1] - 8 / 9 * 2, hidden[2] * 0 + 9])
     torch.testing.assert_close(out, exact)
 
 
-def test_a_sequence_of_padding_mixes_evenly(backend, device):
+def test_a_sequence_of_padding_is_the_moved_text(backend, device):
     problem = USES["gated-padded"]
     t = {name: value.detach() for name, value in problem.tensors(device).items()}
-    first = run(problem, device, backend)["y"][0]
-    even = (t["hidden"] + (problem.positions - 1) * (t["text"] * t["gamma"] + t["beta"])) / problem.positions
-    torch.testing.assert_close(first, even[0])
+    torch.testing.assert_close(run(problem, device, backend)["y"][0], (t["text"] * t["gamma"] + t["beta"])[0])
+
+
+@pytest.mark.parametrize("more", [1, 40], ids=["a little", "tiles"])
+def test_a_sequence_gives_the_same_whatever_it_is_padded_to(backend, device, more):
+    """Results at real positions, and all gradients, whatever stands at the others."""
+    problem = replace(USES["gated-padded"], padding="none")
+    results = []
+    for padded in (0, more):
+        t = problem.tensors(device)
+        wide = {name: F.pad(t[name], (0, 0, 0, padded), value=3.0) for name in ("hidden", "text")}
+        mask = torch.arange(problem.positions + padded, device=device) < problem.positions
+        mask = mask.expand(problem.batch, -1)
+        y = gated_query("gated", **wide, gamma=t["gamma"], beta=t["beta"], padding_mask=mask, backend=backend)
+        y = y[:, : problem.positions]
+        y.backward(problem.gradient(y))
+        results.append([y.detach(), *(tensor.grad for tensor in t.values())])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_padding_tells_nothing_to_others(backend, device):
-    """Another text at padded positions changes those positions' results only."""
+    """Other values at padded positions change those positions' results only."""
     problem = USES["gated-padded"]
     t = {name: value.detach() for name, value in problem.tensors(device).items()}
     mask = problem.options(device)["padding_mask"]
     plain = gated_query("gated", **t, padding_mask=mask, backend=backend)
     t["text"] = torch.where(mask[..., None], t["text"], 7.0)
+    t["hidden"] = torch.where(mask[..., None], t["hidden"], 9.0)
     other = gated_query("gated", **t, padding_mask=mask, backend=backend)
     assert torch.equal(plain[mask], other[mask]) and not torch.isclose(plain[~mask], other[~mask]).any()
 

@@ -27,6 +27,8 @@ MUTANTS = {
     "partial sums rounded": ("tl.sum(tile, 0), mask", "tl.sum(tile, 0).to(tl.float16), mask", ADDITIVE),
     "last partial sums left out": ("range(0, count, ", "range(0, count - 1, ", replace(GATED, batch=33)),
     "padding in the total": ("tl.where(_load_kept(mask_ptr, rows, mask_m)[:, None], moved, 0.0)", "moved", PADDED),
+    "padding in the softmax": ("tl.where(_load_kept(mask_ptr, rows, mask_m), score", "tl.where(mask_m, score", PADDED),
+    "padding has a gate": ("tl.where(_load_kept(mask_ptr, rows, mask_m), gate, 0.0)", "gate", PADDED),
     "mask of the first sequence": ("tl.load(mask_ptr + rows,", "tl.load(mask_ptr + rows % 7,", PADDED),
     "beta missing in the total": ("offs_d, D) * gamma + beta", "offs_d, D) * gamma", GATED),
     "rows of the first tile": ("range(0, S, BLOCK_M)", "range(0, BLOCK_M, BLOCK_M)", LONG),

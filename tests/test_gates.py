@@ -43,7 +43,8 @@ def by_hand(layer: nn.Module, x: Tensor, image: Tensor, mask: Tensor | None, rea
     moved = a_self * gate.gamma + gate.beta
     total = sum(moved[:, j] * (1 if real is None else real[:, j, None]) for j in range(moved.shape[1]))
     scores = torch.stack([(h[:, i] * total).sum(-1) for i in range(h.shape[1])], dim=1)
-    g = (scores.exp() / scores.exp().sum(1, keepdim=True))[..., None]
+    shares = scores.exp() if real is None else scores.exp() * real
+    g = (shares / shares.sum(1, keepdim=True))[..., None]
     return g * h + (1 - g) * moved
 
 
@@ -75,6 +76,15 @@ def test_a_layer_is_the_definition_with_its_gradients(mode, kind):
     for got, expected in zip(*results):
         assert expected.abs().max() > 1e-6
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@MODES
+def test_a_text_gives_the_same_alone_and_beside_longer_ones(mode):
+    _, model, batch = wrapped(gates=mode)
+    batch = {name: tensor[1:2] for name, tensor in batch.items()}  # two of its seven tokens are padding
+    alone = {**batch, **{name: batch[name][:, :5] for name in ("input_ids", "attention_mask")}}
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 2]
+    torch.testing.assert_close(output(model, batch), output(model, alone), rtol=1e-10, atol=1e-12)
 
 
 @MODES

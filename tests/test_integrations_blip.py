@@ -61,7 +61,7 @@ def test_answers_do_not_depend_on_padding():
 
 @torch.no_grad()
 def test_generated_answers_do_not_depend_on_padding():
-    model, questions = answering()
+    model, _ = answering()
     hand_on_encoder_masks(model)
 
     def written(states, mask):

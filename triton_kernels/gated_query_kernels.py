@@ -128,7 +128,7 @@ def gated_fwd_kernel(
         _store_sum(total_ptr, batch, total, offs_d, D)
     tl.debug_barrier()
 
-    largest = tl.full((), float("-inf"), tl.float32)
+    largest = tl.full((), -3.0e38, tl.float32)  # not −inf, whose difference to itself, where all is padding, is NaN
     exponentials = tl.zeros((), tl.float32)
     for first in range(0, S, BLOCK_M):
         rows, mask_m = batch * S + first + offs_m, first + offs_m < S
@@ -137,8 +137,8 @@ def gated_fwd_kernel(
             offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
             hidden = _load_rows(hidden_ptr, stride_hm, rows, mask_m, offs_d, D)
             score += tl.sum(hidden * _load_vector(total_ptr + batch * D, offs_d, D), 1)
+        score = tl.where(_load_kept(mask_ptr, rows, mask_m), score, float("-inf"))
         tl.store(score_ptr + rows, score, mask=mask_m)
-        score = tl.where(mask_m, score, float("-inf"))
         larger = tl.maximum(largest, tl.max(score, 0))
         exponentials = exponentials * tl.exp(largest - larger) + tl.sum(tl.exp(score - larger), 0)
         largest = larger
@@ -147,6 +147,7 @@ def gated_fwd_kernel(
     for first in range(0, S, BLOCK_M):
         rows, mask_m = batch * S + first + offs_m, first + offs_m < S
         gate = tl.exp(tl.load(score_ptr + rows, mask=mask_m, other=0.0) - largest) / exponentials
+        gate = tl.where(_load_kept(mask_ptr, rows, mask_m), gate, 0.0)
         tl.store(gate_ptr + rows, gate, mask=mask_m)
         for chunk in tl.static_range(CHUNKS):
             offs_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -1,6 +1,6 @@
 """What an evaluation found, case by case: OUT/predictions.jsonl, one JSON object a line, the same for every task.
 
-    answer          images, text (the question), answer, answers (the right ones, [] if unknown), score (0 to 1, or null)
+    answer          images, text (the question), answer, answers (right ones, [] if unknown), score (0 to 1, or null)
     text_to_image   text, found (the first images, each a list of files), right (files of the right one), rank (from 1)
     image_to_text   images, found (the first texts), right (all right texts), rank (from 1, of the first right one)
 

@@ -10,11 +10,12 @@ Two readings. All vectors γ, β, … are (d,); Σ without an index is over all 
 "gated", as described for the paper: f the FFN's output and t the text, (S, d) for each sequence; m_j = 1 for a real
 token and 0 for padding:
 
-    t' = γ ∘ t + β,  τ = Σ_j m_j t'_j,  g = softmax over the S positions of ⟨f_i, τ⟩,  out_i = g_i f_i + (1 − g_i) t'_i
+    t' = γ ∘ t + β,  τ = Σ_j m_j t'_j,  g = softmax of ⟨f_i, τ⟩ over the positions with m_i = 1,  g_i = 0 elsewhere,
+    out_i = g_i f_i + (1 − g_i) t'_i
     q_i = ⟨G_i, f_i − t'_i⟩,  ds_i = g_i (q_i − Σ_l g_l q_l),  df_i = g_i G_i + ds_i τ
     dt'_j = (1 − g_j) G_j + m_j Σ_i ds_i f_i,  dt = γ ∘ dt',  dγ = Σ t ∘ dt',  dβ = Σ dt'
 
-The mask changes τ alone: padding still has its place in the softmax. Where all is padding τ = 0, and g_i = 1 / S.
+A sequence gives the same result whatever it is padded to. At padding, and where all is padding, out_i = t'_i.
 
 Kept for the backward: inputs, and for "gated" g and τ in float32, S + d numbers for each sequence: 5 % of one bfloat16
 activation at S = 40, d = 768, where computing them again would read f and t once more.
@@ -59,8 +60,12 @@ def gated_query_reference(
     moved = text * gamma + beta
     if mode == "additive":
         return hidden + scale * moved + scale * (cross * cross_gamma + cross_beta)
-    kept = moved if padding_mask is None else moved.masked_fill(~padding_mask[..., None], 0)
-    gate = (hidden * kept.sum(-2, keepdim=True)).sum(-1, keepdim=True).softmax(-2)
+    if padding_mask is None:
+        gate = (hidden * moved.sum(-2, keepdim=True)).sum(-1, keepdim=True).softmax(-2)
+    else:
+        padding = ~padding_mask[..., None]
+        score = (hidden * moved.masked_fill(padding, 0).sum(-2, keepdim=True)).sum(-1, keepdim=True)
+        gate = score.masked_fill(padding, -torch.inf).softmax(-2).masked_fill(padding, 0)
     return gate * hidden + (1 - gate) * moved
 
 
@@ -201,7 +206,7 @@ def gated_query(
     text: as hidden: the self-attention block's output;  cross: as hidden, that of cross-attention; "additive" only
     gamma, beta, cross_gamma, cross_beta: (d,), in hidden's dtype or float32; gradients come in their own
     padding_mask: None or (..., S), True for a real token; "gated" only. Padding is left out of the sum of the moved
-        text, and of nothing else.
+        text and of the softmax: real tokens come out as without it. Its own g is 0.
     scale: a number, or a 0-d tensor on the same device (takes no gradient); "additive" only
     backend: "auto" | "cuda" | "triton" | "torch"
     returns out: (..., d), as hidden; sums in float32, rounded once

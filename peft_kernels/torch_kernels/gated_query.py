@@ -47,9 +47,8 @@ def gated_query_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> out (M, d), g (B, S) and τ (B, d), both float32 at least; padding_mask (B, S), positions: S"""
     wide, moved = _wide(hidden).unflatten(0, (-1, positions)), _moved(text).unflatten(0, (-1, positions))
-    kept = moved if padding_mask is None else moved.masked_fill(~padding_mask[..., None], 0)
-    total = kept.sum(1)
-    gate = (wide * total[:, None]).sum(-1).softmax(-1)
+    total = _of_real_tokens(moved, padding_mask).sum(1)
+    gate = _gate((wide * total[:, None]).sum(-1), padding_mask)
     return moved.lerp_(wide, gate[..., None]).flatten(0, 1).to(hidden.dtype), gate, total
 
 
@@ -86,9 +85,20 @@ def additive_query_composed(hidden: Tensor, text: Modulated, cross: Modulated, s
 def gated_query_composed(hidden: Tensor, text: Modulated, padding_mask: Tensor | None) -> Tensor:
     """-> out (..., S, d), likewise; padding_mask (..., S)"""
     wide, moved = _wide(hidden), _shifted(text)
-    kept = moved if padding_mask is None else torch.where(padding_mask[..., None], moved, 0)
-    gate = (wide * kept.sum(-2, keepdim=True)).sum(-1, keepdim=True).softmax(-2)
-    return torch.lerp(moved, wide, gate).to(hidden.dtype)
+    total = _of_real_tokens(moved, padding_mask).sum(-2, keepdim=True)
+    gate = _gate((wide * total).sum(-1), padding_mask)
+    return torch.lerp(moved, wide, gate[..., None]).to(hidden.dtype)
+
+
+def _of_real_tokens(moved: Tensor, padding_mask: Tensor | None) -> Tensor:
+    return moved if padding_mask is None else torch.where(padding_mask[..., None], moved, 0)
+
+
+def _gate(scores: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """g (..., S), 0 for padding; where all is padding the softmax is NaN, and taken nowhere."""
+    if padding_mask is None:
+        return scores.softmax(-1)
+    return torch.where(padding_mask, torch.where(padding_mask, scores, -torch.inf).softmax(-1), 0)
 
 
 def _shifted(text: Modulated) -> Tensor:
