@@ -111,6 +111,26 @@ def test_a_step_is_autograd_of_the_definition(kind, reduction):
         assert relative(adapter.grad, 32 * 0.7 * grad) < 1e-11
 
 
+@pytest.mark.parametrize("reduction", ["mean", "relative"])
+def test_a_step_per_micro_batch_is_the_mean_over_the_teachers_on_their_way(reduction):
+    moil, batch = wrapped(reduction=reduction, decay=0.6, ema_per="micro_batch")
+    scatter(moil)
+    by_hand, losses, gradients = copy.deepcopy(moil), [], []
+    for _ in range(4):
+        for layer in by_hand.layers.values():
+            layer.teacher_weight.lerp_(layer.live_weight.detach(), 0.4)
+            layer.teacher_bias.lerp_(layer.live_bias.detach(), 0.4)
+        losses.append(imitation_loss(by_hand, reduction).item())
+        gradients.append(adapter_gradients(by_hand, reduction))
+    loss = step(moil, batch, loss_scale=8.0, micro_batches=4)
+    assert loss.item() == pytest.approx(sum(losses) / 4, rel=1e-12)
+    for adapter, *parts in zip(moil.parameters("adapter"), *gradients):
+        assert relative(adapter.grad, 8 * sum(parts) / 4) < 1e-11
+        assert relative(adapter.grad, 8 * parts[-1]) > 0.01  # what one loss at the end would give
+    for ours, hand in zip(teachers(moil), teachers(by_hand)):
+        torch.testing.assert_close(ours, hand, rtol=1e-13, atol=1e-14)
+
+
 def test_task_and_imitation_train_apart():
     moil, batch = wrapped()
     scatter(moil)

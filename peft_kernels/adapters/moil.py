@@ -33,7 +33,8 @@ class MoILConfig(AdapterConfig):
     ffn: the preset's feed-forward layers, too;  init: of the transforms, "default" (the identity) | "released"
     decay: of teacher ← decay · teacher + (1 − decay) · live; the authors' 0.9996 needs thousands of steps
     teacher: "ema" | "live": imitate the live weights themselves
-    ema_per: "optimizer_step" | "micro_batch" (the authors'): as if the teacher moved with every micro-batch
+    ema_per: "optimizer_step" | "micro_batch" (the authors'): with accumulation the teacher moves, and is imitated, once
+        for every micro-batch, and the losses are averaged; a step then costs as many passes over the weights
     interval: teachers and adapters move at every n-th step
     reduction: "mean" | "sum" | "relative" (with Adam: huge gradients at first);  loss_weight: of the imitation loss
     and what every `AdapterConfig` has; adapters are float32 whatever the model's dtype (float64 for a float64 model)
@@ -193,7 +194,8 @@ class MoIL(Adapter):
 
         loss_scale: what the task's loss was multiplied by before its backward, as a GradScaler does: 0-d or a number
         micro_batches: how many backward passes this optimizer step adds up: with ema_per="micro_batch" as many moves
-        returns the imitation loss, a 0-d tensor that was not waited for; None where nothing is done: at the first step,
+        returns the imitation loss (with as many moves, its mean), a 0-d tensor that was not waited for; None where
+        nothing is done: at the first step,
         when live weights are still where they started, and between two intervals
         Raises ValueError where no live weight has a gradient, as after a backward in evaluation mode, and, as `merge`
         does, where weights are sharded, quantised or offloaded. Warns, once, of layers that the model has lost.
@@ -218,18 +220,20 @@ class MoIL(Adapter):
         self._state.steps += 1
         if count == 0 or count % config.interval:
             return None
-        decay = 0.0 if config.teacher == "live" else config.decay
-        if config.ema_per == "micro_batch":
-            decay **= micro_batches
-        loss, self._errors = imitation_step(
-            groups,
-            decay=decay,
-            reduction=config.reduction,
-            loss_scale=loss_scale * config.loss_weight,
-            backend=config.backend,
-            return_errors=True,
-        )
-        return loss * config.loss_weight
+        follows = config.teacher == "ema"
+        moves = micro_batches if follows and config.ema_per == "micro_batch" else 1
+        losses = []
+        for _ in range(moves):
+            loss, self._errors = imitation_step(
+                groups,
+                decay=config.decay if follows else 0.0,
+                reduction=config.reduction,
+                loss_scale=loss_scale * config.loss_weight / moves,
+                backend=config.backend,
+                return_errors=True,
+            )
+            losses.append(loss)
+        return sum(losses) * (config.loss_weight / moves)
 
     @property
     def last_relative_error(self) -> float | None:
