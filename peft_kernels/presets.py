@@ -6,7 +6,7 @@ and 4.
 
 from dataclasses import dataclass
 
-from peft_kernels.checks import check_choice
+from peft_kernels.checks import check_choice, check_flag
 
 MODALITIES = ("vision", "text", "cross")
 PLACEMENTS = ("input", "output")
@@ -21,6 +21,7 @@ class Target:
     input: a name for what they read. Neighbours that read the same share MoIL's transform and Aurora's x U.
     projections: how many are fused into one linear layer: 3 for a qkv
     placement: of MoIL's transform: on the "input", or for a fc2 on the "output"
+    reads_weight: the model does not call the layer, but reads its weight, which then is the adapted one
     """
 
     pattern: str
@@ -28,6 +29,7 @@ class Target:
     input: str = "hidden"
     projections: int = 1
     placement: str = "input"
+    reads_weight: bool = False
 
     def __post_init__(self):
         for name in ("pattern", "input"):
@@ -35,6 +37,7 @@ class Target:
                 raise TypeError(f"{name}: expected a string, got {getattr(self, name)!r}")
         check_choice("modality", self.modality, MODALITIES)
         check_choice("placement", self.placement, PLACEMENTS)
+        check_flag("reads_weight", self.reads_weight)
         if isinstance(self.projections, bool) or not isinstance(self.projections, int) or self.projections < 1:
             raise ValueError(f"projections: expected an integer ≥ 1, got {self.projections!r}")
 
@@ -92,6 +95,7 @@ _BRIDGE_CROSS = r"(.*\.)?cross_modal_(text|image)_layers\.\d+"
 _BRIDGE_TEXT = r"(.*\.)?text_model\.encoder\.layer\.\d+"
 _BERT_FFN = _feed_forward(_LAYER + r"\.intermediate\.dense", _LAYER + r"\.output\.dense")
 _LXMERT = r"(.*\.)?x_layers\.\d+"
+_EXPERT = r"(.*\.)?blocks\.\d+\.mlp_{}\.{}"
 _CLIP = r"(.*\.)?{}_model\.encoder\.layers\.\d+"
 
 PRESETS: dict[str, Preset] = {
@@ -140,6 +144,18 @@ PRESETS: dict[str, Preset] = {
         ("pooler", "answer_head"),
     ),
     "visualbert": Preset((_attention(_LAYER + r"\.attention\.self", "cross"),), _BERT_FFN, ("pooler", "cls")),
+    # In the authors' own code, https://github.com/microsoft/unilm/tree/master/vlmo: experts of each modality behind one
+    # attention, which reads the weight of its qkv to add q_bias and v_bias
+    "vlmo": Preset(
+        (Target(r"(.*\.)?blocks\.\d+\.attn\.qkv", "cross", projections=3, reads_weight=True),),
+        (
+            *_feed_forward(_EXPERT.format("text", "fc1"), _EXPERT.format("text", "fc2")),
+            *_feed_forward(_EXPERT.format("imag", "fc1"), _EXPERT.format("imag", "fc2"), "vision"),
+            *_feed_forward(_EXPERT.format("vl", "fc1"), _EXPERT.format("vl", "fc2"), "cross"),
+        ),
+        ("pooler", "vqa_classifier", "nlvr2_classifier"),
+        outputs=(Target(r"(.*\.)?blocks\.\d+\.(attn\.proj|mlp_\w+\.fc2)", "cross"),),
+    ),
     "clip": Preset(
         (
             _attention(_CLIP.format("vision") + r"\.self_attn", "vision", "q_proj|k_proj|v_proj"),

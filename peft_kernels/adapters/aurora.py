@@ -20,6 +20,7 @@ from peft_kernels.layers.adapted_linear import adapter_dtype_for
 from peft_kernels.layers.gated_query import MODES as GATES
 from peft_kernels.layers.mode_linear import DECOMPOSITIONS, Decomposition, ModeLinear, SharedCores
 from peft_kernels.layers.per_pass import PerPass
+from peft_kernels.layers.weight_read import ModeWeight
 from peft_kernels.presets import PRESETS
 
 SHARING = ("global", "modality", "none")
@@ -104,7 +105,7 @@ class Aurora(Adapter):
             for match, (out_blocks, in_blocks), width in zip(members, blocks, widths):
                 vision = match.target.modality == "vision"
                 fused = match.target.projections > 1
-                layers[match.name] = ModeLinear(
+                layers[match.name] = (ModeWeight if match.target.reads_weight else ModeLinear)(
                     match.linear,
                     cores.setdefault(_tower(match), SharedCores(decomposition)),
                     first,

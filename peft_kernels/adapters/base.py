@@ -208,7 +208,7 @@ class Adapter(AdapterFiles):
             raise ValueError(f"remove: {hooked[0]} has a hook of accelerate; {HOOKS_OFF}")
         for name, parent, attribute, original in self._places:
             layer = self.layers[name]
-            original.weight, original.bias = layer.weight, layer.bias
+            original.weight, original.bias = layer.base_weight, layer.base_bias
             original.train(layer.training)
             if parent._modules.get(attribute) is layer:  # and nothing that was put there since
                 setattr(parent, attribute, original)
@@ -265,7 +265,7 @@ class Adapter(AdapterFiles):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             users.setdefault(_memory(parameter), []).append(name)
         for name, layer in self.layers.items():
-            for kind, parameter in (("weight", layer.weight), ("bias", layer.bias)):
+            for kind, parameter in (("weight", layer.base_weight), ("bias", layer.base_bias)):
                 for other in () if parameter is None else users[_memory(parameter)]:
                     if self.model.get_submodule(other.rpartition(".")[0]) is not layer:
                         raise ValueError(f"merge: the {kind} of {name} is shared with {other}, which would change too")

@@ -121,6 +121,8 @@ class UniAdapter(Adapter):
         for match in matches:
             modalities.setdefault(_depth(match), {})[match.target.modality] = None
         bottlenecks, layers = nn.ModuleDict(), {}
+        if read := [match.name for match in matches if match.target.reads_weight]:
+            raise ValueError(f"targets: {read[0]} is not called, but its weight is read: there is no output to add to")
         for match in matches:
             weight, depth = match.linear.weight, _depth(match)
             if depth not in bottlenecks:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from peft_kernels.adapters.targets import TASK_HEADS, nearest
+from peft_kernels.layers.adapted_linear import AdaptedLinear
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # peft saves none of them as a module
 
@@ -28,14 +29,14 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, t) for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)]
 
 
-def find_heads(model: nn.Module, asked: Sequence[str], layers: dict[str, nn.Linear], required: bool) -> list[str]:
+def find_heads(model: nn.Module, asked: Sequence[str], layers: dict[str, AdaptedLinear], required: bool) -> list[str]:
     """Names of the parameters and buffers that are asked for: "classifier" holds net.classifier.0.weight.
 
     layers: what gets an adapter, by name: no head may hold one;  required: all that is asked for must be there
     Raises ValueError, naming what is nearest.
     """
     names = first_names(model)
-    adapted = {id(p): name for name, linear in layers.items() for p in (linear.weight, linear.bias) if p is not None}
+    adapted = {id(p): name for name, layer in layers.items() for p in (layer.base_weight, layer.base_bias)}
     heads: dict[str, None] = {}
     for head in asked:
         found = [tensor for name, tensor in _state(model) if f".{head}." in f".{name}."]

@@ -22,6 +22,7 @@ from peft_kernels.adapters.lora_files import StockLora
 from peft_kernels.adapters.targets import Match, nearest
 from peft_kernels.checks import check_choice, check_flag, check_probability
 from peft_kernels.layers.lowrank_linear import INITS, LowRankLinear
+from peft_kernels.layers.weight_read import LowRankWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ class LoRA(Adapter):
         config.check_patterns_match([match.name for match in matches])
         for match in matches:
             rank, scale = config.layer(match.name)
-            layers[match.name] = LowRankLinear(
+            kind = LowRankWeight if match.target.reads_weight else LowRankLinear
+            layers[match.name] = kind(
                 match.linear,
                 rank,
                 scale=scale,

@@ -19,6 +19,7 @@ from peft_kernels.adapters.targets import Match, find_targets
 from peft_kernels.checks import check_choice, check_flag, check_scale
 from peft_kernels.imitation import ImitationGroup, imitation_step
 from peft_kernels.layers.imitation_linear import INITS, MODES, ImitationLinear, LinearTransform, SharedState
+from peft_kernels.layers.weight_read import ImitationWeight
 from peft_kernels.ops.weight_distance import REDUCTIONS
 
 TEACHERS = ("ema", "live")
@@ -140,7 +141,7 @@ class MoIL(Adapter):
                     dtype=torch.promote_types(weight.dtype, torch.float32),
                     device=device or weight.device,
                 )
-            layers[match.name] = ImitationLinear(
+            layers[match.name] = (ImitationWeight if target.reads_weight else ImitationLinear)(
                 match.linear,
                 None if config.approximation == "transform" else config.rank,
                 transforms.get(shares),
@@ -173,7 +174,7 @@ class MoIL(Adapter):
 
     def _warn_of_idle_student(self, action: str) -> None:
         """Trained without `step`, what is kept is what came: no error, which at a script's end would lose the rest."""
-        layers = [each for each in self.layers.values() if not each.weight.is_meta]
+        layers = [each for each in self.layers.values() if not each.base_weight.is_meta]
         if self.steps == 0 and any(not torch.equal(each.live_weight, each.teacher_weight) for each in layers):
             warnings.warn(
                 f"{action}: live weights were trained, but step() was never called: the student, which is kept, has "
@@ -309,21 +310,21 @@ class MoIL(Adapter):
 
 
 def _group(layers: Sequence[ImitationLinear]) -> ImitationGroup:
-    wide = layers[0].live_weight.dtype
+    wide = layers[0].live_weight.dtype  # what all are in; the bases may be narrower
 
     def parts(name: str) -> list[Tensor]:
-        return [part for each in layers for part in getattr(each, name).detach().chunk(each.projections)]
+        return [part for each in layers for part in getattr(each, name).detach().to(wide).chunk(each.projections)]
 
-    has_bias = layers[0].bias is not None
+    has_bias = layers[0].base_bias is not None
     paired = layers[0].rank is not None
     transform = layers[0].transform
     return ImitationGroup(
         live=parts("live_weight"),
         teacher=parts("teacher_weight"),
-        weight0=[w.detach().to(wide).contiguous() for each in layers for w in each.weight.chunk(each.projections)],
+        weight0=[weight.contiguous() for weight in parts("base_weight")],
         live_bias=parts("live_bias") if has_bias else None,
         teacher_bias=parts("teacher_bias") if has_bias else None,
-        bias0=[b.detach().to(wide) for each in layers for b in each.bias.chunk(each.projections)] if has_bias else None,
+        bias0=parts("base_bias") if has_bias else None,
         down=[down for each in layers for down in each.down] if paired else None,
         up=[up for each in layers for up in each.up] if paired else None,
         transform=None if transform is None else transform.tensors(),

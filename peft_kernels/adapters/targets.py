@@ -97,15 +97,18 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
         matches.setdefault(name, Match(name, linears[name], target))
     for match in matches.values():
         parent = modules[match.parent]
-        if isinstance(parent, _READS_WEIGHTS):
+        if match.target.reads_weight:
+            pass
+        elif isinstance(parent, _READS_WEIGHTS):
             kind = type(parent).__name__
             raise ValueError(
                 f"targets: {match.name} is part of an nn.{kind}, which reads its weight past any adapter; {_IN_PEFT}"
             )
-        if _adds_biases_itself(match.linear, parent):
+        elif _adds_biases_itself(match.linear, parent):
             raise ValueError(
                 f"targets: {match.name} is part of a {type(parent).__name__} that reads its weight past any adapter, "
-                "to add q_bias and v_bias; timm's qkv_bias_separate=True calls it instead"
+                "to add q_bias and v_bias; name it by a Target with reads_weight=True (the preset 'vlmo' does), or in "
+                "timm call it, by qkv_bias_separate=True"
             )
         try:
             check_linear_module(match.linear)

@@ -62,9 +62,26 @@ class AdaptedLinear(nn.Linear):
         """(down, up, core) of the update, as `lowrank_linear` takes them."""
         raise NotImplementedError("a subclass says what its update is")  # nn.Module is no abstract base class
 
+    def updated_weight(self) -> Tensor:
+        """weight + scale · B core A in the weight's dtype, rounded once; differentiable in the factors."""
+        return reconstruct(*self.factors(), scale=self.scale, base=self.base_weight, backend=self.backend)
+
     def adapted_bias(self) -> Tensor | None:
         """The bias with the update; None if it stays as it is."""
         return None
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The Parameter `weight`, under which name a `WeightRead` shows the sum; merged it is the sum itself."""
+        if "weight" in self._parameters:
+            return self._parameters["weight"]
+        return self.weight  # parametrised
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        if "bias" in self._parameters:
+            return self._parameters["bias"]
+        return self.bias
 
     def reset_parameters(self) -> None:
         """As nn.Linear's, weight and bias too; what frameworks call after building a model on the meta device."""
@@ -77,7 +94,7 @@ class AdaptedLinear(nn.Linear):
 
     def set_scale(self, scale: float) -> None:
         """Change the update's factor; not while merged. In place: a captured CUDA graph sees the new value."""
-        check_scale(scale, self.weight)
+        check_scale(scale, self.base_weight)
         self._check_unmerged("set_scale")
         self._scale = float(scale)
         if "scale" in self._buffers:
@@ -92,7 +109,7 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         """x: (..., in_features), hidden: None or (..., I·R) from `lowrank_hidden` -> (..., out_features)"""
         if self._original is not None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.base_weight, self.base_bias)
         return self._adapted(x, self.factors(), hidden)
 
     def _adapted(self, x: Tensor, factors: tuple[Tensor | None, ...], hidden: Tensor | None = None) -> Tensor:
@@ -116,7 +133,7 @@ class AdaptedLinear(nn.Linear):
         )
 
     def _wide_factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.base_weight.dtype, torch.float32)
         return tuple(None if t is None else t.to(dtype) for t in self.factors())
 
     @torch.no_grad()
@@ -134,7 +151,7 @@ class AdaptedLinear(nn.Linear):
         down, up, core = self._wide_factors()
         up = up * self.scale.to(up.dtype)
         bias = self.adapted_bias()
-        shift = None if bias is None or self.bias is None else bias - self.bias.to(bias.dtype)
+        shift = None if bias is None or self.base_bias is None else bias - self.base_bias.to(bias.dtype)
         if core is None:
             return down, up, shift
         core = torch.diag_embed(core) if core.dim() == 3 else core
@@ -152,16 +169,15 @@ class AdaptedLinear(nn.Linear):
         """
         self._check_unmerged("merge")
         check_keep_on(keep_on)
-        check_dense("merge: weight", self.weight, DENSE_FIRST)
-        merged = reconstruct(*self.factors(), scale=self.scale, base=self.weight, backend=self.backend)
-        bias = self.adapted_bias()
+        check_dense("merge: weight", self.base_weight, DENSE_FIRST)
+        merged, bias = self.updated_weight(), self.adapted_bias()
         kept = [
             None if t is None else t.detach().to(keep_on or t.device, copy=True)
-            for t in (self.weight, None if bias is None else self.bias)
+            for t in (self.base_weight, None if bias is None else self.base_bias)
         ]
-        self.weight.copy_(merged)
+        self.base_weight.copy_(merged)
         if bias is not None:
-            self.bias.copy_(bias)
+            self.base_bias.copy_(bias)
         self._original, self._merged_version = tuple(kept), self._changes()
 
     @torch.no_grad()
@@ -172,15 +188,15 @@ class AdaptedLinear(nn.Linear):
         if self._changes() != self._merged_version:
             raise ValueError("unmerge: weight or bias was changed after merge, and would be lost")
         weight, bias = self._original
-        self.weight.copy_(weight)
+        self.base_weight.copy_(weight)
         if bias is not None:
-            self.bias.copy_(bias)
+            self.base_bias.copy_(bias)
         self._original = None
 
     def frozen(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias without the update, merged or not."""
-        weight, bias = self._original or (self.weight, None)
-        return weight.detach(), self.bias if bias is None else bias
+        weight, bias = self._original or (self.base_weight, None)
+        return weight.detach(), self.base_bias if bias is None else bias
 
     def backend_choice(self) -> Choice:
         """The backend that the next forward on the weight's device takes, and the reason."""
@@ -189,7 +205,7 @@ class AdaptedLinear(nn.Linear):
         *_, core = factors = self.factors()
         kind = kinds.linear(self.in_features, self.out_features, self.training and self.dropout_p > 0)
         blocks = (1, 1) if core is None else core.shape[:2]
-        tensors = (self.weight, self.bias, *factors)
+        tensors = (self.base_weight, self.base_bias, *factors)
         return resolve("lowrank_linear", tensors, self.backend, kind=kind, rank=factors[0].shape[0], blocks=blocks)
 
     def extra_repr(self) -> str:
@@ -207,8 +223,8 @@ class AdaptedLinear(nn.Linear):
             raise ValueError(f"{action}: the layer is merged; unmerge it first")
 
     def _scale_buffer(self) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return torch.full((), self._scale, dtype=dtype, device=self.weight.device)
+        dtype = torch.promote_types(self.base_weight.dtype, torch.float32)
+        return torch.full((), self._scale, dtype=dtype, device=self.base_weight.device)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves and casts as any module does, but leaves the scale in float32 (float64 with a float64 weight)."""
@@ -226,12 +242,12 @@ class AdaptedLinear(nn.Linear):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.scale.device != self.weight.device:  # assign=True brings a meta model to a real device
+        if self.scale.device != self.base_weight.device:  # assign=True brings a meta model to a real device
             self.scale = self._scale_buffer()
 
     def _changes(self) -> list[int | None]:
         """Counts changes in place of weight and bias (tensors made in inference mode count none)."""
-        return [None if t is None or t.is_inference() else t._version for t in (self.weight, self.bias)]
+        return [None if t is None or t.is_inference() else t._version for t in (self.base_weight, self.base_bias)]
 
 
 def check_linear_module(linear: object) -> None:

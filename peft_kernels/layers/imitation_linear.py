@@ -168,30 +168,37 @@ class ImitationLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)"""
-        mode = self.mode or ("live" if self.training else "student")
-        if mode == "student" and not self.merged:
+        if self.mode_now == "student" and not self.merged:
             return self._student(x)
-        weight, bias = self.weight, self.bias
-        if mode != "student":
-            dtype = weight.dtype
-            weight, bias = getattr(self, f"{mode}_weight"), getattr(self, f"{mode}_bias")
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        return F.linear(x, weight, bias)
+        return F.linear(x, self.taken("weight"), self.taken("bias"))
+
+    @property
+    def mode_now(self) -> str:
+        return self.mode or ("live" if self.training else "student")
+
+    def taken(self, name: str) -> Tensor | None:
+        """The "weight" or "bias" of the mode that is on, in the base's dtype; the student's is made anew."""
+        base, mode = getattr(self, f"base_{name}"), self.mode_now
+        if base is None or (mode == "student" and self.merged):
+            return base
+        if mode == "student":
+            return (self.updated_weight() if name == "weight" else self.adapted_bias()).to(base.dtype)
+        return getattr(self, f"{mode}_{name}").to(base.dtype)
 
     def _student(self, x: Tensor) -> Tensor:
         transform = self.transform
         if transform is not None and self.placement == "input":
             x = transform.shared_forward(self._member, x)
         if self.rank is None:
-            y = F.linear(x, self.weight, self.bias)
+            y = F.linear(x, self.base_weight, self.base_bias)
         elif self.projections > 1 and self.backend_choice().name == "torch":  # one product, with the base's own bits
             dtype = linear_dtype(x)
             z = F.linear(x, torch.cat([down.detach().to(dtype) for down in self.down])).chunk(self.projections, dim=-1)
             updates = [F.linear(part, up.detach().to(dtype)) for part, up in zip(z, self.up)]
-            y = F.linear(x, self.weight, self.bias) + torch.cat(updates, dim=-1)
+            y = F.linear(x, self.base_weight, self.base_bias) + torch.cat(updates, dim=-1)
         else:
-            biases = [None] * self.projections if self.bias is None else self.bias.chunk(self.projections)
-            parts = zip(self.weight.chunk(self.projections), biases, self.down, self.up)
+            biases = [None] * self.projections if self.base_bias is None else self.base_bias.chunk(self.projections)
+            parts = zip(self.base_weight.chunk(self.projections), biases, self.down, self.up)
             ys = [lowrank_linear(x, w, b, a.detach(), u.detach(), backend=self.backend) for w, b, a, u in parts]
             y = ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)
         if transform is not None and self.placement == "output":
@@ -228,15 +235,14 @@ class ImitationLinear(AdaptedLinear):
 
     @torch.no_grad()
     def adapted_bias(self) -> Tensor | None:
-        return None if self.bias is None else torch.cat([bias for _, _, bias in self._hybrid()])
+        return None if self.base_bias is None else torch.cat([bias for _, _, bias in self._hybrid()])
 
     def backend_choice(self) -> Choice:
-        mode = self.mode or ("live" if self.training else "student")
-        if mode != "student":
-            return Choice("torch", f"{mode}: a plain linear")
+        if self.mode_now != "student":
+            return Choice("torch", f"{self.mode_now}: a plain linear")
         if self.merged or self.rank is None:
             return Choice("torch", f"{'merged' if self.merged else 'no adapter of its own'}: a plain linear")
-        tensors = (self.weight, self.bias, self.down[0], self.up[0])
+        tensors = (self.base_weight, self.base_bias, self.down[0], self.up[0])
         kind = kinds.linear(self.in_features, self.out_features, dropout=False)
         return resolve("lowrank_linear", tensors, self.backend, rank=self.rank, kind=kind)
 
@@ -247,7 +253,7 @@ class ImitationLinear(AdaptedLinear):
         return parts + [f"projections={self.projections}"] * (self.projections > 1)
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(_kept_wide(fn, (self.weight, self.bias)), recurse)
+        return super()._apply(_kept_wide(fn, (self.base_weight, self.base_bias)), recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A state that brings the base alone, as a model's own checkpoint does, brings the weights to start from."""
