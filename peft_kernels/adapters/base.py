@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from peft_kernels.adapters.called import watch_calls
 from peft_kernels.adapters.config import AdapterConfig
 from peft_kernels.adapters.heads import find_heads, warn_of_frozen_heads
 from peft_kernels.adapters.model_checks import check_not_offloaded, check_tensors
@@ -51,6 +52,7 @@ class Adapter(AdapterFiles):
             module.train(model.get_submodule(parent).training)
         for name in self.heads:
             model.get_parameter(name).requires_grad_(True)
+        self._watches = watch_calls(model, parts.layers)
 
     @classmethod
     @abstractmethod
@@ -64,6 +66,8 @@ class Adapter(AdapterFiles):
     def wrap(cls: type[Self], model: nn.Module, config: AdapterConfig | None = None) -> Self:
         """Adapt `model`, in place.
 
+        The first forward warns, by name, of layers that the model goes past, reading their weights instead of calling
+        them: `Target(…, reads_weight=True)` is for these. Inside torch.compile it does not.
         Raises ValueError or TypeError before anything is changed: a name that matches nothing is told the nearest ones.
         """
         cls._check(model, config)
@@ -204,6 +208,8 @@ class Adapter(AdapterFiles):
     def remove(self) -> nn.Module:
         """Take the adapter off and give the model back: with merged weights if it is merged, and heads as trained."""
         self._check_on("remove")
+        for watch in self._watches:
+            watch.detach()
         if hooked := [name for name, layer in self.layers.items() if "_hf_hook" in vars(layer)]:
             raise ValueError(f"remove: {hooked[0]} has a hook of accelerate; {HOOKS_OFF}")
         for name, parent, attribute, original in self._places:
