@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.device,
             options.backend,
             options.rank,
-            range(options.seed, options.seed + (3 if options.full else 1)),
+            range(options.seed, options.seed + (3 if options.full or options.search else 1)),
             options.steps,
             options.pretraining_steps,
             options.scenes,

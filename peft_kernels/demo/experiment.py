@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from torch import nn
 
 from peft_kernels.adapters import FullTuning
 from peft_kernels.adapters.checkpoint import write_atomically
-from peft_kernels.demo.methods import FULL, Method, fitting
+from peft_kernels.demo.methods import FULL, MOIL, Method, fitting
 from peft_kernels.demo.models import TASKS
 from peft_kernels.demo.scenes import STORIES, Scenes, make_scenes
 from peft_kernels.demo.training import Job, Result, run
 
 COMMITTED = Path(__file__).with_name("search.json")
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-PRETRAINING_LR, DEFAULT_LR = 1e-3, 1e-3
+ADAPTER_GRID = (1e-3, 3e-3, 1e-2, 3e-2)  # of MoIL's adapters
+PRETRAINING_LR, DEFAULT_LR, DEFAULT_ADAPTER_LR = 1e-3, 1e-3, 3e-3
 
 
 @dataclass
@@ -84,6 +86,13 @@ def learning_rate(settings: Settings, task: str, method: Method) -> tuple[float,
     return found["lr"], "search" if method.searched == method.name else f"search of {method.searched}"
 
 
+def adapter_learning_rate(settings: Settings, task: str, method: Method) -> float | None:
+    """Of MoIL's adapters; None for other methods."""
+    if method.kind is not MOIL.kind:
+        return None
+    return _read(settings.rates).get(task, {}).get(MOIL.name, {}).get("adapter_lr", DEFAULT_ADAPTER_LR)
+
+
 def compare(settings: Settings, task: str, methods: Sequence[Method], section: str) -> list[Result]:
     """Results of every method and seed on the test split."""
     (base, _), train, test = pretrained(settings, task), settings.data("train"), settings.data("test")
@@ -93,30 +102,47 @@ def compare(settings: Settings, task: str, methods: Sequence[Method], section: s
             lr, lr_from = learning_rate(settings, task, method)
             steps = settings.steps if method.kind else 0
             job = Job(method, TASKS[task], base, train, seed, lr, lr_from, steps, settings.rank, settings.backend)
+            job.adapter_lr = adapter_learning_rate(settings, task, method)
             name = f"{method.name}, {task}" + (f", seed {seed}" if len(settings.seeds) > 1 else "")
             results.append(settings.run(name, f"{section}-{method.name}-{seed}", job, test))
     return results
 
 
 def search(settings: Settings, task: str, methods: Sequence[Method], grid: Sequence[float] = GRID) -> dict[str, Any]:
-    """For each method that has a learning rate of its own the best one on the validation split, and all scores."""
-    (base, _), train, validation = pretrained(settings, task), settings.data("train"), settings.data("validation")
+    """For each method with a learning rate of its own the best one on the validation split over all seeds, and all
+    scores; for MoIL, whose live weights take attention tuning's, that of its adapters."""
     found = {}
     for method in fitting(methods, TASKS[task].preset):
-        if method.kind is None or method.like:
+        if method.name == MOIL.name:
+            lr = learning_rate(settings, task, method)[0]
+            scores = {own: _validated(settings, task, method, lr, own) for own in ADAPTER_GRID}
+            found[method.name] = {"adapter_lr": best(scores, method.name), "lr": lr}
+        elif method.kind is None or method.like:
             continue
-        scores: dict[float, float | None] = {}
-        for lr in grid:
-            job = Job(method, TASKS[task], base, train, settings.seeds[0], lr, "search", settings.steps, None)
-            job.backend = settings.backend
-            name = f"search, {task}: {method.name}, lr {lr:g}"
-            try:
-                scores[lr] = settings.run(name, f"search-{task}-{method.name}-{lr:g}", job, validation).mean
-            except FloatingPointError:
-                scores[lr] = None
-        found[method.name] = {"lr": best(scores, method.name), "validation": {f"{lr:g}": s for lr, s in scores.items()}}
+        else:
+            scores = {lr: _validated(settings, task, method, lr) for lr in grid}
+            found[method.name] = {"lr": best(scores, method.name)}
+        found[method.name] |= {"seeds": list(settings.seeds), "validation": {f"{lr:g}": s for lr, s in scores.items()}}
         write_search(settings, task, found)
     return found
+
+
+def _validated(
+    settings: Settings, task: str, method: Method, lr: float, adapter_lr: float | None = None
+) -> float | None:
+    """The mean score over the seeds on the validation split; None where a training diverged."""
+    (base, _), train, validation = pretrained(settings, task), settings.data("train"), settings.data("validation")
+    scores = []
+    for seed in settings.seeds:
+        job = Job(method, TASKS[task], base, train, seed, lr, "search", settings.steps, None)
+        job.backend, job.adapter_lr = settings.backend, adapter_lr
+        tried = f"{lr:g}" if adapter_lr is None else f"{lr:g}-{adapter_lr:g}"
+        name = f"search, {task}: {method.name}, lr {tried}, seed {seed}"
+        try:
+            scores.append(settings.run(name, f"search-{task}-{method.name}-{tried}-{seed}", job, validation).mean)
+        except FloatingPointError:
+            return None
+    return mean(scores)
 
 
 def best(scores: dict[float, float | None], name: str) -> float:
@@ -130,7 +156,7 @@ def best(scores: dict[float, float | None], name: str) -> float:
 def write_search(settings: Settings, task: str, found: dict[str, Any]) -> None:
     """Into the file of rates, whose other entries stay, if they are of the same settings."""
     own = {name: getattr(settings, name) for name in ("steps", "pretraining_steps", "scenes", "evaluated")}
-    own |= {"seed": settings.seeds[0], "score": "mean of all on the validation split, in percent"}
+    own["score"] = "mean of all on the validation split and over the seeds, in percent"
     earlier = _read(settings.rates)
     if earlier.get("settings") != own:
         earlier = {}

@@ -8,14 +8,19 @@ from typing import Any
 from torch import nn
 
 from peft_kernels.adapters import Adapter, Aurora, FullTuning, LoRA, MoIL, UniAdapter
+from peft_kernels.adapters.config import AdapterConfig
+from peft_kernels.adapters.targets import find_targets
+from peft_kernels.presets import PRESETS
 
 SHORT_DECAY = 0.95  # of MoIL's teacher: the authors' 0.9996 would move 11 % of the way in 300 steps
+_OWN = ("weight", "bias")
 _PRESETS = {(Aurora, "blip"): "blip-retrieval"}
 
 
 @dataclass(frozen=True)
 class Method:
     """name: in tables;  kind, options: the adapter's class, None for none, and options of its configuration
+    attention: of full tuning: the weights that LoRA and MoIL adapt, and the heads, instead of all
     like: the method whose learning rate it takes, itself if empty
     modes: what MoIL is evaluated as, the first one is what is searched by
     enhance: Aurora's context enhancement, in training: None | "positives" (published) | "all"
@@ -24,6 +29,7 @@ class Method:
     name: str
     kind: type[Adapter] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    attention: bool = False
     like: str = ""
     modes: tuple[str, ...] = ("",)
     enhance: str | None = None
@@ -34,6 +40,10 @@ class Method:
             return None
         config = self.kind.config_class
         options = {"backend": backend, **self.options}
+        if self.attention:
+            matches = find_targets(model, AdapterConfig(preset=preset))
+            heads = [head for head in PRESETS[preset].heads if hasattr(model, head)]
+            options["modules_to_save"] = (*(f"{m.name}.{own}" for m in matches for own in _OWN), *heads)
         if config.needs_targets:
             options["preset"] = _PRESETS.get((self.kind, preset), preset)
         if rank is not None:
@@ -59,6 +69,8 @@ class Method:
 
 ZERO_SHOT = Method("zero-shot")
 FULL = Method("full tuning", FullTuning)
+# What MoIL's live weights are, too: the same steps on the same parameters, and so what its student can come to
+ATTENTION = Method("attention tuning", FullTuning, attention=True)
 LORA = Method("LoRA", LoRA, {"rank": 8, "alpha": 16.0, "dropout": 0.05})
 UNIADAPTER = Method("UniAdapter", UniAdapter, {"rank": 16})
 # As published, the enhancement of positives alone tells the matching head the label in training and not in evaluation:
@@ -71,12 +83,13 @@ MOIL = Method(
     # first ones, then hardly moves: after 200 steps the relative error was 0.06 with "sum", 1.07 with "relative".
     {"rank": 16, "transform_rank": 16, "decay": SHORT_DECAY, "reduction": "sum"},
     modes=("student", "live", "teacher"),
+    like=ATTENTION.name,  # the rate of its live weights; its adapters have one of their own
 )
 _TUCKER = AURORA.varied("Aurora, tucker", like="", core="tucker")
 
-METHODS = (ZERO_SHOT, FULL, LORA, AURORA, MOIL)
+METHODS = (ZERO_SHOT, FULL, ATTENTION, LORA, AURORA, MOIL)
 FULL_METHODS = (
-    *(ZERO_SHOT, FULL, LORA, UNIADAPTER, AURORA),
+    *(ZERO_SHOT, FULL, ATTENTION, LORA, UNIADAPTER, AURORA),
     AURORA.varied("Aurora, no modules", gates=None, enhance=None),
     _TUCKER,
     _TUCKER.varied("Aurora, tucker, no modules", gates=None, enhance=None),

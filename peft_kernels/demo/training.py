@@ -23,9 +23,7 @@ from peft_kernels.demo.state import load_training, save_training
 
 BATCH, WARMUP, WEIGHT_DECAY = 64, 20, 0.05
 CHECKPOINT_EVERY = 25  # steps
-# Of MoIL's adapters, whose loss is not the task's: they learn at their own rate, whatever the search tries for the live
-# weights (relative error after 200 steps 0.06 with 1e-3, 0.02 with 3e-3), from gradients that begin below Adam's 1e-8.
-_MOIL = {"adapter_lr": 3e-3, "adapter_eps": 1e-10}
+_EPS = 1e-10  # Adam's for MoIL's adapters, whose gradients begin below its 1e-8
 RESULT_FILE, CHECKPOINT_FILE = "result.json", "stopped.safetensors"
 
 
@@ -34,7 +32,8 @@ class Result:
     """What one run gives.
 
     scores: in percent, by mode ("" for all but MoIL) and name;  shown: as `Evaluation` has it, of the first mode
-    lr_from: "search" | "search of …" | "default";  trained: parameters;  stored_bytes: of the adapter's file
+    lr_from: "search" | "search of …" | "default";  adapter_lr: of MoIL's adapters, whose loss is not the task's
+    trained: parameters;  stored_bytes: of the adapter's file
     step_ms: median;  activation_bytes: kept by the forward for the backward;  backend: of its layers, in evaluation
     losses, errors: by step, of the task, and MoIL's relative error
     """
@@ -43,6 +42,7 @@ class Result:
     seed: int
     lr: float
     lr_from: str
+    adapter_lr: float | None = None
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     shown: list[list[int]] = field(default_factory=list)
     trained: int = 0
@@ -74,6 +74,7 @@ class Job:
     steps: int
     rank: int | None = None
     backend: str = "auto"
+    adapter_lr: float | None = None
 
     def loss(self, model: nn.Module) -> Tensor:
         return self.task.loss(model, self.train.draw(BATCH), enhance=self.method.enhance)
@@ -102,7 +103,7 @@ def run(job: Job, evaluated: Scenes, folder: Path, progress: Report = lambda ste
     torch.manual_seed(job.seed)
     model = copy.deepcopy(job.model)
     adapter = job.method.wrap(model, job.task.preset, job.rank, job.backend)
-    result = Result(job.method.name, job.seed, job.lr, job.lr_from)
+    result = Result(job.method.name, job.seed, job.lr, job.lr_from, job.adapter_lr)
     if adapter is not None:
         _train(job, model, adapter, result, folder / CHECKPOINT_FILE, progress)
         adapter.save_pretrained(folder)
@@ -122,7 +123,7 @@ def run(job: Job, evaluated: Scenes, folder: Path, progress: Report = lambda ste
 
 
 def _train(job: Job, model: nn.Module, adapter: Adapter, result: Result, checkpoint: Path, progress: Report) -> None:
-    own = _MOIL if isinstance(adapter, MoIL) else {}
+    own = {"adapter_lr": job.adapter_lr, "adapter_eps": _EPS} if isinstance(adapter, MoIL) else {}
     optimizer = torch.optim.AdamW(adapter.param_groups(job.lr, weight_decay=WEIGHT_DECAY, **own))
     rates = [group["lr"] for group in optimizer.param_groups]
     record: dict[str, Any] = {"step": 0, "losses": [], "errors": [], "seconds": []}
