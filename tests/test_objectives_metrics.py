@@ -7,7 +7,13 @@ import random
 import pytest
 import torch
 
-from peft_kernels.objectives import normalize_answer, recall_at_k, vqa_accuracy, weighted_answer_loss
+from peft_kernels.objectives import (
+    normalize_answer,
+    recall_at_k,
+    retrieval_ranks,
+    vqa_accuracy,
+    weighted_answer_loss,
+)
 
 # ---- answer-weighted loss ------------------------------------------------------------------------------------------
 
@@ -124,6 +130,8 @@ def test_recall_by_hand():
     assert recall.image_to_text == {1: 1 / 3, 2: 2 / 3, 3: 2 / 3, 4: 1.0}
     # text 0: image 0 is last; text 1: first; text 2: image 1 is last of 0.9, 0.5, 0.4; text 3: first
     assert recall.text_to_image == {1: 0.5, 2: 0.5, 3: 1.0, 4: 1.0}
+    ranks = retrieval_ranks(similarity, torch.tensor([0, 0, 1, 2]))
+    assert (ranks.image_to_text.tolist(), ranks.text_to_image.tolist()) == ([2, 1, 4], [3, 1, 3, 1])
 
 
 def test_recall_of_a_tie_is_a_miss():

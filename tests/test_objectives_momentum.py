@@ -105,6 +105,26 @@ def test_momentum_copy_shares_what_is_frozen():
     assert encoder[0].up.requires_grad and encoder[2].weight.requires_grad and not teacher[2].weight.requires_grad
 
 
+def test_momentum_encoder_reads_live_parameters_and_averages_the_others():
+    encoder, x = model().eval(), torch.randn(5, 6)
+    teacher = momentum_copy(encoder, live=[encoder[0].up])
+    assert teacher[0].up is encoder[0].up and encoder[0].up.requires_grad
+    assert teacher[0].down is not encoder[0].down and not teacher[0].down.requires_grad
+    assert teacher[0].weight is encoder[0].weight
+    before = teacher[0].down.clone()
+    with torch.no_grad():
+        for parameter in (encoder[0].up, encoder[0].down):
+            parameter.add_(1.0)
+    momentum_update(teacher, encoder, 0.75)
+    torch.testing.assert_close(teacher[0].down, before + 0.25)
+    assert torch.equal(teacher[0].up, encoder[0].up)
+    with torch.no_grad():
+        expected = encoder[0].bias + x @ encoder[0].weight.t() + x @ (before + 0.25).t() @ encoder[0].up.t()
+        torch.testing.assert_close(teacher[0](x), expected)
+    with pytest.raises(ValueError, match="^live: expected parameters of the module, got 1 others"):
+        momentum_copy(encoder, live=[encoder[0].down, nn.Parameter(torch.ones(3))])
+
+
 def test_momentum_update_is_the_formula():
     encoder = model().double()
     teacher = momentum_copy(encoder)

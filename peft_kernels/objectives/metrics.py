@@ -1,6 +1,7 @@
-"""What retrieval and question answering are judged by: recall@k both ways, VQA accuracy.
+"""What retrieval and question answering are judged by: ranks and recall@k both ways, VQA accuracy.
 
-    recall@k    the fraction of queries with one of their positives among the k most similar candidates
+    rank        the place of a query's best positive among all candidates, from 1
+    recall@k    the fraction of queries whose rank is k or less
     accuracy    min(annotators who gave the answer / 3, 1), averaged over the sets that leave one annotator out
 
 Sources: the VQA challenge's evaluation, https://visualqa.org/evaluation.html; recall@k as ALBEF and BLIP report it.
@@ -21,6 +22,13 @@ class Recall(NamedTuple):
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
+
+
+class Ranks(NamedTuple):
+    """(images,) and (texts,) int64, from 1: where each query finds its best positive."""
+
+    image_to_text: Tensor
+    text_to_image: Tensor
 
 
 def _positive_mask(similarity: Tensor, positives: Tensor | None) -> Tensor:
@@ -44,10 +52,28 @@ def _positive_mask(similarity: Tensor, positives: Tensor | None) -> Tensor:
     return positives
 
 
-def _recall(similarity: Tensor, positives: Tensor, ks: Sequence[int]) -> dict[int, float]:
+def _ranks(similarity: Tensor, positives: Tensor) -> Tensor:
     best = similarity.masked_fill(~positives, -torch.inf).amax(dim=1, keepdim=True)
-    before = ((similarity >= best) & ~positives).sum(dim=1)
-    return {k: (before < k).double().mean().item() for k in ks}
+    return 1 + ((similarity >= best) & ~positives).sum(dim=1)
+
+
+@torch.no_grad()
+def retrieval_ranks(similarity: Tensor, positives: Tensor | None = None) -> Ranks:
+    """Ranks of images finding texts and of texts finding images: their median and mean are published beside recall.
+
+    similarity, positives: as of `recall_at_k`
+    returns ranks: (image_to_text, text_to_image); an image is found by any of its texts
+
+    A wrong candidate as similar as the best right one comes before it: of a constant similarity every rank is the last.
+    Raises ValueError or TypeError, naming the argument; ValueError for NaN and for a query without positive.
+    """
+    check_tensor("similarity", similarity)
+    if similarity.dim() != 2 or 0 in similarity.shape:
+        raise ValueError(f"similarity: expected shape (images, texts), neither 0, got {tuple(similarity.shape)}")
+    positives = _positive_mask(similarity, positives)
+    if similarity.isnan().any():
+        raise ValueError(f"similarity: expected no NaN, got {similarity.isnan().sum().item()} of them")
+    return Ranks(_ranks(similarity, positives), _ranks(similarity.t(), positives.t()))
 
 
 @torch.no_grad()
@@ -62,15 +88,10 @@ def recall_at_k(similarity: Tensor, ks: Sequence[int] = (1, 5, 10), positives: T
     A wrong candidate as similar as the best right one comes before it: a constant similarity has a recall of 0.
     Raises ValueError or TypeError, naming the argument; ValueError for NaN and for a query without positive.
     """
-    check_tensor("similarity", similarity)
-    if similarity.dim() != 2 or 0 in similarity.shape:
-        raise ValueError(f"similarity: expected shape (images, texts), neither 0, got {tuple(similarity.shape)}")
     if not isinstance(ks, Sequence) or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in ks):
         raise ValueError(f"ks: expected integers ≥ 1, got {ks!r}")
-    positives = _positive_mask(similarity, positives)
-    if similarity.isnan().any():
-        raise ValueError(f"similarity: expected no NaN, got {similarity.isnan().sum().item()} of them")
-    return Recall(_recall(similarity, positives, ks), _recall(similarity.t(), positives.t(), ks))
+    both = retrieval_ranks(similarity, positives)
+    return Recall(*({k: (ranks <= k).double().mean().item() for k in ks} for ranks in both))
 
 
 _DIGITS = {

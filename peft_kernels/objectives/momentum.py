@@ -9,6 +9,7 @@ count.
 """
 
 import copy
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -114,14 +115,25 @@ class MomentumQueue(nn.Module):
         return f"size={self.image.shape[0]}, dim={self.image.shape[1]}"
 
 
-def momentum_copy(module: nn.Module) -> nn.Module:
+def momentum_copy(module: nn.Module, live: Iterable[nn.Parameter] = ()) -> nn.Module:
     """A momentum encoder of `module`: a copy that takes no gradients and follows by `momentum_update`.
+
+    live: parameters of the module that train, and that the momentum encoder reads as they are at every moment instead
+        of averaging them. Aurora's release does so with U, V and C. They go on requiring gradients: run it in no_grad
 
     Frozen parameters are not copied but shared, so that with adapters the copy costs what the adapters do: call this
     after choosing what trains. What is done to the frozen ones (a cast, a merge of adapters) reaches both.
+    Raises ValueError where one of the live parameters is not the module's.
     """
-    frozen = {id(p): p for p in module.parameters() if not p.requires_grad}  # what deepcopy takes as copied already
-    return copy.deepcopy(module, frozen).requires_grad_(False)
+    own, live = {id(p) for p in module.parameters()}, list(live)
+    if strange := sum(id(p) not in own for p in live):
+        raise ValueError(f"live: expected parameters of the module, got {strange} others")
+    shared = {id(p): p for p in (*live, *(p for p in module.parameters() if not p.requires_grad))}
+    teacher = copy.deepcopy(module, dict(shared))  # what deepcopy takes as copied already
+    for parameter in teacher.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+    return teacher
 
 
 @torch.no_grad()
@@ -132,7 +144,7 @@ def momentum_update(teacher: nn.Module, module: nn.Module, decay: float = 0.995)
         with 0.995 hardly ever moves (half of its unit in the last place is 0.2 to 0.4 % of a value)
     decay: in [0, 1]; BLIP's 0.995
 
-    Frozen parameters stay; buffers are copied. Raises ValueError or TypeError, naming what does not fit.
+    Frozen and live parameters stay; buffers are copied. Raises ValueError or TypeError, naming what does not fit.
     """
     check_decay(decay)
     pairs = {}
@@ -144,7 +156,7 @@ def momentum_update(teacher: nn.Module, module: nn.Module, decay: float = 0.995)
         pairs[kind] = {name: (following[name], own[name]) for name in own}
         for name, (average, current) in pairs[kind].items():
             check_shape(f"teacher.{name}", average, tuple(current.shape), "that of the module")
-    moving = {name: pair for name, pair in pairs["parameters"].items() if pair[1].requires_grad}
+    moving = {n: pair for n, pair in pairs["parameters"].items() if pair[1].requires_grad and pair[0] is not pair[1]}
     for name, (average, current) in moving.items():
         check_tensor(f"teacher.{name}", average, current, dtypes=(torch.float32, torch.float64))
     if moving:
