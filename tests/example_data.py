@@ -166,9 +166,26 @@ def msrvtt(folder: Path, train: int = 6, test: int = 4) -> Path:
     return folder
 
 
+def didemo(folder: Path, train: int = 6, test: int = 4) -> Path:
+    """The release's lines, of two captions a video here, and DiDeMo's own list."""
+    for split, numbers in (("train", range(train)), ("test", range(train, train + test))):
+        videos = [f"12090392@N02_{number}.avi" for number in numbers]
+        for number, video in zip(numbers, videos):
+            for frame in (1, 2, 10):
+                paint(folder / "frames" / Path(video).stem / f"{frame}.jpg", NAMES[number % 4], (60, 40))
+        texts = [[f"a {NAMES[number % 4]} dog.", "is of two"] for number in numbers]
+        rows = [(video, text) for video, both in zip(videos, texts) for text in both]
+        write_lines(folder / f"{split}.jsonl", [{"clip_name": video, "caption": text} for video, text in rows])
+        own = [
+            {"video": v, "description": text, "annotation_id": n, "times": [[0, 1]]} for n, (v, text) in enumerate(rows)
+        ]
+        write_json(folder / f"{split}_data.json", own)
+    return folder
+
+
 def write_all(root: Path) -> dict[str, Path]:
     """Every data set and checkpoint, by name."""
-    made = {each.__name__: each(root / each.__name__) for each in (flickr30k, coco, vqa2, nlvr2, msrvtt)}
+    made = {each.__name__: each(root / each.__name__) for each in (flickr30k, coco, vqa2, nlvr2, msrvtt, didemo)}
     made["blip"] = save_blip(root / "blip", hf.BlipForImageTextRetrieval)
     made["blip-qa"] = save_blip(root / "blip-qa", hf.BlipForQuestionAnswering)
     made["vilt"] = save_vilt(root / "vilt")

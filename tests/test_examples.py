@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,12 +23,14 @@ import vilt_moil  # noqa: E402
 from common import retrieval, training, vilt  # noqa: E402
 
 from peft_kernels import MoIL  # noqa: E402
-from peft_kernels.objectives import recall_at_k  # noqa: E402
+from peft_kernels.objectives import recall_at_k, retrieval_ranks  # noqa: E402
 
 MODULES = {"retrieval": blip_retrieval, "vqa": blip_vqa, "video": blip_video, "vilt": vilt_moil}
 SMALL = ("--device", "cpu", "--batch-size", "4", "--rank", "4", "--lr", "0.01", "--epochs", "2")
 VILT = (*SMALL, "--accumulate", "1", "--head-lr", "0.01", "--decay", "0.5", "--min-answers", "1")
-RECALLS = {f"{way}_recall_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+WAYS = ("image_to_text", "text_to_image")
+RECALLS = {f"{way}_recall_{k}" for way in WAYS for k in (1, 5, 10)}
+RANKS = {f"{way}_{kind}_rank" for way in WAYS for kind in ("median", "mean")}
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +44,19 @@ RUNS = {
     "coco": ("retrieval", "coco", "blip", (*SMALL, "--batch-size", "2", "--queue-size", "0", "--alpha", "0")),
     "lora": (
         *("retrieval", "flickr30k", "blip"),
-        (*SMALL, "--method", "lora", "--precision", "bf16", "--enhance", "--augment", "--accumulate", "2"),
+        (*SMALL, "--method", "lora", "--precision", "bf16", "--enhance", "all", "--no-augment", "--accumulate", "2"),
     ),
-    "tucker": ("retrieval", "flickr30k", "blip", (*SMALL, "--core", "tucker", "--gates", "gated", "--workers", "1")),
+    "cp": (
+        *("retrieval", "flickr30k", "blip"),
+        (*SMALL, "--core", "cp", "--gates", "gated", "--sharing", "none", "--no-released", "--workers", "1"),
+    ),
     "vqa-rank": ("vqa", "vqa2", "blip-qa", SMALL),
     "vqa-generate": ("vqa", "vqa2", "blip-qa", (*SMALL, "--inference", "generate", "--beams", "2")),
     "video": ("video", "msrvtt", "blip", (*SMALL, "--task", "retrieval", "--frames", "2", "--image-size", "48")),
+    "didemo": (
+        *("video", "didemo", "blip"),
+        (*SMALL, "--task", "retrieval", "--dataset", "didemo", "--frames", "2", "--image-size", "48"),
+    ),
     "video-qa": ("video", "msrvtt", "blip-qa", (*SMALL, "--task", "qa", "--frames", "2", "--image-size", "48")),
     "vilt-vqa": ("vilt", "vqa2", "vilt", (*VILT, "--task", "vqa")),
     "vilt-nlvr2": ("vilt", "nlvr2", "vilt", (*VILT, "--task", "nlvr2", "--batch-size", "2", "--accumulate", "2")),
@@ -61,7 +71,7 @@ def run(files, name, out, *more):
 
 
 def metrics(record):
-    return {key: value for key, value in record.items() if key not in ("epoch", "loss", "lr")}
+    return {key: value for key, value in record.items() if key not in ("epoch", "step", "loss", "lr")}
 
 
 @pytest.fixture
@@ -73,9 +83,34 @@ def scores(monkeypatch):
         seen.append(similarity.clone())
         return recall_at_k(similarity, **options)
 
-    monkeypatch.setattr(retrieval, "recall_at_k", watched)
+    def ranked(similarity, positives):
+        seen.append(similarity.clone())
+        return retrieval_ranks(similarity, positives)
+
+    monkeypatch.setattr(retrieval, "retrieval_ranks", ranked)
     monkeypatch.setattr(vilt, "recall_at_k", watched)
     return seen
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_files(out, name, history):
+    """What every run leaves for pictures: run.json, losses.jsonl, predictions.jsonl."""
+    losses = lines(out / "losses.jsonl")
+    steps = len(losses) // 2
+    assert [row["step"] for row in losses] == list(range(1, 2 * steps + 1))
+    assert [record["step"] for record in history] == [steps, 2 * steps]
+    for record, first in zip(history, (0, steps)):
+        mean = sum(row["loss"] for row in losses[first : first + steps]) / steps
+        assert record["loss"] == pytest.approx(mean)
+    about = json.loads((out / "run.json").read_text())
+    method = "moil" if name.startswith("vilt") else "lora" if name == "lora" else "aurora"
+    assert (about["script"], about["method"]) == (MODULES[RUNS[name][0]].__name__, method)
+    assert about["trained"].keys() == {"adapter", "live", "head"} and 0 < about["trained"]["adapter"] < about["total"]
+    assert about["settings"]["lr"] == "0.01"
+    assert about["stored_bytes"] == sum(file.stat().st_size for file in (out / "epoch_2").iterdir())
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -87,7 +122,9 @@ def test_trains_evaluates_saves_and_reloads(files, name, tmp_path, scores):
         assert [record["lr"] for record in history] == pytest.approx([0.01, 0.005])  # a cosine's first half
     elif name == "vilt-vqa":  # the last of two steps an epoch, down from a tenth of the way
         assert [record["lr"] for record in history] == pytest.approx([0.01 * 1.5 / 1.8, 0.01 * 0.5 / 1.8])
-    wanted = RECALLS if "accuracy" not in str(history) else {"accuracy"}
+    ranked = "accuracy" not in str(history)
+    wanted = {"accuracy"} if not ranked else RECALLS if name.startswith("vilt") else RECALLS | RANKS
+    check_files(tmp_path, name, history)
     for record in history:
         assert math.isfinite(record["loss"])
         found = metrics(record)
@@ -97,12 +134,13 @@ def test_trains_evaluates_saves_and_reloads(files, name, tmp_path, scores):
                 assert {f"{mode}_{key}" for key in wanted} < found.keys()
             found = {key[8:]: value for key, value in found.items() if key.startswith("student_")}
         assert found.keys() == wanted
-        assert all(0 <= value <= 1 for value in found.values())
+        assert all(0 <= value <= 1 for key, value in found.items() if key not in RANKS)
+        assert all(1 <= found[key] <= 8 for key in RANKS & found.keys())
 
     trained = len(scores)
     again = run(files, name, tmp_path / "again", "--evaluate", tmp_path / "epoch_2")
     assert again == found
-    if wanted == RECALLS:
+    if ranked:
         last = scores[trained - 3 :][:1] if name.startswith("vilt") else scores[trained - 2 : trained]  # the student's
         assert all(torch.equal(a, b) for a, b in zip(scores[trained:], last, strict=True))
         assert not torch.equal(scores[0], last[0]), "the second epoch has changed nothing"
@@ -111,14 +149,14 @@ def test_trains_evaluates_saves_and_reloads(files, name, tmp_path, scores):
 @pytest.mark.parametrize("name", ["flickr30k", "vqa-rank", "video", "video-qa", "vilt-vqa"])
 def test_zero_shot(files, name, tmp_path):
     results = run(files, name, tmp_path, "--zero-shot")
-    assert results.keys() == ({"accuracy"} if "accuracy" in results else RECALLS)
+    assert results.keys() == ({"accuracy"} if "accuracy" in results else RECALLS | RANKS)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == results
     assert not list(tmp_path.glob("epoch_*"))
 
 
 @pytest.mark.parametrize("name", ["flickr30k", "video-qa", "vilt-nlvr2"])
 def test_resumed_equals_uninterrupted(files, name, tmp_path, monkeypatch):
-    options = () if name.startswith("vilt") else ("--dropout", "0.1", "--augment")
+    options = () if name.startswith("vilt") else ("--augment",)
     whole = run(files, name, tmp_path / "whole", *options)
     measure, calls = training.measure, []
 
@@ -134,14 +172,92 @@ def test_resumed_equals_uninterrupted(files, name, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not (tmp_path / "parts/epoch_2").exists()
     assert run(files, name, tmp_path / "parts", *options, "--resume") == whole
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "whole/epoch_2" / file).read_bytes() == (tmp_path / "parts/epoch_2" / file).read_bytes()
+    for file in ("epoch_2/adapter_model.safetensors", "epoch_2/adapter_config.json", "losses.jsonl"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
     with pytest.raises(SystemExit, match=r"was trained with --lr 0\.01$"):
         run(files, name, tmp_path / "parts", *options, "--resume", "--lr", "0.02")
 
 
+# What a script gives without options but those that name data, model and size: the release's files and scripts say so
+EVERYWHERE = {"core": "tucker", "layout": "released", "gates": "additive", "sharing": "global", "dropout": 0.1}
+RETRIEVAL = {"enhance": "positives", "queue_size": 57_600, "queue_start": "random", "alpha": 0.4, "momentum": 0.995}
+RETRIEVAL |= {"momentum_of": "layers", "temperature": 0.07, "drop_path": 0.0}
+ANSWERS = {"label_smoothing": 0.0, "lr": 2e-5, "epochs": 5, "rank": 32, "drop_path": 0.1, "k_test": 128, "beams": 1}
+VIDEO = {"lr": 1e-4, "epochs": 5, "rank": 64, "k_test": 128, "beta": 1.0, "frame_aware": True, "augment": False}
+VIDEO |= {"image_size": 224, "frames": 8}
+DEFAULTS = {
+    "flickr30k": ((), {**RETRIEVAL, "lr": 1e-4, "epochs": 4, "k_test": 128, "rank": 32, "beta": 0}),
+    "coco": ((), {**RETRIEVAL, "lr": 1e-5, "epochs": 6, "k_test": 256, "rank": 32, "beta": 0, "augment": True}),
+    "vqa-rank": ((), {**ANSWERS, "inference": "rank", "augment": True}),
+    "video": ((), {**RETRIEVAL, **VIDEO, "frames_drawn": "random", "crop": False, "normalize": True}),
+    "didemo": (
+        ("--dataset", "didemo"),
+        {**RETRIEVAL, **VIDEO, "frames_drawn": "clip", "crop": True, "normalize": False},
+    ),
+    "video-qa": ((), {**ANSWERS, "inference": "generate", "loss_scale": 0.05 / 8, "image_size": 224, "augment": False}),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_the_releases(files, name, tmp_path, monkeypatch):
+    seen = {}
+
+    def stops(args, adapter, batches, *rest, groups, **more):
+        seen.update(args=vars(args), config=adapter.config.to_dict(), groups=groups, batches=batches)
+
+    monkeypatch.setattr(training, "fit", stops)
+    module, dataset, model, _ = RUNS[name]
+    options, wanted = DEFAULTS[name]
+    if module == "video":
+        options += ("--task", "qa" if name == "video-qa" else "retrieval")
+    argv = [
+        "--data",
+        files[dataset],
+        "--model",
+        files[model],
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--batch-size",
+        "2",
+    ]
+    MODULES[module].main([str(part) for part in (*argv, *options)])
+    args, config = seen["args"], seen["config"]
+    assert {key: args[key] for key in wanted} == wanted
+    assert {key: config[key] for key in EVERYWHERE} == EVERYWHERE
+    assert (args["weight_decay"], args["dropout"], args["accumulate"], config["rank"]) == (0.05, 0.1, 1, args["rank"])
+    assert {(group["lr"], group["weight_decay"]) for group in seen["groups"]} == {(args["lr"], 0.05)}
+    assert config["released"] and seen["batches"].drop_last
+    batch = next(iter(seen["batches"]))
+    side = args["image_size"] or example_data.SIZE
+    assert batch["pixels"].shape[1:] == (args.get("frames", 1), 3, side, side)
+
+
+@pytest.mark.parametrize("target", ["flickr30k", "video", "didemo"])
+def test_an_adapter_of_one_data_set_is_judged_on_another(files, target, tmp_path, monkeypatch):
+    """Zero-shot transfer: trained on COCO, judged on what another script reads."""
+    if not (files["coco"] / "adapter").is_dir():
+        run(files, "coco", tmp_path / "coco", "--epochs", "1")
+        (tmp_path / "coco/epoch_1").rename(files["coco"] / "adapter")
+    loaded, measure = [], training.measure
+    monkeypatch.setattr(
+        training, "measure", lambda args, model, test: loaded.append(model) or measure(args, model, test)
+    )
+    results = run(files, target, tmp_path / "out", "--evaluate", files["coco"] / "adapter")
+    assert results.keys() == RECALLS | RANKS
+    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == results
+    stored = safetensors.torch.load_file(files["coco"] / "adapter/adapter_model.safetensors")
+    own = dict(loaded[0].named_parameters())
+    assert stored and all(torch.equal(own[name], value) for name, value in stored.items() if name in own)
+    rows = lines(tmp_path / "out/predictions.jsonl")
+    ranks = [row["rank"] for row in rows if row["kind"] == "text_to_image"]
+    assert sum(ranks) / len(ranks) == pytest.approx(results["text_to_image_mean_rank"])
+
+
 def test_accumulated_batches_are_one_large_batch(files, tmp_path):
-    options = ("--method", "lora", "--dropout", "0", "--limit", "4", "--epochs", "1")
+    options = ("--method", "lora", "--limit", "4", "--epochs", "1", "--frames-drawn", "even", "--drop-path", "0")
+    options += ("--dropout", "0", "--adapter-dropout", "0")
     (whole,) = run(files, "video-qa", tmp_path / "whole", *options, "--batch-size", "4")
     (parts,) = run(files, "video-qa", tmp_path / "parts", *options, "--batch-size", "2", "--accumulate", "2")
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -171,6 +287,11 @@ def test_runs_from_the_command_line(files, tmp_path):
     rows = json.loads((tmp_path / "answers_val2014.json").read_text())
     assert [row["question_id"] for row in rows] == [9000, 9001, 9002, 9003]
     assert {row["answer"] for row in rows} <= set(example_data.NAMES)
+    cases = lines(tmp_path / "predictions.jsonl")
+    assert [(case["key"], case["answer"]) for case in cases] == [(row["question_id"], row["answer"]) for row in rows]
+    assert sum(case["score"] for case in cases) / len(cases) == pytest.approx(
+        json.loads(done.stdout.splitlines()[-1])["accuracy"]
+    )
 
 
 def test_vilt_is_told_apart_two_images_and_trains_heads_at_their_own_rate(files, tmp_path):

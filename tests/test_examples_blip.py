@@ -1,5 +1,6 @@
 """What the BLIP examples compute, against transformers' own forwards of the same model."""
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +14,7 @@ hf = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
 import example_data  # noqa: E402
-from common import answering, blip, data, retrieval  # noqa: E402
+from common import answering, blip, data, hooks, retrieval  # noqa: E402
 
 from peft_kernels import Aurora, AuroraConfig  # noqa: E402
 
@@ -26,12 +27,18 @@ def files(tmp_path_factory):
 # ---- retrieval ------------------------------------------------------------------------------------------------------
 
 
+def plain(folder, **options):
+    """blip.load's options, without dropout."""
+    return Namespace(**{"model": folder, "device": "cpu", "dropout": 0.0, "drop_path": 0.0, **options})
+
+
 @pytest.fixture
-def adapted(files):
+def adapted(files, tmp_path):
     """(arguments, adapter whose update is not zero, batches, four test examples of different images)"""
-    args = Namespace(device="cpu", batch_size=2, workers=0, beta=0.0, k_test=99, temperature=0.07, enhance=None)
-    vars(args).update(queue_size=0, alpha=0.0, precision="fp32", seed=0, beams=1)
-    model, processor = blip.load(Namespace(model=files["blip"], device="cpu"), hf.BlipForImageTextRetrieval)
+    args = Namespace(device="cpu", batch_size=2, workers=0, beta=0.0, k_test=99, temperature=0.07, enhance="none")
+    vars(args).update(queue_size=0, alpha=0.0, precision="fp32", seed=0, beams=1, out=tmp_path)
+    vars(args).update(queue_start="empty", momentum_of="all")
+    model, processor = blip.load(plain(files["blip"]), hf.BlipForImageTextRetrieval)
     adapter = Aurora.wrap(model, AuroraConfig(preset="blip-retrieval", rank=4, gates="additive"))
     with torch.no_grad():
         for parameter in adapter.parameters("adapter"):
@@ -60,8 +67,8 @@ def pairs(model, batch):
 
 def test_retrieval_is_ranked_as_transformers_scores_it(adapted, monkeypatch):
     args, adapter, batches, examples = adapted
-    scores, recall = [], retrieval.recall_at_k
-    monkeypatch.setattr(retrieval, "recall_at_k", lambda s, **options: scores.append(s.clone()) or recall(s, **options))
+    scores, ranks = [], retrieval.retrieval_ranks
+    monkeypatch.setattr(retrieval, "retrieval_ranks", lambda s, right: scores.append(s.clone()) or ranks(s, right))
     batch = loaded(batches, examples)
     batch["pixels"] = batch["pixels"][::2]  # two captions to an image
     with torch.no_grad():
@@ -72,10 +79,16 @@ def test_retrieval_is_ranked_as_transformers_scores_it(adapted, monkeypatch):
         torch.testing.assert_close(scores[0], wanted)
         torch.testing.assert_close(scores[1], wanted)
         args.k_test = 2
-        retrieval.RetrievalTest(args, adapter.model, batches, examples)()
-    for table, axis in zip(scores[2:], (1, 0)):
+        found = retrieval.RetrievalTest(args, adapter.model, batches, examples)()
+    rows = [json.loads(line) for line in (args.out / "predictions.jsonl").read_text().splitlines()]
+    for way, table, axis in zip(("image_to_text", "text_to_image"), scores[2:], (1, 0)):
         near = torch.zeros_like(similarity, dtype=torch.bool).scatter_(axis, similarity.topk(2, axis).indices, True)
-        torch.testing.assert_close(table, wanted.masked_fill(~near, -torch.inf))
+        torch.testing.assert_close(table, torch.where(near, wanted, similarity - 100))
+        ranks = torch.tensor([row["rank"] for row in rows if row["kind"] == way]).double()
+        assert len(ranks) == similarity.shape[1 - axis]
+        assert found[f"{way}_mean_rank"] == pytest.approx(ranks.mean().item())
+        assert found[f"{way}_median_rank"] == ranks.quantile(0.5).item()
+        assert found[f"{way}_recall_5"] == (ranks <= 5).double().mean().item()
 
 
 def test_retrieval_loss_is_contrast_and_matching(adapted, monkeypatch):
@@ -134,13 +147,19 @@ def test_another_caption_in_the_queue_is_right_too(adapted):
     torch.testing.assert_close(loss.contrast(second, image, texts[1], 1.0), wanted / 2)
 
 
-def test_momentum_encoder_follows_and_fills_the_queue(adapted):
+@pytest.mark.parametrize("momentum_of", ["layers", "all"])
+def test_momentum_encoder_follows_and_fills_the_queue(adapted, momentum_of):
     args, adapter, batches, examples = adapted
-    vars(args).update(queue_size=8, alpha=0.4, momentum=0.5)
+    vars(args).update(queue_size=8, alpha=0.4, momentum=0.5, momentum_of=momentum_of)
     loss = retrieval.RetrievalLoss(args, adapter)
     batch = loaded(batches, examples[:4])
     before = loss.state_dict()["teacher"]
-    assert before.keys() == {name for name, _ in adapter.named_parameters()}
+    trained = dict(adapter.named_parameters())
+    live = {f"aurora.shared.{name}" for name in ("down.16x16", "up.16x16", "lam")}
+    live = live if momentum_of == "layers" else set()
+    assert before.keys() == trained.keys() - live and "aurora.shared.slots" in before
+    assert all(loss.teacher.get_parameter(name) is trained[name] for name in live)
+    assert all(p.requires_grad for p in trained.values())
     before = {name: value.clone() for name, value in before.items()}
     loss(batch, 1.0).backward()
     assert loss.queue.ids.tolist() == [0, 0, 1, 1, -1, -1, -1, -1]
@@ -152,13 +171,95 @@ def test_momentum_encoder_follows_and_fills_the_queue(adapted):
         torch.testing.assert_close(value, before[name] + 0.5)
 
 
+def test_queue_starts_with_random_wrong_candidates(adapted):
+    args, adapter, *_ = adapted
+    vars(args).update(queue_size=6, queue_start="random")
+    queue = retrieval.RetrievalLoss(args, adapter).queue
+    torch.testing.assert_close(torch.cat([queue.image, queue.text]).norm(dim=1), torch.ones(12))
+    assert len(queue.image.unique()) == queue.image.numel() and not torch.equal(queue.image, queue.text)
+    assert (queue.ids > 1_000_000).all() and queue.position.item() == 0
+
+
+@torch.no_grad()
+def test_texts_attend_more_to_frames_like_them(adapted):
+    """The keys of a frame's patches are scaled, its [CLS]'s and all values are not: written out for one layer."""
+    _, adapter, *_ = adapted
+    attention = adapter.model.text_encoder.encoder.layer[1].crossattention.self
+    hidden, states = torch.randn(2, 5, attention.query.in_features), torch.randn(2, 3 * 4, attention.key.in_features)
+    weights, size = torch.rand(2, 3), attention.attention_head_size
+    unweighed = attention(hidden, encoder_hidden_states=states)[0]
+    with hooks.frame_aware(adapter.model, weights):
+        found = attention(hidden, encoder_hidden_states=states)[0]
+    scale = torch.cat([torch.ones(2, 3, 1), weights[:, :, None].expand(2, 3, 3)], dim=2).flatten(1)
+    query, key, value = (
+        layer(x).unflatten(-1, (-1, size)).transpose(1, 2)
+        for layer, x in ((attention.query, hidden), (attention.key, states), (attention.value, states))
+    )
+    scores = query @ (key * scale[:, None, :, None]).transpose(-1, -2) / size**0.5
+    torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+    assert not torch.allclose(found, unweighed)
+    assert torch.equal(attention(hidden, encoder_hidden_states=states)[0], unweighed)  # outside of the block again
+
+
+@torch.no_grad()
+def test_training_on_videos_weighs_frames_by_their_similarity(adapted, monkeypatch):
+    args, adapter, batches, examples = adapted
+    seen = []
+    monkeypatch.setattr(retrieval, "frame_aware", lambda model, w: seen.append(w) or hooks.frame_aware(model, w))
+    loss, unaware = (retrieval.RetrievalLoss(args, adapter, aware) for aware in (True, False))
+    adapter.model.eval()
+    batch = loaded(batches, [examples[0], examples[2]])
+    batch["pixels"] = torch.cat([batch["pixels"], batch["pixels"].flip(0) + 1], dim=1)
+    values = loss(batch, 0.0), unaware(batch, 0.0)
+    assert not torch.allclose(*values, rtol=1e-5) and seen[1] is None
+    cosines = [pairs(adapter.model, {**batch, "pixels": batch["pixels"][:, f : f + 1]})[1] for f in (0, 1)]
+    each = torch.stack(cosines)  # (frames, images, texts)
+    wanted = torch.stack([each[:, i, t] for t, i in ((0, 0), (1, 1), (1, 0), (0, 1), (0, 1), (1, 0))])
+    torch.testing.assert_close(seen[0], 2 * (wanted / 4).softmax(dim=1))
+
+
+# ---- what trains, and how -------------------------------------------------------------------------------------------
+
+
+def test_drop_path_leaves_out_branches_in_training(files):
+    model, _ = blip.load(plain(files["blip"], drop_path=0.5), hf.BlipForImageTextRetrieval)
+    layers = model.vision_model.encoder.layers
+    x = torch.randn(400, 5, model.config.vision_config.hidden_size)
+    for layer, p in zip(layers, (0.0, 0.5), strict=True):  # rising from 0
+        for branch in (lambda layer=layer: layer.self_attn(x)[0], lambda layer=layer: layer.mlp(x)):
+            layer.eval()
+            whole = branch()
+            layer.train()
+            torch.manual_seed(0)
+            found = branch()
+            left_out = (found == 0).flatten(1).all(dim=1)
+            torch.testing.assert_close(found[~left_out], whole[~left_out] / (1 - p))
+            assert left_out.double().mean().item() == pytest.approx(p, abs=0.1)
+
+
+def test_texts_drop_out_as_blip_trained_and_not_as_the_hub_says(files):
+    for model_class, name in ((hf.BlipForImageTextRetrieval, "blip"), (hf.BlipForQuestionAnswering, "blip-qa")):
+        model, _ = blip.load(plain(files[name], dropout=0.25), model_class)
+        rates = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout) and "text_" in n}
+        assert len(rates) > 10 and set(rates.values()) == {0.25}
+        assert ("text_decoder" if name == "blip-qa" else "text_encoder") in {n.partition(".")[0] for n in rates}
+
+
+def test_vectors_decay_too_as_released(adapted):
+    _, adapter, *_ = adapted
+    for decays, wanted in ((True, {0.05}), (False, {0.05, 0.0})):
+        made = blip.groups(Namespace(lr=1e-4, weight_decay=0.05, decay_vectors=decays), adapter)
+        assert {group["weight_decay"] for group in made} == wanted
+        assert sum(len(group["params"]) for group in made) == len(list(adapter.parameters()))
+
+
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def answerer(files):
-    args = Namespace(device="cpu", batch_size=2, workers=0, k_test=99, beams=1)
-    model, processor = blip.load(Namespace(model=files["blip-qa"], device="cpu"), hf.BlipForQuestionAnswering)
+    args = Namespace(device="cpu", batch_size=2, workers=0, k_test=99, beams=1, label_smoothing=0.0)
+    model, processor = blip.load(plain(files["blip-qa"]), hf.BlipForQuestionAnswering)
     task = answering.Answering(args, model.eval(), processor.tokenizer)
     batch = loaded(blip.Batches(processor), data.read_vqa(files["vqa2"], "val2014"))
     ids = batch["input_ids"].clone()
@@ -190,12 +291,13 @@ def test_answers_are_weighted_and_ranked_as_transformers_likes_them(answerer):
     starts = task.tokenizer.convert_tokens_to_ids([answer.split()[0] for answer in candidates])
     assert task.answer(batch, candidates) == [candidates[best] for best in first[:, starts].argmax(dim=1)]
 
-    task.model.text_decoder.label_smoothing = 0.1
-    wanted = 0.0
-    for n, colour in enumerate(example_data.NAMES):
-        for answer, weight in ((colour, 0.8), ("dog", 0.1), (f"the {colour}", 0.1)):
-            wanted += weight * likelihood(task, {name: v[n : n + 1] for name, v in inputs.items()}, answer)[0] / 4
-    torch.testing.assert_close(task.loss(batch, 0.0), wanted)
+    for smoothing, task.scale in ((0.0, 1.0), (0.1, 1.0), (0.0, 0.05 / 8)):
+        task.model.text_decoder.label_smoothing = task.args.label_smoothing = smoothing
+        wanted = 0.0
+        for n, colour in enumerate(example_data.NAMES):
+            for answer, weight in ((colour, 0.8), ("dog", 0.1), (f"the {colour}", 0.1)):
+                wanted += weight * likelihood(task, {name: v[n : n + 1] for name, v in inputs.items()}, answer)[0] / 4
+        torch.testing.assert_close(task.loss(batch, 0.0), wanted * task.scale)
 
 
 @torch.no_grad()

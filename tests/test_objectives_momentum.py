@@ -121,7 +121,7 @@ def test_momentum_encoder_reads_live_parameters_and_averages_the_others():
     with torch.no_grad():
         expected = encoder[0].bias + x @ encoder[0].weight.t() + x @ (before + 0.25).t() @ encoder[0].up.t()
         torch.testing.assert_close(teacher[0](x), expected)
-    with pytest.raises(ValueError, match="^live: expected parameters of the module, got 1 others"):
+    with pytest.raises(ValueError, match=r"^live: expected parameters of the module, got 1 others"):
         momentum_copy(encoder, live=[encoder[0].down, nn.Parameter(torch.ones(3))])
 
 

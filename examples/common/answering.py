@@ -7,6 +7,7 @@ after the other, as one long image ("concat", Aurora's), or as their mean, place
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from common.blip import fuse, moved, see
-from common.data import Example
+from common.data import Example, fail, read_json, records
 from peft_kernels.objectives import normalize_answer, vqa_accuracy, weighted_answer_loss
 
 
@@ -25,23 +26,47 @@ def add_options(options: argparse.ArgumentParser, inference: str) -> None:
     add("--inference", choices=("rank", "generate"), default=inference, help="(default: %(default)s)")
     add("--beams", type=int, default=1, help="of generation: 1 in Aurora's release, 3 in BLIP's (default: 1)")
     add("--answers", type=int, default=3128, help="candidates: the training split's most frequent (default: 3128)")
+    add("--answer-list", type=Path, help="candidates: a JSON list instead, such as BLIP's answer_list.json")
+    add(
+        "--label-smoothing",
+        type=float,
+        default=0.0,
+        help="0.1 in BLIP's own training, none in the release (default: 0)",
+    )
+
+
+def candidates(args: argparse.Namespace, train: Sequence[Example]) -> list[str] | None:
+    """What --inference rank chooses from."""
+    if args.inference != "rank":
+        return None
+    if args.answer_list is not None:
+        return records(read_json(args.answer_list), args.answer_list)
+    found = common_answers(train, args.answers)
+    if not found:
+        fail("--train: no answers to choose from")
+    return found
 
 
 def common_answers(examples: Sequence[Example], most: int | None = None, least: int = 1) -> list[str]:
     """What most annotators say, of all questions, if that is `least` times: the most frequent first, then by letters.
 
-    With least=9 it is the rule by which ViLT chose its 3,129 labels from VQA v2's train and val."""
-    first = (Counter(map(normalize_answer, example.answers)).most_common(1) for example in examples)
+    With least=9 it is the rule by which ViLT chose its 3,129 labels from VQA v2's train and val. A single answer stays
+    as it is written, because `accuracy` compares it so.
+    """
+    given = (e.answers if len(e.answers) == 1 else map(normalize_answer, e.answers) for e in examples)
+    first = (Counter(answers).most_common(1) for answers in given)
     counts = Counter(found[0][0] for found in first if found)
     counts.pop("", None)
     return [answer for answer, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= least][:most]
 
 
 class Answering:
-    """model: BlipForQuestionAnswering;  tokenizer: its own;  frames: "concat" | "mean" """
+    """model: BlipForQuestionAnswering;  tokenizer: its own;  frames: "concat" | "mean";  scale: of the loss"""
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, tokenizer: Any, frames: str = "concat"):
-        self.args, self.model, self.tokenizer, self.frames = args, model, tokenizer, frames
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, tokenizer: Any, frames: str = "concat", scale: float = 1.0
+    ):
+        self.args, self.model, self.tokenizer, self.frames, self.scale = args, model, tokenizer, frames, scale
         self.text = model.config.text_config
 
     def question(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -71,7 +96,8 @@ class Answering:
             input_ids=ids, attention_mask=mask, encoder_hidden_states=states, encoder_attention_mask=seen
         ).logits.float()
         labels = ids.masked_fill(mask == 0, -100)
-        return weighted_answer_loss(logits, labels, torch.tensor(weights, device=ids.device), counts)
+        weights = self.scale * torch.tensor(weights, device=ids.device)
+        return weighted_answer_loss(logits, labels, weights, counts, label_smoothing=self.args.label_smoothing)
 
     def answer(self, batch: dict[str, Any], candidates: Sequence[str] | None) -> list[str]:
         """One answer for each question: of the candidates, or else written freely."""
@@ -82,8 +108,7 @@ class Answering:
         return [candidates[self.rank(s[None], m[None], ids, real)] for s, m in zip(states, mask)]
 
     def rank(self, states: Tensor, mask: Tensor, ids: Tensor, real: Tensor) -> int:
-        """The likeliest candidate of the k whose first token is the likeliest. (BLIP's code leaves its label smoothing
-        on in this comparison; this is the likelihood itself.)"""
+        """The likeliest candidate of the k whose first token is the likeliest."""
         decoder = self.model.text_decoder
         start = decoder(input_ids=ids[:1, :1], encoder_hidden_states=states, encoder_attention_mask=mask).logits
         near = start[0, 0][ids[:, 1]].topk(min(self.args.k_test, len(ids))).indices
@@ -99,6 +124,7 @@ class Answering:
         return near[unlikely.argmin()].item()
 
     def generate(self, states: Tensor, mask: Tensor) -> list[str]:
+        """(The release's reads the padding of a batch's shorter questions, so that answers depend on the batch.)"""
         written = self.model.text_decoder.generate(
             input_ids=torch.full((len(states), 1), self.text.bos_token_id, device=states.device),
             encoder_hidden_states=states,
@@ -122,8 +148,7 @@ class Answering:
 
 
 def accuracy(examples: Sequence[Example], predictions: dict[Any, str]) -> float:
-    """With the ten answers of VQA the challenge's; with a single one, how many are the same."""
+    """With the ten answers of VQA the challenge's; with a single one, how many are the same, letter by letter."""
     if all(len(example.answers) >= 4 for example in examples):
         return vqa_accuracy([predictions[example.key] for example in examples], [e.answers for e in examples])
-    same = [normalize_answer(predictions[e.key]) == normalize_answer(e.answers[0]) for e in examples]
-    return sum(same) / len(same)
+    return sum(predictions[e.key] == e.answers[0] for e in examples) / len(examples)

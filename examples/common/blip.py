@@ -4,45 +4,81 @@ Sizes: B examples, F frames, S states of a frame (patches and [CLS]), T tokens, 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
-from common.data import Example, clean_text, fail, field, read_json
+from common.augment import Augment
+from common.data import Example, fail, field, read_json
+from common.hooks import add_drop_path
 from peft_kernels import Adapter, Aurora, AuroraConfig, LoRA, LoRAConfig, MoIL
 from peft_kernels.objectives import video_embedding
 
 METHODS: dict[str, type[Adapter]] = {"aurora": Aurora, "lora": LoRA, "moil": MoIL}
 MAX_TOKENS = 35
+FLAG = argparse.BooleanOptionalAction
 
 
-def add_options(options: argparse.ArgumentParser, preset: str) -> None:
-    """preset: the default"""
+def add_options(options: argparse.ArgumentParser, preset: str, augment: bool = True) -> None:
+    """preset, augment: the defaults"""
     add = options.add_argument
     add("--method", choices=("aurora", "lora"), default="aurora", help="(default: %(default)s)")
     add("--preset", default=preset, help="which layers; 'paper' and 'cross' are smaller (default: %(default)s)")
-    add("--rank", type=int, default=64, help="(default: %(default)s)")
-    add("--dropout", type=float, default=0.1, help="(default: %(default)s)")
-    add("--k-test", type=int, help="candidates that are ranked a second time, by reading all of the text")
-    add("--core", choices=("cp", "tucker"), default="cp", help="Aurora's: the paper's | the release's (default: cp)")
+    add("--rank", type=int, help="the release's is 32, for video retrieval 64; the article's 64")
+    add("--adapter-dropout", type=float, default=0.1, help="(default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="of the texts' encoder and decoder (default: %(default)s)")
+    add("--drop-path", type=float, help="of the last vision layer, less before it; 0.1 for answers, else 0")
+    add(
+        "--core",
+        choices=("cp", "tucker"),
+        default="tucker",
+        help="Aurora's: the article's | the release's, the default",
+    )
+    add(
+        "--layout",
+        choices=("blocks", "released"),
+        help="of Aurora's fc1 and fc2 (default: the release's with its core, else blocks)",
+    )
+    add(
+        "--sharing",
+        choices=("global", "modality", "none"),
+        default="global",
+        help="of Aurora's factors (default: %(default)s)",
+    )
     add("--gates", choices=("additive", "gated", "none"), default="additive", help="Aurora's (default: additive)")
+    add("--released", action=FLAG, default=True, help="Aurora: text_proj stays frozen, by a slip of the release")
+    add("--decay-vectors", action=FLAG, default=True, help="weight decay for biases and scales too, as the release has")
+    add("--augment", action=FLAG, default=augment, help="crop, flip and change training images as the release does")
+    add("--image-size", type=int, help="of a side (default: the processor's, 384 as in the release; of frames 224)")
+    add("--k-test", type=int, help="candidates that are ranked a second time, by reading all of the text")
 
 
 def wrap(args: argparse.Namespace, model: nn.Module) -> Adapter:
     """What the options ask for: a new adapter, or with --evaluate a saved one."""
     if args.evaluate is not None:
         return saved(args.evaluate, model)
-    common = {"preset": args.preset, "rank": args.rank, "dropout": args.dropout, "backend": args.backend}
+    common = {"preset": args.preset, "rank": args.rank, "dropout": args.adapter_dropout, "backend": args.backend}
     if args.method == "lora":
         return LoRA.wrap(model, LoRAConfig(alpha=args.rank, **common))
+    layout = args.layout or ("released" if args.core == "tucker" else "blocks")
     gates = None if args.gates == "none" else args.gates
-    return Aurora.wrap(model, AuroraConfig(core=args.core, gates=gates, **common))
+    own = {"core": args.core, "layout": layout, "sharing": args.sharing, "gates": gates, "released": args.released}
+    try:
+        return Aurora.wrap(model, AuroraConfig(**own, **common))
+    except ValueError as error:
+        fail(f"--method aurora: {error}")
+
+
+def groups(args: argparse.Namespace, adapter: Adapter) -> list[dict[str, Any]]:
+    """The optimizer's: the release's AdamW decays vectors as it decays matrices."""
+    made = adapter.param_groups(args.lr, weight_decay=args.weight_decay)
+    return [{**group, "weight_decay": args.weight_decay} for group in made] if args.decay_vectors else made
 
 
 def saved(folder: Path, model: nn.Module) -> Adapter:
@@ -57,29 +93,47 @@ def saved(folder: Path, model: nn.Module) -> Adapter:
 
 
 def load(args: argparse.Namespace, model_class: type) -> tuple[nn.Module, Any]:
-    """(model, processor) of --model."""
+    """(model, processor) of --model. What a checkpoint of the hub says of dropout is 0, not what BLIP trained with."""
     try:
+        config = AutoConfig.from_pretrained(args.model)
+        config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = args.dropout
         processor = AutoProcessor.from_pretrained(args.model)
-        model = model_class.from_pretrained(args.model)
+        model = model_class.from_pretrained(args.model, config=config)
     except (OSError, ValueError) as error:
         fail(f"--model: {args.model}: {error}")
+    add_drop_path(model, args.drop_path)
     return model.to(args.device), processor
 
 
 class Batches:
     """Examples to tensors, in the loader's processes: pixels (B, F, 3, H, W), input_ids and attention_mask (B, T).
 
-    size: H and W; None: the processor's own, BLIP's 384
+    clean: of texts;  size: H and W; None: the processor's own, BLIP's 384
+    crop: the middle of an image instead of all of it, squeezed;  normalize: pixels, by CLIP's mean and deviation
     """
 
-    def __init__(self, processor: Any, size: int | None = None):
-        self.processor = processor
-        self.size = {} if size is None else {"size": {"height": size, "width": size}}
+    def __init__(
+        self,
+        processor: Any,
+        clean: Callable[[str], str] = str,
+        size: int | None = None,
+        crop: bool = False,
+        normalize: bool = True,
+    ):
+        self.processor, self.clean, self.crop = processor, clean, crop
+        self.side = size or processor.image_processor.size["height"]
+        self.options = {"size": {"height": self.side, "width": self.side}, "do_normalize": normalize}
 
-    def __call__(self, loaded: Sequence[tuple[Example, list[Image]]]) -> dict[str, Any]:
+    def view(self, args: argparse.Namespace) -> Augment | None:
+        """What --augment does to training images."""
+        return Augment(self.side) if args.augment else None
+
+    def __call__(self, loaded: Sequence[tuple[Example, list[Image.Image]]]) -> dict[str, Any]:
         examples = [example for example, _ in loaded]
         images = [image for _, each in loaded for image in each]
-        pixels = self.processor.image_processor(images, return_tensors="pt", **self.size)["pixel_values"]
+        if self.crop:
+            images = [ImageOps.fit(image, (self.side, self.side), Image.Resampling.BILINEAR) for image in images]
+        pixels = self.processor.image_processor(images, return_tensors="pt", **self.options)["pixel_values"]
         return {
             "examples": examples,
             "pixels": pixels.unflatten(0, (len(examples), -1)),
@@ -89,7 +143,7 @@ class Batches:
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokens = self.processor.tokenizer(
-            [clean_text(text) for text in texts],
+            [self.clean(text) for text in texts],
             padding=True,
             truncation=True,
             max_length=MAX_TOKENS,
@@ -114,6 +168,11 @@ def see(model: nn.Module, pixels: Tensor) -> Tensor:
 def embed_images(model: nn.Module, states: Tensor) -> Tensor:
     """states: (B, F, S, d) -> (B, e), of length 1: the mean of the frames' projections"""
     return video_embedding(model.vision_proj(states[:, :, 0]))
+
+
+def embed_frames(model: nn.Module, states: Tensor) -> Tensor:
+    """states: (B, F, S, d) -> (B, F, e), each of length 1"""
+    return F.normalize(model.vision_proj(states[:, :, 0]).float(), dim=-1)
 
 
 def read(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,9 @@ Every reader checks what it reads and that the images are there; what is wrong e
 there is a model.
 """
 
-import csv
 import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 KARPATHY = {"flickr30k": "dataset_flickr30k.json", "coco": "dataset_coco.json"}
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 
 
 @dataclass(frozen=True)
@@ -158,68 +156,17 @@ def read_nlvr2(folder: Path, split: str) -> list[Example]:
     return examples
 
 
-def read_video_captions(path: Path, frames: Path) -> list[Example]:
-    """MSR-VTT: lines with clip_name and caption (.jsonl), MSRVTT_data.json, or the 1k-A's .csv."""
-    if path.suffix == ".csv":
-        if not path.is_file():
-            fail(f"{path}: No such file or directory")
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    else:
-        rows = read_json(path)
-        rows = field(rows, "sentences", path) if isinstance(rows, dict) else rows
-    owners: dict[str, int] = {}
-    captions = []
-    for number, row in enumerate(records(rows, path)):
-        where = f"{path}: row {number}"
-        video = next((row[key] for key in ("clip_name", "video_id") if key in row), None)
-        video = field(row, "video", where) if video is None else video
-        text = row["sentence"] if "sentence" in row else field(row, "caption", where)
-        video = video.removesuffix(".mp4")
-        captions.append((text, video, owners.setdefault(video, len(owners))))
-    found = find_frames(frames, owners)
-    return [Example(text, found[video], owner, key=video) for text, video, owner in captions]
-
-
-def read_video_questions(path: Path, frames: Path) -> list[Example]:
-    """MSRVTT-QA: a list of {id, video_id, question, answer}."""
-    rows = [(one, f"{path}: question {number}") for number, one in enumerate(records(read_json(path), path))]
-    videos = [f"video{field(one, 'video_id', where)}" for one, where in rows]
-    found = find_frames(frames, videos)
-    return [
-        Example(field(one, "question", where), found[video], number, (field(one, "answer", where),), one.get("id"))
-        for number, ((one, where), video) in enumerate(zip(rows, videos))
-    ]
-
-
-def find_frames(folder: Path, videos: Iterable[str]) -> dict[str, tuple[Path, ...]]:
-    """Each video's frames in their order: folder/VIDEO/….jpg, or else folder/VIDEO_….jpg."""
-    if not folder.is_dir():
-        fail(f"{folder}: no such folder of frames")
-    flat: dict[str, list[Path]] = defaultdict(list)
-    for file in folder.iterdir():
-        flat[file.stem.rpartition("_")[0]].append(file)
-    found = {}
-    for video in dict.fromkeys(videos):
-        inside = folder / video
-        files = [f for f in (inside.iterdir() if inside.is_dir() else flat[video]) if f.suffix.lower() in PICTURES]
-        if not files:
-            fail(f"{inside}: no frames, neither in this folder nor as {inside}_….jpg")
-        found[video] = tuple(sorted(files, key=_numbered))
-    return found
-
-
-def _numbered(file: Path) -> list:
-    """Frame 10 comes after frame 9, with leading zeros and without."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", file.name)]
-
-
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def clean_text(text: str, words: int = 50) -> str:
-    """As BLIP reads captions and questions: lower case, less punctuation, no more than so many words."""
-    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:words])
+def clean_caption(text: str, words: int) -> str:
+    """As BLIP and the release read captions: in lower case, spaces for punctuation, so many words at most."""
+    return " ".join(PUNCTUATION.sub(" ", text.lower()).split()[:words])
+
+
+def clean_question(text: str, words: int = 50) -> str:
+    """As they read questions: punctuation goes without leaving a space. "what's on the t.v.?" asks of a "tv?"."""
+    return " ".join(PUNCTUATION.sub("", text.lower()).split()[:words])
 
 
 def load_image(file: Path) -> Image.Image:
@@ -241,20 +188,28 @@ def random_view(image: Image.Image) -> Image.Image:
 
 
 class Examples(Dataset):
-    """(example, its images). frames: how many of a video, evenly spread; None: all of the example's images."""
+    """(example, its images).
 
-    def __init__(self, examples: Sequence[Example], frames: int | None = None, augment: bool = False):
-        self.examples, self.frames, self.augment = examples, frames, augment
+    augment: what is done to every image; True: random_view
+    draw: which of the example's images are read; None: all
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        augment: bool | Callable[[Image.Image], Image.Image] = False,
+        draw: Callable[[Sequence[Path]], Sequence[Path]] | None = None,
+    ):
+        self.examples, self.draw = examples, draw
+        self.view = random_view if augment is True else augment
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tuple[Example, list[Image.Image]]:
         files = self.examples[index].images
-        if self.frames is not None:
-            files = [files[int((n + 0.5) * len(files) / self.frames)] for n in range(self.frames)]
-        images = [load_image(file) for file in files]
-        return self.examples[index], [random_view(image) for image in images] if self.augment else images
+        images = [load_image(file) for file in (files if self.draw is None else self.draw(files))]
+        return self.examples[index], [self.view(image) for image in images] if self.view else images
 
 
 def loader(args: Any, examples: Examples, collate: Callable, train: bool = False) -> DataLoader:

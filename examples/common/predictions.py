@@ -7,7 +7,6 @@
 Every line has the data set's own key of its question, caption or image, too. `python -m peft_kernels plots` reads it.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from common.data import Example
-from common.training import save_text
+from common.training import save_lines
 
 MOST = 10  # candidates of a query that are kept
 
@@ -23,7 +22,7 @@ MOST = 10  # candidates of a query that are kept
 def save(folder: Path, rows: Iterable[dict[str, Any]], mode: str = "") -> None:
     """mode: of MoIL's weights, "live" or "teacher", in a file of its own; "" for what is kept"""
     name = f"predictions_{mode}.jsonl" if mode else "predictions.jsonl"
-    save_text(folder / name, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+    save_lines(folder / name, rows)
 
 
 def answer_rows(

@@ -1,15 +1,17 @@
 """The training loop of all examples: AdamW, a schedule, mixed precision, and a checkpoint after every epoch.
 
-    OUT/epoch_1/        the adapter, by save_pretrained: what --evaluate and from_pretrained read
-    OUT/state.pt        everything that --resume needs, of the last whole epoch
-    OUT/results.json    loss and metrics of every epoch
+OUT/epoch_1/        the adapter, by save_pretrained: what --evaluate and from_pretrained read
+OUT/state.pt        everything that --resume needs, of the last whole epoch
+OUT/run.json        what trains, with which settings, and how large a saved epoch is
+OUT/losses.jsonl    the loss of every optimizer step
+OUT/results.json    loss and metrics of every epoch
 """
 
 import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -21,10 +23,11 @@ from torch.utils.data import DataLoader
 
 from common.data import fail
 from peft_kernels import Adapter
+from peft_kernels.adapters.base import KINDS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ between a run and its continuation
-PLACES = {"data", "images", "out", "device", "workers", "resume", "zero_shot", "evaluate", "eval_every"}
+PLACES = {"script", "data", "images", "out", "device", "workers", "resume", "zero_shot", "evaluate", "eval_every"}
 
 
 class Stateful(Protocol):
@@ -34,8 +37,9 @@ class Stateful(Protocol):
 
 
 def parser(description: str, *, model: str | None, out: str, weight_decay: float = 0.05) -> argparse.ArgumentParser:
-    """The options that all examples have."""
+    """The options that all examples have. out: "runs/SCRIPT" """
     options = argparse.ArgumentParser(description=description)
+    options.set_defaults(script=Path(out).name)
     add = options.add_argument
     add("--model", default=model, help="a folder or a name on the Hugging Face hub (default: %(default)s)")
     add("--data", type=Path, required=True, help="the data set's folder")
@@ -115,7 +119,7 @@ def report(args: argparse.Namespace, model: nn.Module, evaluate: Callable[[], di
     """Evaluation alone, without training."""
     results = measure(args, model, evaluate)
     print(json.dumps(results), flush=True)
-    save_text(args.out / "evaluation.json", json.dumps(results, indent=2) + "\n")
+    save_json(args.out / "evaluation.json", results)
     return results
 
 
@@ -147,10 +151,13 @@ def fit(
     kept: dict[str, Stateful] = {"adapter": adapter, "optimizer": optimizer, "scaler": scaler, **(state or {})}
     history = resume(args, kept) if args.resume else []
     adapter.print_trainable_parameters()
+    run = described(args, adapter)
+    save_json(args.out / "run.json", run)
     steps = math.ceil(len(batches) / args.accumulate)
+    losses = earlier_losses(args.out / "losses.jsonl", steps * len(history))
     for epoch in range(len(history), args.epochs):
         adapter.model.train()
-        total, stream = torch.zeros((), device=args.device), iter(batches)
+        stream, of_steps = iter(batches), torch.zeros(steps, device=args.device)  # nothing waits for the device
         for step in range(steps):
             progress = epoch + step / steps
             for group, rate in zip(optimizer.param_groups, rates):
@@ -160,7 +167,7 @@ def fit(
                 with autocast(args):
                     value = loss(batch, progress)
                 scaler.scale(value / len(window)).backward()
-                total += value.detach() / len(batches)
+                of_steps[step] += value.detach() / len(window)
             if before_step is not None:
                 before_step(scaler.get_scale(), len(window))
             scaler.step(optimizer)
@@ -168,15 +175,20 @@ def fit(
             optimizer.zero_grad()
             if after_step is not None:
                 after_step()
-        if not torch.isfinite(total):
-            fail(f"the loss of epoch {epoch + 1} is {total.item()}; the last checkpoint is the epoch before's")
-        record = {"epoch": epoch + 1, "loss": total.item(), "lr": optimizer.param_groups[0]["lr"]}
+        losses += of_steps.tolist()
+        save_lines(args.out / "losses.jsonl", [{"step": n, "loss": value} for n, value in enumerate(losses, 1)])
+        mean = sum(losses[-steps:]) / steps
+        if not math.isfinite(mean):
+            fail(f"the loss of epoch {epoch + 1} is {mean}; the last checkpoint is the epoch before's")
+        record = {"epoch": epoch + 1, "step": len(losses), "loss": mean, "lr": optimizer.param_groups[0]["lr"]}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             record |= measure(args, adapter.model, evaluate)
         history.append(record)
         print(json.dumps(record), flush=True)
-        adapter.save_pretrained(args.out / f"epoch_{epoch + 1}")
-        save_text(args.out / "results.json", json.dumps(history, indent=2) + "\n")
+        folder = args.out / f"epoch_{epoch + 1}"
+        adapter.save_pretrained(folder)
+        save_json(args.out / "run.json", run | {"stored_bytes": sum(f.stat().st_size for f in folder.iterdir())})
+        save_json(args.out / "results.json", history)
         save_state(args, kept, history)
     return history
 
@@ -197,6 +209,34 @@ def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def save_text(path: Path, text: str) -> None:
     save_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def save_json(path: Path, value: Any) -> None:
+    save_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """.jsonl; what JSON does not know, such as a path, as text"""
+    save_text(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+def described(args: argparse.Namespace, adapter: Adapter) -> dict[str, Any]:
+    """What run.json says: all that can be said of a run before it is over."""
+    return {
+        "script": args.script,
+        "method": adapter.method,
+        "trained": {kind: adapter.num_parameters(kind) for kind in KINDS},
+        "total": sum(p.numel() for p in adapter.model.parameters()),
+        "settings": {name: str(value) for name, value in vars(args).items()},
+    }
+
+
+def earlier_losses(path: Path, steps: int) -> list[float]:
+    """The losses of the epochs that a resumed run has behind it."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if steps and path.is_file() else []
+    if len(lines) < steps:
+        fail(f"--resume: {path}: expected the losses of {steps} steps, got {len(lines)}")
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
