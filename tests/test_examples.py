@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,83 +175,6 @@ def test_resumed_equals_uninterrupted(files, name, tmp_path, monkeypatch):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
     with pytest.raises(SystemExit, match=r"was trained with --lr 0\.01$"):
         run(files, name, tmp_path / "parts", *options, "--resume", "--lr", "0.02")
-
-
-# What a script gives without options but those that name data, model and size: the release's files and scripts say so
-EVERYWHERE = {"core": "tucker", "layout": "released", "gates": "additive", "sharing": "global", "dropout": 0.1}
-RETRIEVAL = {"enhance": "positives", "queue_size": 57_600, "queue_start": "random", "alpha": 0.4, "momentum": 0.995}
-RETRIEVAL |= {"momentum_of": "layers", "temperature": 0.07, "drop_path": 0.0}
-ANSWERS = {"label_smoothing": 0.0, "lr": 2e-5, "epochs": 5, "rank": 32, "drop_path": 0.1, "k_test": 128, "beams": 1}
-VIDEO = {"lr": 1e-4, "epochs": 5, "rank": 64, "k_test": 128, "beta": 1.0, "frame_aware": True, "augment": False}
-VIDEO |= {"image_size": 224, "frames": 8}
-DEFAULTS = {
-    "flickr30k": ((), {**RETRIEVAL, "lr": 1e-4, "epochs": 4, "k_test": 128, "rank": 32, "beta": 0}),
-    "coco": ((), {**RETRIEVAL, "lr": 1e-5, "epochs": 6, "k_test": 256, "rank": 32, "beta": 0, "augment": True}),
-    "vqa-rank": ((), {**ANSWERS, "inference": "rank", "augment": True}),
-    "video": ((), {**RETRIEVAL, **VIDEO, "frames_drawn": "random", "crop": False, "normalize": True}),
-    "didemo": (
-        ("--dataset", "didemo"),
-        {**RETRIEVAL, **VIDEO, "frames_drawn": "clip", "crop": True, "normalize": False},
-    ),
-    "video-qa": ((), {**ANSWERS, "inference": "generate", "loss_scale": 0.05 / 8, "image_size": 224, "augment": False}),
-}
-
-
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults_are_the_releases(files, name, tmp_path, monkeypatch):
-    seen = {}
-
-    def stops(args, adapter, batches, *rest, groups, **more):
-        seen.update(args=vars(args), config=adapter.config.to_dict(), groups=groups, batches=batches)
-
-    monkeypatch.setattr(training, "fit", stops)
-    module, dataset, model, _ = RUNS[name]
-    options, wanted = DEFAULTS[name]
-    if module == "video":
-        options += ("--task", "qa" if name == "video-qa" else "retrieval")
-    argv = [
-        "--data",
-        files[dataset],
-        "--model",
-        files[model],
-        "--out",
-        tmp_path,
-        "--device",
-        "cpu",
-        "--batch-size",
-        "2",
-    ]
-    MODULES[module].main([str(part) for part in (*argv, *options)])
-    args, config = seen["args"], seen["config"]
-    assert {key: args[key] for key in wanted} == wanted
-    assert {key: config[key] for key in EVERYWHERE} == EVERYWHERE
-    assert (args["weight_decay"], args["dropout"], args["accumulate"], config["rank"]) == (0.05, 0.1, 1, args["rank"])
-    assert {(group["lr"], group["weight_decay"]) for group in seen["groups"]} == {(args["lr"], 0.05)}
-    assert config["released"] and seen["batches"].drop_last
-    batch = next(iter(seen["batches"]))
-    side = args["image_size"] or example_data.SIZE
-    assert batch["pixels"].shape[1:] == (args.get("frames", 1), 3, side, side)
-
-
-@pytest.mark.parametrize("target", ["flickr30k", "video", "didemo"])
-def test_an_adapter_of_one_data_set_is_judged_on_another(files, target, tmp_path, monkeypatch):
-    """Zero-shot transfer: trained on COCO, judged on what another script reads."""
-    if not (files["coco"] / "adapter").is_dir():
-        run(files, "coco", tmp_path / "coco", "--epochs", "1")
-        (tmp_path / "coco/epoch_1").rename(files["coco"] / "adapter")
-    loaded, measure = [], training.measure
-    monkeypatch.setattr(
-        training, "measure", lambda args, model, test: loaded.append(model) or measure(args, model, test)
-    )
-    results = run(files, target, tmp_path / "out", "--evaluate", files["coco"] / "adapter")
-    assert results.keys() == RECALLS | RANKS
-    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == results
-    stored = safetensors.torch.load_file(files["coco"] / "adapter/adapter_model.safetensors")
-    own = dict(loaded[0].named_parameters())
-    assert stored and all(torch.equal(own[name], value) for name, value in stored.items() if name in own)
-    rows = lines(tmp_path / "out/predictions.jsonl")
-    ranks = [row["rank"] for row in rows if row["kind"] == "text_to_image"]
-    assert sum(ranks) / len(ranks) == pytest.approx(results["text_to_image_mean_rank"])
 
 
 def test_accumulated_batches_are_one_large_batch(files, tmp_path):

@@ -20,7 +20,7 @@ import blip_video  # noqa: E402
 import blip_vqa  # noqa: E402
 import example_data  # noqa: E402
 import vilt_moil  # noqa: E402
-from common import answering, blip, data, training, vilt  # noqa: E402
+from common import answering, blip, data, predictions, training, videos, vilt  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import AutoProcessor  # noqa: E402
 
@@ -71,6 +71,26 @@ def test_frequent_answers():
     assert answering.common_answers(examples, least=2) == ["blue", "red"]
 
 
+def test_a_single_answer_counts_letter_by_letter():
+    """As MSRVTT-QA is judged: "two" is not "2", neither as a candidate nor as a prediction."""
+    examples = [data.Example("", (), answers=(answer,), key=n) for n, answer in enumerate(("two", "the dog", "two"))]
+    assert answering.common_answers(examples) == ["two", "the dog"]
+    assert answering.accuracy(examples, {0: "two", 1: "dog", 2: "2"}) == pytest.approx(1 / 3)
+    rows = list(predictions.answer_rows(examples, {0: "two", 1: "dog", 2: "2"}, answering.accuracy))
+    assert [row["score"] for row in rows] == [1.0, 0.0, 0.0]
+
+
+def test_candidates_from_a_list(tmp_path):
+    args = Namespace(inference="rank", answers=1, answer_list=None)
+    examples = [data.Example("", (), answers=("two",)), data.Example("", (), answers=("two",))]
+    assert answering.candidates(args, examples) == ["two"]
+    args.answer_list = tmp_path / "answer_list.json"
+    args.answer_list.write_text('["red", "no"]')
+    assert answering.candidates(args, examples) == ["red", "no"]
+    args.inference = "generate"
+    assert answering.candidates(args, examples) is None
+
+
 def test_nlvr2(tmp_path):
     train = data.checked(data.read_nlvr2(example_data.nlvr2(tmp_path), "train"))
     assert train[0].images == tuple(tmp_path / f"images/train/42/train-100-0-img{n}.png" for n in (0, 1))
@@ -82,35 +102,43 @@ def test_nlvr2(tmp_path):
 def test_videos(tmp_path):
     example_data.msrvtt(tmp_path)
     frames = tmp_path / "frames"
-    lines = data.read_video_captions(tmp_path / "test.jsonl", frames)
+    lines = videos.read_video_captions(tmp_path / "test.jsonl", frames)
     assert [(e.key, e.text, e.owner) for e in lines[:2]] == [("video6", "a blue dog", 0), ("video7", "a white dog", 1)]
     assert [file.name for file in lines[0].images] == ["video6_1.jpg", "video6_2.jpg", "video6_10.jpg"]
     rows = ["key,vid_key,video_id,sentence", "ret0,msr6,video6,a blue dog", "ret1,msr7,video7,a white dog"]
     (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(rows) + "\n")
-    assert data.read_video_captions(tmp_path / "MSRVTT_JSFUSION_test.csv", frames) == lines[:2]
+    assert videos.read_video_captions(tmp_path / "MSRVTT_JSFUSION_test.csv", frames) == lines[:2]
     sentences = [{"caption": "a red dog", "video_id": "video0", "sen_id": 0}]
     sentences += [{"caption": "a dog", "video_id": "video1", "sen_id": 1}]
     sentences += [{"caption": "the red dog", "video_id": "video0", "sen_id": 2}]
     example_data.write_json(tmp_path / "MSRVTT_data.json", {"info": {}, "videos": [], "sentences": sentences})
-    whole = data.read_video_captions(tmp_path / "MSRVTT_data.json", frames)
+    whole = videos.read_video_captions(tmp_path / "MSRVTT_data.json", frames)
     assert [(e.text, e.owner) for e in whole] == [("a red dog", 0), ("a dog", 1), ("the red dog", 0)]
     assert [file.name for file in whole[0].images] == ["1.jpg", "2.jpg", "10.jpg"]
-    questions = data.read_video_questions(tmp_path / "test_qa.json", frames)
+    questions = videos.read_video_questions(tmp_path / "test_qa.json", frames)
     assert (questions[0].answers, questions[0].key, questions[0].images) == (("blue",), 6, lines[0].images)
 
 
-def test_frames_are_spread_evenly(tmp_path):
-    for number in range(10):
-        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    example = data.Example("", tuple(tmp_path / f"{number}.png" for number in range(10)))
-    for frames, wanted in ((2, [2, 7]), (5, [1, 3, 5, 7, 9]), (20, [n // 2 for n in range(20)])):
-        _, images = data.Examples([example], frames)[0]
-        assert [image.getpixel((0, 0))[0] for image in images] == wanted
+def test_captions_of_one_didemo_video_are_a_paragraph(tmp_path):
+    example_data.didemo(tmp_path)
+    frames = tmp_path / "frames"
+    lines = videos.read_video_captions(tmp_path / "test.jsonl", frames, paragraphs=True)
+    found = [(e.key, e.text, e.owner) for e in lines[:2]]
+    assert found == [
+        ("12090392@N02_6", "a blue dog. is of two", 0),
+        ("12090392@N02_7", "a white dog. is of two", 1),
+    ]
+    assert lines[1].images == tuple(frames / f"12090392@N02_7/{n}.jpg" for n in (1, 2, 10))
+    assert videos.read_video_captions(tmp_path / "test_data.json", frames, paragraphs=True) == lines
+    assert len(lines) == 4 and len(videos.read_video_captions(tmp_path / "test_data.json", frames)) == 8
 
 
-def test_clean_text():
-    assert data.clean_text('A "dog", (two) cats; #1!\n') == "a dog , two cats 1"
-    assert data.clean_text("one two three", words=2) == "one two"
+def test_captions_and_questions_are_cleaned_differently():
+    """Punctuation is a space in a caption and nothing in a question."""
+    text = 'A "dog", (two) cats; #1 on the t.v.?\n'
+    assert data.clean_caption(text, 30) == "a dog , two cats 1 on the t v ?"
+    assert data.clean_question(text) == "a dog, two cats 1 on the tv?"
+    assert data.clean_caption("one two three", words=2) == data.clean_question("one two three", words=2) == "one two"
 
 
 def test_random_views_are_parts_of_the_image():
