@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     retrieval.add_options(options, beta=0.0)
     args = training.parse(options, argv)
     training.fill(args, PUBLISHED[karpathy_dataset(args.data)])
+    blip.configuration(args)
 
     splits = read_karpathy(args.data, args.images)
     train, test = splits["train"][: args.limit], splits[args.split][: args.limit]

@@ -71,7 +71,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = training.parse(options, argv)
     if args.task == "qa" and args.dataset == "didemo":
         fail("--task qa: DiDeMo has no questions")
-    training.fill(args, {**PUBLISHED[args.task], **PUBLISHED[args.dataset], "loss_scale": 0.05 / args.frames})
+    training.fill(args, {**PUBLISHED[args.task], **PUBLISHED[args.dataset], "loss_scale": 0.05 / max(args.frames, 1)})
+    blip.configuration(args)
     return args
 
 

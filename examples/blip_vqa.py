@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     answering.add_options(options, inference="rank")
     options.set_defaults(lr=2e-5, epochs=5, batch_size=16, rank=32, drop_path=0.1, k_test=128)
     args = training.parse(options, argv)
+    blip.configuration(args)
 
     train = [example for split in args.train for example in read_vqa(args.data, split)[: args.limit]]
     test = read_vqa(args.data, args.test)[: args.limit]

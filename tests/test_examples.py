@@ -175,6 +175,9 @@ def test_resumed_equals_uninterrupted(files, name, tmp_path, monkeypatch):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
     with pytest.raises(SystemExit, match=r"was trained with --lr 0\.01$"):
         run(files, name, tmp_path / "parts", *options, "--resume", "--lr", "0.02")
+    (tmp_path / "parts/losses.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    with pytest.raises(SystemExit, match=r"losses\.jsonl: expected the losses of \d+ steps, got 1$"):
+        run(files, name, tmp_path / "parts", *options, "--resume")
 
 
 def test_accumulated_batches_are_one_large_batch(files, tmp_path):

@@ -280,6 +280,28 @@ WRONG = {
     ),
     "rare answers": (vilt_moil, "vqa2", ("--task", "vqa"), lambda f: None, "no answer is the first of 9 questions"),
     "epochs": (vilt_moil, "vqa2", ("--task", "vqa", "--epochs", "0"), lambda f: None, "--epochs: expected at least 1"),
+    "a layout of the other core": (
+        *(blip_retrieval, "flickr30k", ("--core", "cp", "--layout", "released")),
+        *(lambda f: None, "--method aurora: layout: 'released' is a layout of the tucker core"),
+    ),
+    "all dropped": (
+        blip_vqa,
+        "vqa2",
+        ("--drop-path", "1"),
+        lambda f: None,
+        "--drop-path: expected .* less than 1, got 1",
+    ),
+    "frames": (
+        blip_video,
+        "msrvtt",
+        ("--task", "qa", "--frames", "0"),
+        lambda f: None,
+        "--frames: expected at least 1",
+    ),
+    "no questions about DiDeMo": (
+        *(blip_video, "didemo", ("--task", "qa", "--dataset", "didemo"), lambda f: None),
+        "--task qa: DiDeMo has no questions",
+    ),
     "no adapter": (blip_vqa, "vqa2", ("--evaluate", "nowhere"), lambda f: None, "nowhere/adapter_config.json: no such"),
     "nothing to resume": (blip_vqa, "vqa2", ("--resume",), lambda f: None, "--resume: .*/out/state.pt: no such file"),
 }
@@ -311,6 +333,12 @@ def test_a_broken_image_is_named(tmp_path):
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"half\.png: not a whole image"):
         data.load_image(tmp_path / "half.png")
+
+
+def test_a_model_of_another_kind(tmp_path, checkpoints):
+    argv = ["--data", str(checkpoints["vqa2"]), "--model", str(checkpoints["vilt"]), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"^error: --model: .*vilt: expected a BLIP, got a model of the type 'vilt'$"):
+        blip_vqa.main([*argv, "--device", "cpu"])
 
 
 def test_a_model_that_is_not_there(tmp_path, checkpoints):

@@ -58,6 +58,9 @@ DEFAULTS = {
     "didemo": {**RETRIEVAL, **VIDEO, "frames_drawn": "clip", "crop": True, "normalize": False},
     "msrvtt-qa": {**ANSWERS, "inference": "generate", "loss_scale": 0.05 / 8, "image_size": 224, "augment": False},
 }
+# Questions lose their punctuation, captions get spaces for it; those of MSRVTT-QA stay; so many words are read
+TEXTS = {"flickr30k": ("a", 30), "coco": ("a", 30), "vqa": ("ab", 50), "msrvtt": ("a", 40), "didemo": ("a", 40)}
+TEXTS |= {"msrvtt-qa": ("a.b", 61)}
 # of each GPU
 BATCHES = {"flickr30k": 16, "coco": 16, "vqa": 16, "msrvtt": 8, "didemo": 8, "msrvtt-qa": 12}
 
@@ -66,8 +69,8 @@ BATCHES = {"flickr30k": 16, "coco": 16, "vqa": 16, "msrvtt": 8, "didemo": 8, "ms
 def test_defaults_are_the_releases(files, name, tmp_path, monkeypatch):
     seen = {}
 
-    def stops(args, adapter, batches, *rest, groups, **more):
-        seen.update(args=vars(args), config=adapter.config.to_dict(), groups=groups, batches=batches)
+    def stops(args, adapter, batches, loss, evaluate, *, groups, **more):
+        seen.update(args=vars(args), config=adapter.config.to_dict(), groups=groups, batches=batches, loss=loss)
 
     monkeypatch.setattr(training, "fit", stops)
     run(files, name, tmp_path)
@@ -77,6 +80,17 @@ def test_defaults_are_the_releases(files, name, tmp_path, monkeypatch):
     assert (args["weight_decay"], args["dropout"], args["accumulate"], config["rank"]) == (0.05, 0.1, 1, args["rank"])
     assert {(group["lr"], group["weight_decay"]) for group in seen["groups"]} == {(args["lr"], 0.05)}
     assert config["released"] and seen["batches"].drop_last
+    # what the options do not say: how texts are cleaned, what is done to images, and to the loss
+    clean, view = seen["batches"].collate_fn.clean, seen["batches"].dataset.view
+    assert clean("a.b" + " c" * 60).split()[0] == TEXTS[name][0]
+    assert len(clean("a" + " c" * 60).split()) == TEXTS[name][1]
+    assert (type(view).__name__, getattr(view, "side", None)) == (
+        ("Augment", example_data.SIZE) if args["augment"] else ("NoneType", None)
+    )
+    if "qa" in name:
+        assert seen["loss"].__self__.scale == args.get("loss_scale", 1.0)
+    else:
+        assert seen["loss"].aware == (name in ("msrvtt", "didemo"))
     batch = next(iter(seen["batches"]))
     side = args["image_size"] or example_data.SIZE
     assert batch["pixels"].shape[1:] == (args.get("frames", 1), 3, side, side)

@@ -6,7 +6,7 @@
              shear x or y by 0.15, shift x or y by 5 pixels, rotate by 15 degrees, to either side
 
 What comes from outside is grey. At the release's level, 5 of 10, brightness and sharpness change nothing: their factor
-is 1.0. It shifts 384 pixels by 5, and any other number too.
+is 1.0. A shift is of 5 pixels whatever the image's size.
 """
 
 import math

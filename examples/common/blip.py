@@ -12,12 +12,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, BlipConfig
 
 from common.augment import Augment
 from common.data import Example, fail, field, read_json
 from common.hooks import add_drop_path
 from peft_kernels import Adapter, Aurora, AuroraConfig, LoRA, LoRAConfig, MoIL
+from peft_kernels.adapters.config import AdapterConfig
 from peft_kernels.objectives import video_embedding
 
 METHODS: dict[str, type[Adapter]] = {"aurora": Aurora, "lora": LoRA, "moil": MoIL}
@@ -59,20 +60,32 @@ def add_options(options: argparse.ArgumentParser, preset: str, augment: bool = T
     add("--k-test", type=int, help="candidates that are ranked a second time, by reading all of the text")
 
 
-def wrap(args: argparse.Namespace, model: nn.Module) -> Adapter:
-    """What the options ask for: a new adapter, or with --evaluate a saved one."""
-    if args.evaluate is not None:
-        return saved(args.evaluate, model)
+def configuration(args: argparse.Namespace) -> AdapterConfig:
+    """The adapter that the options ask for. Call it before anything else is done: it also checks them."""
+    for name in ("frames", "image_size", "k_test", "answers", "beams"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            fail(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    for name in ("adapter_dropout", "dropout", "drop_path", "label_smoothing"):
+        if not 0 <= (value := getattr(args, name, 0)) < 1:
+            fail(f"--{name.replace('_', '-')}: expected at least 0 and less than 1, got {value}")
     common = {"preset": args.preset, "rank": args.rank, "dropout": args.adapter_dropout, "backend": args.backend}
-    if args.method == "lora":
-        return LoRA.wrap(model, LoRAConfig(alpha=args.rank, **common))
     layout = args.layout or ("released" if args.core == "tucker" else "blocks")
     gates = None if args.gates == "none" else args.gates
     own = {"core": args.core, "layout": layout, "sharing": args.sharing, "gates": gates, "released": args.released}
     try:
-        return Aurora.wrap(model, AuroraConfig(**own, **common))
+        return LoRAConfig(alpha=args.rank, **common) if args.method == "lora" else AuroraConfig(**own, **common)
     except ValueError as error:
-        fail(f"--method aurora: {error}")
+        fail(f"--method {args.method}: {error}")
+
+
+def wrap(args: argparse.Namespace, model: nn.Module) -> Adapter:
+    """A new adapter, or with --evaluate a saved one."""
+    if args.evaluate is not None:
+        return saved(args.evaluate, model)
+    try:
+        return METHODS[args.method].wrap(model, configuration(args))
+    except ValueError as error:
+        fail(f"--method {args.method}: {error}")
 
 
 def groups(args: argparse.Namespace, adapter: Adapter) -> list[dict[str, Any]]:
@@ -96,6 +109,8 @@ def load(args: argparse.Namespace, model_class: type) -> tuple[nn.Module, Any]:
     """(model, processor) of --model. What a checkpoint of the hub says of dropout is 0, not what BLIP trained with."""
     try:
         config = AutoConfig.from_pretrained(args.model)
+        if not isinstance(config, BlipConfig):
+            raise ValueError(f"expected a BLIP, got a model of the type {config.model_type!r}")
         config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = args.dropout
         processor = AutoProcessor.from_pretrained(args.model)
         model = model_class.from_pretrained(args.model, config=config)
