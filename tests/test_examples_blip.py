@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -298,6 +299,18 @@ def test_answers_are_weighted_and_ranked_as_transformers_likes_them(answerer):
             for answer, weight in ((colour, 0.8), ("dog", 0.1), (f"the {colour}", 0.1)):
                 wanted += weight * likelihood(task, {name: v[n : n + 1] for name, v in inputs.items()}, answer)[0] / 4
         torch.testing.assert_close(task.loss(batch, 0.0), wanted * task.scale)
+
+
+@torch.no_grad()
+def test_padding_of_questions_changes_nothing(answerer):
+    task, batch, _ = answerer
+    for parameter in task.model.text_decoder.bert.encoder.layer[0].crossattention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # so that what answers read matters
+    longer = {name: F.pad(batch[name], (0, 3)) for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(task.loss({**batch, **longer}, 0.0), task.loss(batch, 0.0))
+    states, mask = task.question(batch)
+    padded, seen = F.pad(states, (0, 0, 0, 3), value=5.0), F.pad(mask, (0, 3))
+    assert task.generate(padded, seen) == task.generate(states, mask)
 
 
 @torch.no_grad()

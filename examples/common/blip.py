@@ -19,6 +19,7 @@ from common.data import Example, fail, field, read_json
 from common.hooks import add_drop_path
 from peft_kernels import Adapter, Aurora, AuroraConfig, LoRA, LoRAConfig, MoIL
 from peft_kernels.adapters.config import AdapterConfig
+from peft_kernels.integrations.blip import hand_on_encoder_masks
 from peft_kernels.objectives import video_embedding
 
 METHODS: dict[str, type[Adapter]] = {"aurora": Aurora, "lora": LoRA, "moil": MoIL}
@@ -117,6 +118,7 @@ def load(args: argparse.Namespace, model_class: type) -> tuple[nn.Module, Any]:
     except (OSError, ValueError) as error:
         fail(f"--model: {args.model}: {error}")
     add_drop_path(model, args.drop_path)
+    hand_on_encoder_masks(model)
     return model.to(args.device), processor
 
 
