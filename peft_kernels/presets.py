@@ -102,7 +102,7 @@ PRESETS: dict[str, Preset] = {
     "vilt": Preset(
         (_attention(_LAYER + r"\.attention\.attention", "cross"),),
         _BERT_FFN,
-        ("pooler", "classifier", "rank_output"),
+        ("classifier", "rank_output"),  # the pooler is pretrained, and frozen as by MoIL's authors
         outputs=(Target(_LAYER + r"\.(attention\.output|output)\.dense", "cross"),),
     ),
     "blip": Preset(_BLIP, (*_BLIP_VISION_FFN, *_BLIP_TEXT_FFN), _RETRIEVAL_HEADS, outputs=_BLIP_OUTPUTS),
@@ -141,9 +141,9 @@ PRESETS: dict[str, Preset] = {
             *_feed_forward(_LXMERT + r"\.lang_inter\.dense", _LXMERT + r"\.lang_output\.dense"),
             *_feed_forward(_LXMERT + r"\.visn_inter\.dense", _LXMERT + r"\.visn_output\.dense", "vision"),
         ),
-        ("pooler", "answer_head"),
+        ("answer_head",),
     ),
-    "visualbert": Preset((_attention(_LAYER + r"\.attention\.self", "cross"),), _BERT_FFN, ("pooler", "cls")),
+    "visualbert": Preset((_attention(_LAYER + r"\.attention\.self", "cross"),), _BERT_FFN, ("cls",)),
     # In the authors' own code, https://github.com/microsoft/unilm/tree/master/vlmo: experts of each modality behind one
     # attention, which reads the weight of its qkv to add q_bias and v_bias
     "vlmo": Preset(

@@ -190,3 +190,14 @@ def write_all(root: Path) -> dict[str, Path]:
     made["blip-qa"] = save_blip(root / "blip-qa", hf.BlipForQuestionAnswering)
     made["vilt"] = save_vilt(root / "vilt")
     return made
+
+
+def vqa2_test(folder: Path, count: int = 3) -> Path:
+    """Questions of test-dev2015 beside the others; their answers are not public."""
+    questions = []
+    for number in range(count):
+        paint(folder / "test2015" / f"COCO_test2015_{500 + number:012d}.jpg", NAMES[number % 4])
+        about = {"image_id": 500 + number, "question_id": 90_000 + number}
+        questions.append({**about, "question": "What colour is the picture?"})
+    write_json(folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"info": {}, "questions": questions})
+    return folder

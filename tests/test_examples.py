@@ -21,12 +21,12 @@ import example_data  # noqa: E402
 import vilt_moil  # noqa: E402
 from common import retrieval, training, vilt  # noqa: E402
 
-from peft_kernels import MoIL  # noqa: E402
 from peft_kernels.objectives import recall_at_k, retrieval_ranks  # noqa: E402
 
 MODULES = {"retrieval": blip_retrieval, "vqa": blip_vqa, "video": blip_video, "vilt": vilt_moil}
 SMALL = ("--device", "cpu", "--batch-size", "4", "--rank", "4", "--lr", "0.01", "--epochs", "2")
-VILT = (*SMALL, "--accumulate", "1", "--head-lr", "0.01", "--decay", "0.5", "--min-answers", "1")
+VILT = (*SMALL, "--accumulate", "1", "--head-lr", "0.01", "--decay", "0.5", "--min-answers", "1", "--held-out", "2")
+VILT += ("--precision", "fp32", "--init", "default", "--dropout", "0")
 WAYS = ("image_to_text", "text_to_image")
 RECALLS = {f"{way}_recall_{k}" for way in WAYS for k in (1, 5, 10)}
 RANKS = {f"{way}_{kind}_rank" for way in WAYS for kind in ("median", "mean")}
@@ -218,42 +218,3 @@ def test_runs_from_the_command_line(files, tmp_path):
         json.loads(done.stdout.splitlines()[-1])["accuracy"]
     )
 
-
-def test_vilt_is_told_apart_two_images_and_trains_heads_at_their_own_rate(files, tmp_path):
-    options = ["--data", str(files["nlvr2"]), "--model", str(files["vilt"]), "--out", str(tmp_path), "--task", "nlvr2"]
-    seen = {}
-
-    def stops(args, moil, *rest, groups, **options):
-        seen.update(moil=moil, groups=groups)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "fit", stops)
-        vilt_moil.main([*options, *VILT, "--head-lr", "0.5", "--adapter-lr", "0.25"])
-    known = hf.ViltModel.from_pretrained(files["vilt"]).embeddings.token_type_embeddings.weight
-    told = seen["moil"].model.vilt.embeddings.token_type_embeddings.weight
-    assert torch.equal(told, known[[0, 1, 1]])
-    rates = {id(p): (group["lr"], group["weight_decay"]) for group in seen["groups"] for p in group["params"]}
-    for name, parameter in seen["moil"].named_parameters():
-        rate = 0.5 if name.startswith("classifier") else 0.01 if "live_" in name or "pooler" in name else 0.25
-        assert rates.pop(id(parameter)) == (rate, 0.01 if parameter.dim() > 1 else 0.0), name
-    assert not rates
-
-
-def test_moil_learns_and_the_student_follows(files, tmp_path):
-    options = ("--epochs", "12", "--batch-size", "2", "--lr", "0.02", "--head-lr", "0.005", "--eval-every", "12")
-    history = run(files, "vilt-vqa", tmp_path, *options)
-    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    assert history[-1]["student_accuracy"] >= 0.75  # one of four colours by guessing
-    assert history[-1]["relative_error"] < 0.3
-    peft = pytest.importorskip("peft")
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert sorted(answers) == sorted(example_data.NAMES)
-    batch = torch.arange(8).view(2, 4) + 4, torch.randn(2, 3, 32, 32)
-    logits = []
-    for make in (lambda m: MoIL.from_pretrained(m, tmp_path / "epoch_12").model, None):
-        model = hf.ViltForQuestionAnswering.from_pretrained(files["vilt"], num_labels=4, ignore_mismatched_sizes=True)
-        model = make(model) if make else peft.PeftModel.from_pretrained(model, tmp_path / "lora")
-        torch.manual_seed(0)  # the order of patches
-        logits.append(model.eval()(input_ids=batch[0], pixel_values=batch[1]).logits)
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)

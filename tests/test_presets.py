@@ -4,6 +4,7 @@ import re
 import warnings
 
 import pytest
+import torch
 from adapter_cases import assert_unchanged, snapshot, wrap
 from adapter_models import PRESET, build
 from torch import nn
@@ -62,14 +63,14 @@ EXPECTED = {
 }
 HEADS = {
     "blip_retrieval": {"vision_proj", "text_proj", "itm_head"},
-    "vilt_vqa": {"vilt.pooler.dense", "classifier.0", "classifier.1", "classifier.3"},
-    "vilt_retrieval": {"vilt.pooler.dense", "rank_output"},
+    "vilt_vqa": {"classifier.0", "classifier.1", "classifier.3"},
+    "vilt_retrieval": {"rank_output"},
     "bridgetower": {
         *("bridgetower.cross_modal_image_pooler.dense", "bridgetower.cross_modal_text_pooler.dense"),
         "itm_score.fc",
     },
-    "visualbert": {"visual_bert.pooler.dense", "cls"},
-    "lxmert": {"lxmert.pooler.dense", *(f"answer_head.logit_fc.{layer}" for layer in (0, 2, 3))},
+    "visualbert": {"cls"},
+    "lxmert": {f"answer_head.logit_fc.{layer}" for layer in (0, 2, 3)},
     "clip": {"visual_projection", "text_projection"},
 }
 
@@ -188,6 +189,22 @@ def test_heads_of_tasks_train(kind, preset, heads):
         warnings.simplefilter("error")
         adapter = LoRA.wrap(classifier(kind), LoRAConfig(preset=preset))
     assert {name.rpartition(".")[0] for name in adapter.heads} == heads
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "count"),
+    [
+        ("ViltForImageAndTextRetrieval", 2, 768 + 1),
+        ("ViltForQuestionAnswering", 3129, 768 * 1536 + 1536 + 2 * 1536 + 1536 * 3129 + 3129),
+    ],
+)
+def test_heads_of_vilt_are_those_that_moil_trains(name, labels, count):
+    """Without the pooler, which its authors freeze."""
+    import transformers as hf
+
+    with torch.device("meta"):
+        model = getattr(hf, name)(hf.ViltConfig(num_labels=labels))
+    assert LoRA.wrap(model, LoRAConfig(preset="vilt")).num_parameters("head") == count
 
 
 @pytest.mark.parametrize(

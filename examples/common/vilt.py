@@ -1,4 +1,6 @@
-"""ViLT in transformers on three tasks: batches, losses and metrics."""
+"""ViLT in transformers on three tasks: batches, losses and metrics. Images are resized by its processor as in MoIL's
+release (vilt/transforms/pixelbert.py): the shorter edge 384, the longer at most 639, both multiples of 32.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -9,13 +11,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.answering import accuracy
+from common import predictions, questions
 from common.blip import moved
 from common.data import Example, Examples, loader
-from peft_kernels.objectives import normalize_answer, recall_at_k
+from peft_kernels.objectives import recall_at_k
 
 MAX_TOKENS, WRONG_TEXTS = 40, 15
-SCORES = (0.0, 0.3, 0.6, 0.9)  # of an answer that 0, 1, 2, 3 annotators gave; 1 from the fourth on
 
 
 class Batches:
@@ -36,7 +37,7 @@ class Batches:
             batch = {name: tensor.unflatten(0, (len(examples), -1)) for name, tensor in batch.items()}
         batch |= self.tokens([text for example in examples for text in (example.text, *self.wrong_texts(example))])
         if self.labels:
-            batch["labels"] = torch.stack([self.scores(example) for example in examples])
+            batch["labels"] = torch.stack([questions.soft_scores(example, self.labels) for example in examples])
         elif examples[0].answers:
             batch["labels"] = torch.tensor([example.answers[0] == "True" for example in examples]).long()
         return {"examples": examples, **batch}
@@ -54,15 +55,6 @@ class Batches:
             other = self.wrong[int(torch.randint(len(self.wrong), ()))]
             texts += [other.text] if other.owner != example.owner else []
         return texts
-
-    def scores(self, example: Example) -> Tensor:
-        """(labels,) soft scores"""
-        scores = torch.zeros(len(self.labels))
-        given = [normalize_answer(answer) for answer in example.answers]
-        for answer in set(given) & self.labels.keys():
-            count = given.count(answer)
-            scores[self.labels[answer]] = SCORES[count] if count < len(SCORES) else 1.0
-        return scores
 
 
 class Task:
@@ -92,19 +84,21 @@ class Task:
         scores = self.model(**batch).logits.float().view(len(examples), 1 + WRONG_TEXTS)
         return F.cross_entropy(scores, scores.new_zeros(len(examples), dtype=torch.long))  # the right one is the first
 
-    def evaluate(self) -> dict[str, float]:
-        return self.recall() if self.args.task == "retrieval" else {"accuracy": self.accuracy()}
+    def evaluate(self, mode: str = "") -> dict[str, float]:
+        """Metrics; mode: as `predictions.save` has it, whose file this writes"""
+        return self.recall(mode) if self.args.task == "retrieval" else self.answer(mode)
 
-    def accuracy(self) -> float:
-        predictions = {}
+    def answer(self, mode: str) -> dict[str, float]:
+        found = {}
         for batch in self.loader:
             batch = moved(batch, self.args.device)
-            examples, _ = batch.pop("examples"), batch.pop("labels")
+            examples = batch.pop("examples")
+            batch.pop("labels", None)
             for example, label in zip(examples, self.model(**batch).logits.argmax(dim=-1).tolist()):
-                predictions[example.key] = self.answers[label] if self.answers else str(bool(label))
-        return accuracy(self.test, predictions)
+                found[example.key] = self.answers[label] if self.answers else str(bool(label))
+        return questions.judge(self.args, self.test, found, mode)
 
-    def recall(self) -> dict[str, float]:
+    def recall(self, mode: str) -> dict[str, float]:
         """Of all pairs of images and captions, each read together: of 1,000 images and their captions 5 million."""
         tokens = moved(self.batches.tokens([example.text for example in self.test]), self.args.device)
         size, rows = self.args.batch_size * (1 + WRONG_TEXTS), []
@@ -120,5 +114,8 @@ class Task:
                 rows.append(torch.cat(row))
         places = {owner: place for place, owner in enumerate(dict.fromkeys(example.owner for example in self.test))}
         positives = torch.tensor([places[example.owner] for example in self.test], device=self.args.device)
-        found = recall_at_k(torch.stack(rows), positives=positives)._asdict()
+        scores = torch.stack(rows)
+        table = scores.cpu()
+        predictions.save(self.args.out, predictions.retrieval_rows(self.test, places, table, table), mode)
+        found = recall_at_k(scores, positives=positives)._asdict()
         return {f"{way}_recall_{k}": value for way, recalls in found.items() for k, value in recalls.items()}
