@@ -10,6 +10,12 @@
     retrieval.py    BLIP between images (or videos) and texts: objective and recall
     answering.py    BLIP's answers: objective, ranking, generation
     vilt.py         ViLT's tasks
+    moil.py         MoIL's options, optimizer groups and evaluations
+    questions.py    VQA v2 and NLVR2 as classification: splits, labels, scores, and what an evaluation writes
+    randaugment.py  images as MoIL's release changes them
+    regions.py      files of region features
+    region_models.py    LXMERT, VisualBERT, and a BERT that reads regions
+    predictions.py  what evaluations of all examples find, case by case
 
 It is no package to install: a script finds it beside itself.
 """
