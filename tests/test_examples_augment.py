@@ -30,7 +30,7 @@ def test_rand_augment_has_the_release_s_operations():
 
     assert pixels("posterize", 0, 127, 128, 255) == [0, 0, 128, 128]
     assert pixels("solarize", 0, 76, 77, 255) == [0, 76, 178, 0]
-    assert pixels("solarize_add", 0, 94, 95, 255) == [33, 127, 127, 0]
+    assert pixels("solarize_add", 0, 94, 95, 200, 255) == [33, 127, 127, 22, 0]
     assert pixels("brightness", 0, 100, 255) == [0, 64, 163]
     torch.manual_seed(0)
     assert {tuple(pixels("translate_x", 100)) for _ in range(20)} == {(70,), (130,)}

@@ -56,6 +56,17 @@ def test_no_more_regions_than_asked_for(folder):
     assert len(whole) > 2 and torch.equal(features, whole[:2]) and boxes.shape == (2, 4)
 
 
+def test_a_file_that_changes_under_way_is_told(folder, tmp_path):
+    (path := tmp_path / "regions.tsv").write_text((folder / "regions.tsv").read_text())
+    files_ = regions.RegionFiles([path])
+    images = [example.images[0] for example in data.read_vqa(folder, "train2014")]
+    for image in images:
+        assert files_.load(image)[0].tolist() == region_data.regions(image.stem)["features"].tolist()
+    path.write_text(path.read_text().replace("val2014", "val2015").replace("train2014", "train2015"))
+    with pytest.raises(ValueError, match=r"regions.tsv: COCO_train2014_0+9: the file has changed since"):
+        files_.load(images[0])
+
+
 def spoiled(text: str, place: int, value: str, row: int = 1) -> str:
     lines = text.splitlines()
     fields = lines[row].split("\t")

@@ -42,7 +42,7 @@ class RegionFiles:
     """Regions by image, of .tsv files and folders of .npz files. width: numbers in a region's feature"""
 
     def __init__(self, paths: Sequence[Path]):
-        self.places: dict[str, tuple[Path, int]] = {}
+        self.places: dict[str, tuple[Path, int, str]] = {}
         self.width = 0
         for path in paths:
             if path.is_dir():
@@ -60,7 +60,7 @@ class RegionFiles:
         key = identity(name)
         if key in self.places:
             fail(f"{where}: regions of {key} were in {self.places[key][0]} already")
-        self.places[key] = path, offset
+        self.places[key] = path, offset, name
 
     def _index(self, path: Path) -> None:
         """Where each row begins. Sizes are read from the length of base64, without decoding it."""
@@ -85,8 +85,8 @@ class RegionFiles:
         except OSError as error:
             fail(f"--features: {path}: {error.strerror}")
 
-    def find(self, image: Path) -> tuple[Path, int] | None:
-        """By the image's name, or by the number that ends a name of COCO's."""
+    def find(self, image: Path) -> tuple[Path, int, str] | None:
+        """(file, where in it, its name there) by the image's name, or by the number that ends a name of COCO's."""
         number = re.fullmatch(r"COCO_\w+?_(\d+)", image.stem)
         return self.places.get(identity(image.name)) or (self.places.get(identity(number[1])) if number else None)
 
@@ -107,10 +107,10 @@ class RegionFiles:
         """(features (n, width), boxes (n, 4) in parts of the image's width and height)
 
         Raises ValueError, naming the file, where they are not that."""
-        path, offset = self.find(image)
+        path, offset, name = self.find(image)
         where = path if path.suffix == ".npz" else f"{path}: {image.stem}"
         try:
-            features, boxes = read_npz(path) if path.suffix == ".npz" else read_row(path, offset)
+            features, boxes = read_npz(path) if path.suffix == ".npz" else read_row(path, offset, name)
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{where}: {error}") from None
         if features.ndim != 2 or not len(features) or boxes.shape != (len(features), 4):
@@ -148,10 +148,12 @@ def decoded_length(text: bytes) -> int:
     return len(text) // 4 * 3 - text[-2:].count(b"=")
 
 
-def read_row(path: Path, offset: int) -> tuple[np.ndarray, np.ndarray]:
+def read_row(path: Path, offset: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         file.seek(offset)
-        _, size, count, *texts = row_of(file.readline())
+        found, size, count, *texts = row_of(file.readline())
+    if found != name:
+        raise ValueError(f"the file has changed since it was looked through: here is {found}")
     try:
         boxes, features = (np.frombuffer(base64.b64decode(text, validate=True), np.float32) for text in texts)
     except binascii.Error as error:
