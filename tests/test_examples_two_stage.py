@@ -124,6 +124,7 @@ def batch_of(run_, count=3):
 def test_padding_changes_nothing_and_every_image_counts(files, kind, task, tmp_path):
     run_ = started(files, kind, task, tmp_path, "--dropout", "0")
     model, logits = run_.adapter.model.eval(), region_models.KINDS[kind][-1]
+    assert model.config.hidden_dropout_prob == 0
     batch, dataset = batch_of(run_), run_.batches.dataset
     assert len(set(batch["region_mask"].sum(dim=2).flatten().tolist())) > 1
     together = logits(model, batch)
