@@ -66,7 +66,6 @@ def test_frequent_answers():
     examples = [data.Example("", (), answers=answers) for answers in given]
     assert answering.common_answers(examples) == ["blue", "red", "2"]
     assert answering.common_answers(examples, most=1) == ["blue"]
-    assert answering.common_answers(examples, least=2) == ["blue", "red"]
 
 
 def test_a_single_answer_counts_letter_by_letter():

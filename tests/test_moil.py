@@ -240,3 +240,12 @@ def test_one_projection_that_never_moved_does_not_hide_the_others_error():
             layer.teacher_weight.copy_(layer.weight)
     step(moil, batch)
     assert max(moil.relative_errors().values()) > 1e9 and moil.last_relative_error < 100
+
+
+def test_the_error_stays_a_number_where_no_teacher_has_moved():
+    """As after a warm-up's first step at a rate of 0, with students that start away from the base."""
+    moil, batch = wrapped(init="released")
+    step(moil, batch)
+    far = sum((student(layer)[0] - layer.weight).square().sum().item() for layer in moil.layers.values())
+    bases = sum(layer.weight.square().sum().item() for layer in moil.layers.values())
+    assert moil.last_relative_error == pytest.approx(far / (1e-12 * bases), rel=1e-9)

@@ -2,7 +2,7 @@
 
     data.py         readers of the published files, images, and loaders
     videos.py       readers of videos' captions, questions and frames
-    augment.py      what Aurora's release does to training images
+    augment.py      images as Aurora's release changes them
     training.py     command line, training loop, checkpoints
     predictions.py  what evaluations leave, case by case
     blip.py         BLIP's parts and its adapters
@@ -14,8 +14,7 @@
     questions.py    VQA v2 and NLVR2 as classification: splits, labels, scores, and what an evaluation writes
     randaugment.py  images as MoIL's release changes them
     regions.py      files of region features
-    region_models.py    LXMERT, VisualBERT, and a BERT that reads regions
-    predictions.py  what evaluations of all examples find, case by case
+    region_models.py  LXMERT, VisualBERT, and a BERT that reads regions
 
 It is no package to install: a script finds it beside itself.
 """

@@ -47,17 +47,16 @@ def candidates(args: argparse.Namespace, train: Sequence[Example]) -> list[str] 
     return found
 
 
-def common_answers(examples: Sequence[Example], most: int | None = None, least: int = 1) -> list[str]:
-    """What most annotators say, of all questions, if that is `least` times: the most frequent first, then by letters.
+def common_answers(examples: Sequence[Example], most: int | None = None) -> list[str]:
+    """What most annotators say, of all questions: the most frequent first, then by letters.
 
-    With least=9 it is the rule by which ViLT chose its 3,129 labels from VQA v2's train and val. A single answer stays
-    as it is written, because `accuracy` compares it so.
+    A single answer stays as it is written, because `accuracy` compares it so.
     """
     given = (e.answers if len(e.answers) == 1 else map(normalize_answer, e.answers) for e in examples)
     first = (Counter(answers).most_common(1) for answers in given)
     counts = Counter(found[0][0] for found in first if found)
     counts.pop("", None)
-    return [answer for answer, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= least][:most]
+    return [answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))][:most]
 
 
 class Answering:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 KARPATHY = {"flickr30k": "dataset_flickr30k.json", "coco": "dataset_coco.json"}
 PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 

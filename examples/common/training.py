@@ -27,7 +27,8 @@ from peft_kernels.adapters.base import KINDS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ between a run and its continuation
-PLACES = {"script", "data", "images", "out", "device", "workers", "resume", "zero_shot", "evaluate", "eval_every"}
+PLACES = {"script", "data", "images", "features", "tokenizer", "itm_head", "out", "device", "workers"}
+PLACES |= {"resume", "zero_shot", "evaluate", "eval_every"}
 
 
 class Stateful(Protocol):

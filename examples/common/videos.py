@@ -9,9 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from common.data import Example, fail, field, read_json, records
+from common.data import PICTURES, Example, fail, field, read_json, records
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIDEOS = {".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm", ".wmv"}
 DRAWN = ("random", "clip", "even")
 Frame = TypeVar("Frame")

@@ -239,15 +239,15 @@ class MoIL(Adapter):
     @property
     def last_relative_error(self) -> float | None:
         """Σ ‖Ŵ − W̄‖² / Σ ‖Ŵ − W0‖² over all projections at the last step: 1 for a student that has not moved, 0 for one
-        that is its teacher, moved or not. Waits for the device. None before the second step: the first finds live
-        weights where they started, and moves nothing."""
+        that is its teacher, moved or not; the second sum at least 1e-12 Σ ‖W0‖². Waits for the device. None before the
+        second step: the first finds live weights where they started, and moves nothing."""
         if self._errors is None:
             return None
         pairs = [(teacher, base) for group in self._groups for teacher, base in zip(group.teacher, group.weight0)]
         moved = torch.stack([teacher.dist(base) for teacher, base in pairs]).square()
         bases = torch.stack([base.norm() for _, base in pairs]).square()
         squared = self._errors * torch.maximum(moved, 1e-12 * bases)  # of each error the denominator
-        return squared.sum().item() / max(moved.sum().item(), 1e-300)
+        return squared.sum().item() / max(moved.sum().item(), 1e-12 * bases.sum().item(), 1e-300)
 
     def relative_errors(self) -> dict[str, float]:
         """The same for each projection, by name; fused ones have a number behind it."""
