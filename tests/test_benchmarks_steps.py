@@ -134,7 +134,7 @@ def wrapped(method, model, size, dtype=torch.bfloat16):
     return built.train(), adapter
 
 
-HEADS = {"blip": 768 * 2 + 2, "vilt": 768 * 769 + 1536 * 769 + 2 * 1536 + 3129 * 1537}
+HEADS = {"blip": 768 * 2 + 2, "vilt": 1536 * 769 + 2 * 1536 + 3129 * 1537}
 
 
 @pytest.mark.parametrize(
