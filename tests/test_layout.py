@@ -18,6 +18,7 @@ BACKENDS = ("torch_kernels", "cuda_kernels", "triton_kernels")
 ORDER = (
     ("__main__",),  # the command, which nothing imports: `bench` calls benchmarks
     ("benchmarks", "demo"),
+    ("plots",),
     ("",),  # peft_kernels/__init__.py
     ("integrations",),
     ("adapters",),
