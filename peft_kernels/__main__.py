@@ -2,6 +2,7 @@
 `python -m peft_kernels verify`: does every operation compute here what it should, on every backend that runs here?
 `python -m peft_kernels explain FOLDER`: which layers of a model an adapter would take, and on which backend.
 `python -m peft_kernels bench …`: every operation measured, beside what else one would use; `bench --help` has more.
+`python -m peft_kernels plots FOLDER …`: pictures of runs: factors, cases, scores, losses.
 """
 
 import argparse
@@ -19,6 +20,7 @@ COMMANDS = {
     "verify": ("benchmarks.verify", "every operation on every backend that runs here, against float64", "bench"),
     "explain": ("integrations.model_report", "which layers an adapter would take, and on which backend", "trainer"),
     "bench": ("benchmarks.__main__", "how fast every operation is here, and what else one would use", "bench"),
+    "plots": ("plots.__main__", "pictures of runs: what adapters hold, cases that were found, scores, losses", "plots"),
 }
 
 
