@@ -62,7 +62,7 @@ def test_default_run(out, capsys):
                 assert sum(t.numel() for t in stored.values()) == run["trained"]
             assert run["lr"] == experiment.DEFAULT_LR and run["lr_from"] == "default"
             assert len(run["losses"]) == SIZES["steps"] and row["activation_bytes"] > 0
-    assert "has no learning rate for full tuning, LoRA, Aurora, MoIL: 0.001 is taken" in told
+    assert "has no learning rate for full tuning, attention tuning, LoRA, Aurora, MoIL: 0.001 is taken" in told
     assert report.UNSEARCHED in told and "from an earlier call" not in told
     table = (out / "retrieval.md").read_text(encoding="utf-8").splitlines()
     assert len([line for line in table if line.startswith("|")]) == 2 + len(rows)
@@ -218,7 +218,8 @@ def test_training_that_diverges_is_told(out, monkeypatch, capsys):
 
 def test_rows_are_means_over_seeds():
     def result(method, seed, *values, mode="", lr_from="search"):
-        return Result(method, seed, 0.003, lr_from, {mode: {"accuracy": values[0]}}, trained=1234, step_ms=10.0 + seed)
+        rates = {"lr": 0.003, "lr_from": lr_from, "adapter_lr": 0.01 if mode else None}
+        return Result(method, seed, **rates, scores={mode: {"accuracy": values[0]}}, trained=1234, step_ms=10.0 + seed)
 
     rows = report.averaged([result("a", 0, 40.0), result("b", 0, 7.0, mode="live"), result("a", 1, 50.0)])
     assert [row["method"] for row in rows] == ["a", "b, live"]
@@ -227,6 +228,7 @@ def test_rows_are_means_over_seeds():
     assert rows[1]["spread"]["accuracy"] is None
     assert report.cells(rows[0])[:3] == ["a", "45.0 ± 7.1", "1,234"]
     assert report.cells(rows[1])[1] == "7.0" and report.cells(rows[0])[-2] == "0.003"
+    assert report.cells(rows[1])[-2] == "0.003, 0.01"  # of MoIL's live weights, and of its adapters
     assert report.notes(rows) is None and report.UNSEARCHED not in report.markdown(rows)
     rows = report.averaged([result("a", 0, 1.0, lr_from="default")])
     assert report.cells(rows[0])[-2] == "0.003*" and r"\* not in the search" in report.markdown(rows)
@@ -245,12 +247,15 @@ def test_committed_search_is_of_the_settings_that_run():
     assert shown == {name: getattr(defaults, name) for name in SIZES}
     for method in METHODS:
         if method.kind is not None:
-            assert experiment.learning_rate(defaults, "retrieval", method)[1] == "search"
+            assert experiment.learning_rate(defaults, "retrieval", method)[1].startswith("search")
     for task in found.keys() - {"settings"}:
         for name, entry in found[task].items():
             assert name in {method.name for method in FULL_METHODS}
             scores = {float(lr): score for lr, score in entry["validation"].items()}
-            assert tuple(sorted(scores)) == experiment.GRID and entry["lr"] == experiment.best(scores, name)
+            grid, rate = (experiment.ADAPTER_GRID, "adapter_lr") if name == "MoIL" else (experiment.GRID, "lr")
+            assert tuple(sorted(scores)) == grid and entry[rate] == experiment.best(scores, name)
+            if name in ("attention tuning", "MoIL"):
+                assert entry["lr"] == found[task]["attention tuning"]["lr"] and len(entry["seeds"]) == 3
 
 
 # ---- the page of results --------------------------------------------------------------------------------------------
@@ -266,3 +271,20 @@ def test_the_tables_of_documents_are_the_committed_results():
         assert len(rows) > 5 and min(row["seeds"] for row in rows if row["trained"]) >= 3
         table = report.markdown(rows, without=("step ms", "backend"))
         assert table in text, f"{name}: the committed results make\n{table}"
+
+
+# ---- approximation --------------------------------------------------------------------------------------------------
+
+
+def test_approximation_is_told_by_step(tmp_path):
+    out = tmp_path / "out"
+    assert demo.main([*arguments(out, "--approximation"), "--steps", "12"]) == 0
+    runs = {run["method"]: run["watched"] for run in results(out)["sections"]["approximation"]["runs"]}
+    assert list(runs) == ["attention tuning", "LoRA", "LoRA by imitation", "MoIL"]
+    for name, watched in runs.items():
+        assert [at["step"] for at in watched] == [2, 4, 6, 8, 10, 12]
+        assert all(at["error"] == 0 for at in watched) == (name == "attention tuning")
+    names = {Path(name).name for name in results(out)["files"]}
+    assert {"approximation-by-step.md", "approximation-error.png", "approximation-score.png"} <= names
+    assert "| MoIL |" in (out / "approximation-by-step.md").read_text()
+    assert demo.main([*arguments(out, "--approximation", "--method", "LoRA")]) == 2

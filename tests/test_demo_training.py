@@ -1,5 +1,6 @@
 """The demo's runs: every method trains what it should, stopped runs go on bit for bit, rates come from validation."""
 
+import copy
 import dataclasses
 import json
 
@@ -9,10 +10,11 @@ from demo_cases import job, settings, tiny_models  # noqa: F401
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_kernels.demo import experiment, models, training
-from peft_kernels.demo.experiment import best, compare, learning_rate, search
+from peft_kernels.demo import approximation, experiment, models, training
+from peft_kernels.demo.experiment import adapter_learning_rate, best, compare, learning_rate, search
 from peft_kernels.demo.methods import (
     ABLATIONS,
+    ATTENTION,
     AURORA,
     FULL,
     FULL_METHODS,
@@ -80,9 +82,9 @@ def test_vilt_leaves_out_what_differs_by_modules_it_has_no_place_for():
 
 def test_variants_differ_from_what_they_vary_and_from_each_other():
     for group in (FULL_METHODS, *ABLATIONS.values()):
-        assert len({(m.kind, repr(sorted(m.options.items())), m.enhance) for m in group}) == len(group)
+        assert len({(m.kind, m.attention, repr(sorted(m.options.items())), m.enhance) for m in group}) == len(group)
         assert len({m.name for m in group}) == len(group)
-    assert all(method.like == group[0].name for group in ABLATIONS.values() for method in group[1:])
+    assert all(method.like == group[0].searched for group in ABLATIONS.values() for method in group[1:])
 
 
 def test_rank_is_every_adapters():
@@ -267,43 +269,60 @@ def test_search_never_sees_the_test_split(tmp_path, seen):
 
 
 def injected(monkeypatch, means: dict[tuple[str, float], float]) -> None:
+    """Means by the method and its own rate, of MoIL its adapters'; a seed adds itself."""
+
     def fake(own, scenes, folder, progress):
-        value = means[own.method.name, own.lr]
+        value = means[own.method.name, own.adapter_lr or own.lr]
         if value is None:
             raise FloatingPointError
-        return Result(own.method.name, own.seed, own.lr, own.lr_from, {"": {"a": value, "b": value + 2}})
+        return Result(
+            own.method.name, own.seed, own.lr, own.lr_from, None, {"": {"a": value, "b": value + 2 + own.seed}}
+        )
 
     monkeypatch.setattr(experiment, "pretrained", lambda *_: (models.build_blip(), None))
     monkeypatch.setattr(experiment, "run", fake)
 
 
+OF_MOIL = {("MoIL", lr): score for lr, score in zip(experiment.ADAPTER_GRID, (9, 20, 20, 1))}
+
+
 def test_search_picks_the_best_of_the_validation_scores(tmp_path, monkeypatch):
     means = {("LoRA", 1e-3): 5, ("LoRA", 1e-2): 7, ("LoRA", 1e-1): None}
-    injected(monkeypatch, means | {("MoIL", 1e-3): 9, ("MoIL", 1e-2): 9, ("MoIL", 1e-1): 1})
-    own = settings(tmp_path)
+    means |= {("attention tuning", 1e-3): 9, ("attention tuning", 1e-2): 9, ("attention tuning", 1e-1): 1}
+    injected(monkeypatch, means | OF_MOIL)
+    own = settings(tmp_path / "out", seeds=(0, 2))
     variant = LORA.varied("LoRA, other", rank=2)
-    found = search(own, "retrieval", (ZERO_SHOT, LORA, variant, MOIL), grid=(1e-3, 1e-2, 1e-1))
+    found = search(own, "retrieval", (ZERO_SHOT, ATTENTION, LORA, variant, MOIL), grid=(1e-3, 1e-2, 1e-1))
+    seeds = {"seeds": [0, 2]}
     assert found == {
-        "LoRA": {"lr": 1e-2, "validation": {"0.001": 6, "0.01": 8, "0.1": None}},
-        "MoIL": {"lr": 1e-3, "validation": {"0.001": 10, "0.01": 10, "0.1": 2}},  # the smaller of equals
+        "attention tuning": {"lr": 1e-3, **seeds, "validation": {"0.001": 10.5, "0.01": 10.5, "0.1": 2.5}},
+        "LoRA": {"lr": 1e-2, **seeds, "validation": {"0.001": 6.5, "0.01": 8.5, "0.1": None}},
+        "MoIL": {  # the smaller of equals; its live weights' rate is not searched again
+            **{"lr": 1e-3, "adapter_lr": 3e-3, **seeds},
+            "validation": {"0.001": 10.5, "0.003": 21.5, "0.01": 21.5, "0.03": 2.5},
+        },
     }
     assert json.loads(own.rates.read_text())["retrieval"] == found
     assert learning_rate(own, "retrieval", LORA) == (1e-2, "search")
     assert learning_rate(own, "retrieval", variant) == (1e-2, "search of LoRA")
+    assert learning_rate(own, "retrieval", MOIL) == (1e-3, "search of attention tuning")
+    assert adapter_learning_rate(own, "retrieval", MOIL.varied("other", interval=2)) == 3e-3
+    assert adapter_learning_rate(own, "retrieval", LORA) is None
+    assert adapter_learning_rate(own, "answering", MOIL) == experiment.DEFAULT_ADAPTER_LR
     assert learning_rate(own, "retrieval", AURORA) == (experiment.DEFAULT_LR, "default")
     assert learning_rate(own, "answering", LORA) == (experiment.DEFAULT_LR, "default")
     assert learning_rate(own, "retrieval", ZERO_SHOT)[1] == ""
 
 
 def test_search_keeps_other_entries_of_the_same_settings(tmp_path, monkeypatch):
-    injected(monkeypatch, {("LoRA", 1e-3): 5, ("MoIL", 1e-3): 9})
+    injected(monkeypatch, {("LoRA", 1e-3): 5} | OF_MOIL)
     for task, method in (("retrieval", LORA), ("answering", LORA), ("retrieval", MOIL)):
-        search(settings(tmp_path), task, (method,), grid=(1e-3,))
-    content = json.loads((tmp_path.parent / "search.json").read_text())
+        search(settings(tmp_path / "out"), task, (method,), grid=(1e-3,))
+    content = json.loads((tmp_path / "search.json").read_text())
     assert list(content["retrieval"]) == ["LoRA", "MoIL"] and list(content["answering"]) == ["LoRA"]
-    assert content["settings"]["steps"] == settings(tmp_path).steps
-    search(settings(tmp_path, steps=7), "retrieval", (LORA,), grid=(1e-3,))
-    content = json.loads((tmp_path.parent / "search.json").read_text())
+    assert content["settings"]["steps"] == settings(tmp_path / "out").steps
+    search(settings(tmp_path / "out", steps=7), "retrieval", (LORA,), grid=(1e-3,))
+    content = json.loads((tmp_path / "search.json").read_text())
     assert list(content) == ["settings", "retrieval"] and list(content["retrieval"]) == ["LoRA"]
 
 
@@ -311,3 +330,31 @@ def test_best_needs_a_rate_that_does_not_diverge():
     assert best({1e-2: 3.0, 1e-3: 3.0, 1.0: None}, "x") == 1e-3
     with pytest.raises(ValueError, match=r"MoIL: diverges with every learning rate of 0.1, 1"):
         best({0.1: None, 1.0: None}, "MoIL")
+
+
+# ---- how near weights come ------------------------------------------------------------------------------------------
+
+
+def test_distances_from_full_tuning_by_hand(tmp_path):
+    found = compare(settings(tmp_path / "out", steps=6), "retrieval", approximation.APPROXIMATION, "a", watched=True)
+    own = settings(tmp_path / "out", steps=6)
+    base, _ = experiment.pretrained(own, "retrieval")
+    start = approximation.start_of(base, "blip")
+    weights = {}
+    for result in found:
+        model = copy.deepcopy(base)
+        method = next(m for m in approximation.APPROXIMATION if m.name == result.method)
+        adapter = method.kind.from_pretrained(model, own.folder(f"a-{result.method}-0"))
+        if method.kind is not FULL.kind:
+            adapter.merge()
+        weights[result.method] = {name: model.get_submodule(name).weight for name in start}
+        assert [at["step"] for at in result.watched] == [1, 2, 3, 4, 5, 6]
+    tuned = weights["attention tuning"]
+    below = sum((tuned[name] - start[name]).square().sum() for name in start).sqrt()
+    for result in found:
+        above = sum((weights[result.method][name] - tuned[name]).square().sum() for name in start).sqrt()
+        assert result.watched[-1]["error"] == pytest.approx((above / below).item(), rel=1e-3, abs=1e-6)
+    assert found[1].losses[0] == found[0].losses[0]  # the same batches
+    for moil in found[2:]:  # whose live weights take the same steps: attention tuning is what its student can come to
+        assert moil.lr == found[0].lr and moil.losses == pytest.approx(found[0].losses, rel=1e-5)
+        assert moil.scores["live"] == found[0].scores[""]

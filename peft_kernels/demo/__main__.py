@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from peft_kernels.adapters.checkpoint import write_atomically
 from peft_kernels.backend import BACKENDS
-from peft_kernels.demo import plots, report
+from peft_kernels.demo import approximation, plots, report
+from peft_kernels.demo.approximation import APPROXIMATION
 from peft_kernels.demo.experiment import COMMITTED, DEFAULT_LR, Settings, compare, learning_rate, search
 from peft_kernels.demo.methods import ABLATIONS, FULL_METHODS, METHODS, Method, by_name
 from peft_kernels.demo.models import TASKS
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", default="auto", choices=("auto", *BACKENDS))
     add("--full", action="store_true", help="ViLT and question answering too, all variants, the search, three seeds")
     add("--ablation", choices=tuple(ABLATIONS), help="one paper's ablations, on retrieval")
+    add("--approximation", action="store_true", help="how near LoRA's and MoIL's weights come to full tuning's")
     add("--search", action="store_true", help=f"search the learning rates, on validation data, for {COMMITTED.name}")
     add("--resume", action="store_true", help="go on where the last run in this folder was stopped")
     add("--out", type=Path, default=Path("demo_out"), metavar="FOLDER")
@@ -82,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for task, methods in sections.values():
                     search(settings, task, methods)
             tell_unsearched(settings, sections, console)
-            found = {} if options.search else {n: compare(settings, *s, n) for n, s in sections.items()}
+            compared = {} if options.search else sections
+            found = {name: compare(settings, *each, name, options.approximation) for name, each in compared.items()}
         except KeyboardInterrupt:
             progress.stop()
             command = f"python -m peft_kernels.demo --resume --out {shlex.quote(str(options.out))}"
@@ -101,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, results in found.items():
         title = f"{name}: target domain, test split, {settings.evaluated} scenes"
         console.print(report.table(report.averaged(results), title))
+        if options.approximation:
+            console.print(approximation.table(results), markup=False, highlight=False, soft_wrap=True)
     paths = [settings.out / RESULTS_FILE]
     for name, results in found.items():
         paths += write_section(settings, name, results)
@@ -151,6 +156,8 @@ def prepared(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name}: expected {least} to {most}, got {getattr(options, name)}")
     if options.search and (options.ablation or options.rank):
         raise ValueError("--search: is of the methods as they are, without --ablation and --rank")
+    if options.approximation and (options.search or options.ablation or options.method or options.rank):
+        raise ValueError("--approximation: has methods of its own; leave out --search, --ablation, --method and --rank")
     chosen(options)
     if not options.resume:
         if options.out.exists() and not options.out.is_dir():
@@ -175,6 +182,8 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
 
 def chosen(options: argparse.Namespace) -> dict[str, tuple[str, Sequence[Method]]]:
     """{section: (task, methods)}"""
+    if options.approximation:
+        return {"approximation": ("retrieval", APPROXIMATION)}
     if options.ablation:
         known, tasks = ABLATIONS[options.ablation], {options.ablation: "retrieval"}
     else:
@@ -209,6 +218,11 @@ def write_section(settings: Settings, name: str, results: Sequence[Result]) -> l
         plots.plot_curves(path("-losses.png"), losses, "task loss, mean of 10 steps", window=10)
     if errors := {result.method: result.errors for result in first if result.errors}:
         plots.plot_curves(path("-moil-error.png"), errors, "MoIL's relative error", log=True)
+    if any(result.watched for result in first):
+        path("-by-step.md").write_text(approximation.table(results), encoding="utf-8")
+        for key, label in (("error", "‖W − W_tuned‖ / ‖W_tuned − W_0‖"), ("score", "mean score on validation, %")):
+            found = {r.method: [(at["step"], at[key]) for at in r.watched] for r in first}
+            plots.plot_watched(path(f"-{key}.png"), found, label)
     for result in first:
         if result.method == "Aurora":
             plots.plot_factors(path("-aurora-factors.png"), settings.folder(f"{name}-Aurora-{result.seed}"))

@@ -16,6 +16,7 @@ from torch import nn
 
 from peft_kernels.adapters import FullTuning
 from peft_kernels.adapters.checkpoint import write_atomically
+from peft_kernels.demo.approximation import POINTS, Watch, start_of
 from peft_kernels.demo.methods import FULL, MOIL, Method, fitting
 from peft_kernels.demo.models import TASKS
 from peft_kernels.demo.scenes import STORIES, Scenes, make_scenes
@@ -93,8 +94,13 @@ def adapter_learning_rate(settings: Settings, task: str, method: Method) -> floa
     return _read(settings.rates).get(task, {}).get(MOIL.name, {}).get("adapter_lr", DEFAULT_ADAPTER_LR)
 
 
-def compare(settings: Settings, task: str, methods: Sequence[Method], section: str) -> list[Result]:
-    """Results of every method and seed on the test split."""
+def compare(
+    settings: Settings, task: str, methods: Sequence[Method], section: str, watched: bool = False
+) -> list[Result]:
+    """Results of every method and seed on the test split.
+
+    watched: the first method is full tuning of the attention, and others' distance from it is told as they train
+    """
     (base, _), train, test = pretrained(settings, task), settings.data("train"), settings.data("test")
     results = []
     for method in fitting(methods, TASKS[task].preset):
@@ -103,6 +109,9 @@ def compare(settings: Settings, task: str, methods: Sequence[Method], section: s
             steps = settings.steps if method.kind else 0
             job = Job(method, TASKS[task], base, train, seed, lr, lr_from, steps, settings.rank, settings.backend)
             job.adapter_lr = adapter_learning_rate(settings, task, method)
+            if watched:
+                kept, start = settings.folder(f"{section}-weights-{seed}"), start_of(base, TASKS[task].preset)
+                job.watch = Watch(max(1, steps // POINTS), kept, settings.data("validation"), start)
             name = f"{method.name}, {task}" + (f", seed {seed}" if len(settings.seeds) > 1 else "")
             results.append(settings.run(name, f"{section}-{method.name}-{seed}", job, test))
     return results

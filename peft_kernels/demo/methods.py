@@ -57,6 +57,11 @@ class Method:
         return dataclasses.replace(self, options=options, enhance=None)
 
     @property
+    def trains(self) -> tuple:
+        """Equal for methods that train the same, the enhancement apart."""
+        return self.kind, self.attention, self.options
+
+    @property
     def searched(self) -> str:
         """Whose learning rate in the search it takes."""
         return self.like or self.name
@@ -134,6 +139,6 @@ def fitting(methods: Sequence[Method], preset: str) -> list[Method]:
         return list(methods)
     found: list[Method] = []
     for method in (each.without_modules() for each in methods):
-        if not any((method.kind, method.options) == (other.kind, other.options) for other in found):
+        if not any(method.trains == other.trains for other in found):
             found.append(method)
     return found

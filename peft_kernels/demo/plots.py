@@ -30,6 +30,11 @@ def plot_curves(path: Path, found: dict[str, Sequence[float]], label: str, log: 
     _save(curves.lines(by_step, label, log=log, window=window), path)
 
 
+def plot_watched(path: Path, found: dict[str, Sequence[tuple[float, float]]], label: str) -> None:
+    """One line for each name, through (step, value)."""
+    _save(curves.lines(found, label), path)
+
+
 def plot_factors(path: Path, run: Path) -> None:
     """How the factors of a run's adapter are distributed after training. run: its folder"""
     _save(factors.histograms(factors.factors(run)), path)

@@ -41,6 +41,7 @@ def averaged(results: Sequence[Result]) -> list[Row]:
                     "step_ms": mean(r.step_ms for r in own),
                     "activation_bytes": own[0].activation_bytes,
                     "lr": own[0].lr,
+                    "adapter_lr": own[0].adapter_lr,
                     "lr_from": own[0].lr_from,
                     "backend": own[0].backend,
                 }
@@ -61,7 +62,8 @@ def cells(row: Row) -> list[str]:
     if not row["trained"]:
         return [row["method"], *scores, *["–"] * 6]
     sizes = f"{row['stored_bytes'] / 1e3:,.0f}", f"{row['step_ms']:.0f}", f"{row['activation_bytes'] / 1e6:.1f}"
-    lr = f"{row['lr']:g}" + "*" * (row["lr_from"] == "default")
+    rates = (row["lr"], row.get("adapter_lr"))  # the second is MoIL's adapters'
+    lr = ", ".join(f"{rate:g}" for rate in rates if rate is not None) + "*" * (row["lr_from"] == "default")
     return [row["method"], *scores, f"{row['trained']:,}", *sizes, lr, row["backend"]]
 
 

@@ -35,7 +35,7 @@ class Result:
     lr_from: "search" | "search of …" | "default";  adapter_lr: of MoIL's adapters, whose loss is not the task's
     trained: parameters;  stored_bytes: of the adapter's file
     step_ms: median;  activation_bytes: kept by the forward for the backward;  backend: of its layers, in evaluation
-    losses, errors: by step, of the task, and MoIL's relative error
+    losses, errors: by step, of the task, and MoIL's relative error;  watched: what the job's watch gave
     """
 
     method: str
@@ -52,6 +52,7 @@ class Result:
     backend: str = ""
     losses: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+    watched: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
@@ -62,7 +63,10 @@ class Result:
 
 @dataclass
 class Job:
-    """What to run: a method on a copy of the pre-trained model, on one task's scenes."""
+    """What to run: a method on a copy of the pre-trained model, on one task's scenes.
+
+    watch: called after every `watch.every` steps with the step, the method, the task, model and adapter
+    """
 
     method: Method
     task: Task
@@ -75,6 +79,7 @@ class Job:
     rank: int | None = None
     backend: str = "auto"
     adapter_lr: float | None = None
+    watch: Any = None
 
     def loss(self, model: nn.Module) -> Tensor:
         return self.task.loss(model, self.train.draw(BATCH), enhance=self.method.enhance)
@@ -126,7 +131,9 @@ def _train(job: Job, model: nn.Module, adapter: Adapter, result: Result, checkpo
     own = {"adapter_lr": job.adapter_lr, "adapter_eps": _EPS} if isinstance(adapter, MoIL) else {}
     optimizer = torch.optim.AdamW(adapter.param_groups(job.lr, weight_decay=WEIGHT_DECAY, **own))
     rates = [group["lr"] for group in optimizer.param_groups]
-    record: dict[str, Any] = {"step": 0, "losses": [], "errors": [], "seconds": []}
+    record: dict[str, Any] = {"step": 0, "losses": [], "errors": [], "seconds": [], "watched": []}
+    if job.watch is not None:
+        torch.manual_seed(job.seed)  # methods that are told apart step by step draw the same batches
     if checkpoint.exists():
         record = load_training(checkpoint, model, optimizer)
     model.train()
@@ -148,10 +155,13 @@ def _train(job: Job, model: nn.Module, adapter: Adapter, result: Result, checkpo
         record["losses"].append(value)
         record["seconds"].append(time.perf_counter() - started)
         record["step"] = step + 1
+        if job.watch is not None and (step + 1) % job.watch.every == 0:
+            record["watched"].append(job.watch(step + 1, job.method, job.task, model, adapter))
         if (step + 1) % CHECKPOINT_EVERY == 0:
             save_training(checkpoint, model, optimizer, record)
         progress(step + 1, f"loss {value:.2f}", False)
-    result.losses, result.errors, result.trained = record["losses"], record["errors"], adapter.num_parameters()
+    result.losses, result.errors, result.watched = record["losses"], record["errors"], record["watched"]
+    result.trained = adapter.num_parameters()
     result.step_ms = 1000 * median(record["seconds"])
     with torch.random.fork_rng():
         result.activation_bytes = saved_bytes(job.loss(model), model)
