@@ -10,7 +10,7 @@ from .gpu.tuning import FOREIGN
 from .markdown import NOTHING, figures, filled, markdown, number, speed
 from .predictions import KERNELS, MISS, PREDICTIONS, fastest
 from .steps_methods import AUTHORS, LORA, MOIL, PEFT
-from .steps_table import steps_table
+from .steps_table import inference_table, steps_table
 
 NEVER = "Not yet run on a GPU."
 CLOCKS = {"eager": ("ms", "spread_ms"), "graph": ("graph_ms", "graph_spread_ms")}
@@ -40,6 +40,7 @@ def page(devices: Sequence[dict]) -> str:
         sections["Operations"] = operations(device, pictures(gpus, device))
         sections["Kernels"] = kernels(device)
         sections["Training steps"] = steps_table(device)
+        sections["Inference"] = inference_table(device)
         sections["Numerics"] = numerics(device)
         sections["Tiles and variants"] = tuning(device)
         sections["What ran"] = ran(device)

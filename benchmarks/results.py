@@ -17,7 +17,7 @@ from peft_kernels.devices import architecture
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SECTIONS = ("cases", "numerics", "steps", "absent_steps", "profile", "counters", "search", "variants", "foreign")
-SECTIONS += ("machine", "tests", "sanitizer")  # what docs/measured.md is made of
+SECTIONS += ("inference", "absent_inference", "machine", "tests", "sanitizer")  # what docs/measured.md is made of
 NO_RESULTS = ("dry", "rehearsal")  # kinds of runs
 MEASURED = ("title", "rates", "results", "absent", "fault")  # what a case's record has beyond the case itself
 FOLDERS = {  # where sources lie, by their name in the hash: an installed package has them elsewhere

@@ -2,6 +2,7 @@
 
     python -m peft_kernels.benchmarks.steps [--model blip vilt] [--method MoIL …] [--mode graph eager compiled]
         [--size tiny] [--batch N] [--dtype float32] [--dropout 0.1] [--rounds N] [--seconds N] [--save FILE.json]
+    python -m peft_kernels.benchmarks.steps --inference     instead, what the adapted models cost to run and to store
 
 A step is forward, loss, backward, MoIL's own step where there is one, and AdamW's, on one batch in the device's memory.
 
@@ -16,6 +17,7 @@ weights, gradients, optimizer, activations. Launches are counted where the host 
 of a step each record has the seconds that went before it: build_s for the model and verify_s for the tiny one by which
 all methods are verified, both shared by a model's records; expect_s for the eager steps that the losses are compared
 with, first_s for the first steps, in which kernels are compiled and graphs captured; and measure_s for timing itself.
+steps_inference.py says what --inference measures.
 """
 
 import argparse
@@ -29,12 +31,12 @@ import torch
 
 from peft_kernels.checks import check_choice
 
-from . import results
+from . import results, steps_inference
 from .cases import WrongResult
 from .steps_methods import AUTHORS, METHODS, MODES, MOIL, PEFT, RIVALS
 from .steps_models import MODELS, SIZES
 from .steps_session import BATCH, CPU_BATCH, CPU_ROUNDS, GPU_SECONDS, ROUNDING, Absent, Faulted, Options, Session, free
-from .steps_table import steps_table
+from .steps_table import inference_table, steps_table
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
@@ -98,6 +100,38 @@ def measure(
         raise WrongResult("; ".join(wrong))
 
 
+def measure_inference(
+    run: dict,
+    options: Options,
+    models: Sequence[str] = tuple(MODELS),
+    methods: Sequence[str] = steps_inference.METHODS,
+    report: Callable[[], None] = lambda: None,
+) -> None:
+    """Adds run["inference"] and run["absent_inference"], and calls `report` after each.
+
+    Raises WrongResult after all others have been measured, if something was wrong: it is absent.
+    """
+    run["inference"], run["absent_inference"], wrong = [], [], []
+    for model, method in ((model, method) for model in models for method in methods):
+        absent = {"model": model, "method": method, "mode": "inference"}
+        packages = ("transformers", "peft") if method == PEFT else ("transformers",)
+        try:
+            if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+                raise Absent(f"{missing[0]} is not installed")
+            base, *records = steps_inference.measure(model, method, options)
+            known = any(record["model"] == model for record in run["inference"])
+            run["inference"] += records if known else [base, *records]
+        except Absent as reason:
+            run["absent_inference"].append({**absent, "reason": str(reason)})
+        except WrongResult as error:
+            run["absent_inference"].append({**absent, "reason": f"wrong: {error}"})
+            wrong.append(f"{model}, {method}: {error}")
+        report()
+        free()
+    if wrong:
+        raise WrongResult("; ".join(wrong))
+
+
 def compare_speeds(records: Sequence[dict]) -> None:
     """How many times as fast as the rivals in the same mode; the authors' formula is MoIL's alone."""
     same = ("model", "size", "mode", "batch", "dtype", "dropout")
@@ -112,12 +146,15 @@ def compare_speeds(records: Sequence[dict]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inference", action="store_true", help="of the base, adapted and merged models")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    named = {"nargs": "+", "choices": METHODS, "default": METHODS, "metavar": "NAME"}
+    named = {"nargs": "+", "choices": METHODS, "metavar": "NAME"}
     parser.add_argument("--method", help="; ".join(METHODS), **named)
     parser.add_argument("--mode", nargs="+", choices=MODES, help="all on a GPU, eager on a CPU")
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--batch", type=int, help=f"on a GPU {BATCH['blip']} and {BATCH['vilt']}, on a CPU {CPU_BATCH}")
+    batches = f"on a GPU {BATCH['blip']} and {BATCH['vilt']}, on a CPU {CPU_BATCH}; of --inference"
+    batches += f" {steps_inference.GPU_BATCH}, on a CPU {steps_inference.CPU_BATCH}, beside 1"
+    parser.add_argument("--batch", type=int, help=batches)
     parser.add_argument("--dtype", choices=ROUNDING, help="bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--dropout", type=float, default=0.1, help="of LoRA and Aurora: 0.1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -131,16 +168,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = given.seconds if given.seconds is not None or on_cpu else GPU_SECONDS
     try:
         options = Options(device, given.size, given.batch, dtype, given.dropout, given.rounds, seconds)
+        if given.inference:
+            inferred = steps_inference.chosen(given.method)
+            if given.mode or given.seconds:
+                raise ValueError("--inference: goes without --mode and --seconds")
     except ValueError as error:
         parser.error(str(error))
     run = results.provenance(device)
     print(results.describe(run), flush=True)
     report = partial(results.save, run, given.save) if given.save else lambda: None
     try:
-        measure(run, options, given.model, given.method, given.mode or (("eager",) if on_cpu else MODES), report)
+        if given.inference:
+            measure_inference(run, options, given.model, inferred, report)
+        else:
+            modes = given.mode or (("eager",) if on_cpu else MODES)
+            measure(run, options, given.model, given.method or METHODS, modes, report)
     finally:
         report()
-        print(steps_table(run))
+        print(inference_table(run) if given.inference else steps_table(run))
 
 
 if __name__ == "__main__":

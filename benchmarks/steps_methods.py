@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from peft_kernels.adapters.targets import find_targets
 from .cases import SCALE, WrongResult, errors
 from .steps_models import SIZES, Batch, Model, Size, own_logits
 
+if TYPE_CHECKING:
+    import peft
+
 FULL, PEFT, LORA, AURORA = "full tuning", "PEFT LoRA", "our LoRA", "Aurora"
 MOIL, AUTHORS = "MoIL", "MoIL, authors' formula"
 METHODS = (FULL, PEFT, LORA, MOIL, AUTHORS, AURORA)
@@ -33,12 +37,11 @@ DRIFT, VERIFIED_DECAY = 0.1, 0.9  # what is verified moves far enough to be seen
 ALIKE = 2e-3  # of the largest value: two ways to compute one thing in float32; 1e-6 on a CPU, 3e-4 of tf32 products
 
 
-def wrap(method: str, model: nn.Module, of: Model, size: Size, dropout: float) -> Adapter | None:
-    """Adapt the model in place; what is to train requires grad. None for PEFT's."""
+def wrap(method: str, model: nn.Module, of: Model, size: Size, dropout: float) -> "Adapter | peft.PeftModel":
+    """Adapt the model in place; what is to train requires grad."""
     lora, aurora, moil = size.ranks
     if method == PEFT:
-        _peft_lora(model, of, lora, dropout)
-        return None
+        return _peft_lora(model, of, lora, dropout)
     options = {
         FULL: {},
         LORA: {"preset": of.preset, "rank": lora, "alpha": SCALE * lora, "dropout": dropout},
@@ -50,7 +53,7 @@ def wrap(method: str, model: nn.Module, of: Model, size: Size, dropout: float) -
     return kind.wrap(model, kind.config_class(**options))
 
 
-def _peft_lora(model: nn.Module, of: Model, rank: int, dropout: float) -> None:
+def _peft_lora(model: nn.Module, of: Model, rank: int, dropout: float) -> "peft.PeftModel":
     import peft
 
     names = [match.name for match in find_targets(model, LoRAConfig(preset=of.preset))]
@@ -58,10 +61,11 @@ def _peft_lora(model: nn.Module, of: Model, rank: int, dropout: float) -> None:
     config = peft.LoraConfig(r=rank, lora_alpha=int(SCALE * rank), lora_dropout=dropout, target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it reads what transformers deprecates
-        peft.get_peft_model(model, config)  # which, unlike inject_adapter_in_model, makes factors float32
+        adapter = peft.get_peft_model(model, config)  # unlike inject_adapter_in_model it makes factors float32
     for name, p in model.named_parameters():
         if any(f".{head}." in f".{name}" for head in of.heads):
             p.requires_grad_(True)
+    return adapter
 
 
 class AuthorsImitation:
@@ -200,15 +204,20 @@ def _check(got: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
             raise WrongResult(f"{name} is off by {error:.1e} of its largest value, {ALIKE:.0e} is tolerated")
 
 
-def _wrapped(method: str, of: Model, size: Size, like: Tensor) -> tuple[nn.Module, Adapter | None]:
-    """What trains besides live weights has values of some size, drawn in the order of names: updates start at zero."""
+def wrapped(
+    method: str, of: Model, size: Size, like: Tensor, update: float = 1.0
+) -> "tuple[nn.Module, Adapter | peft.PeftModel]":
+    """What trains besides live weights has values of some size, drawn in the order of names: updates start at zero.
+
+    update: how large the second factors are beside the first
+    """
     model = of.build(size, like.device, like.dtype)
     adapter = wrap(method, model, of, size, dropout=0.0)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad and "live_" not in name}
     torch.manual_seed(0)
     with torch.no_grad():
-        for _, p in sorted((_our_name(name), p) for name, p in own.items()):
-            p.normal_(std=p.shape[-1] ** -0.5)
+        for name, p in sorted((_our_name(name), p) for name, p in own.items()):
+            p.normal_(std=p.shape[-1] ** -0.5 * (update if ".up" in name else 1.0))
     return model, adapter
 
 
@@ -229,7 +238,7 @@ def _check_peft(of: Model, size: Size, batch: Batch) -> None:
     """PEFT's loss and gradients against ours, with equal factors."""
     found = []
     for method in (LORA, PEFT):
-        model, _ = _wrapped(method, of, size, batch.pixels)
+        model, _ = wrapped(method, of, size, batch.pixels)
         trained = {_our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         loss = of.loss(model, batch)
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, materialize_grads=True)
@@ -239,7 +248,7 @@ def _check_peft(of: Model, size: Size, batch: Batch) -> None:
 
 def _check_merged(method: str, of: Model, size: Size, batch: Batch) -> None:
     """Merged and unmerged layers are the same function."""
-    model, adapter = _wrapped(method, of, size, batch.pixels)
+    model, adapter = wrapped(method, of, size, batch.pixels)
     with torch.no_grad():
         unmerged = of.logits(model, batch)
         adapter.merge()
@@ -248,7 +257,7 @@ def _check_merged(method: str, of: Model, size: Size, batch: Batch) -> None:
 
 def _check_imitation(of: Model, size: Size, batch: Batch) -> None:
     """The authors' loss, gradients and moves of teachers against ours, live weights and adapters being anywhere."""
-    model, moil = _wrapped(MOIL, of, size, batch.pixels)
+    model, moil = wrapped(MOIL, of, size, batch.pixels)
     moil.config = replace(moil.config, decay=VERIFIED_DECAY)
     with torch.no_grad():
         for p in moil.parameters("live"):

@@ -1,6 +1,8 @@
-"""The table of whole training steps, in docs/measured.md and where steps.py prints."""
+"""The tables of whole training steps and of inference, in docs/measured.md and where steps.py prints."""
 
-from .markdown import filled
+from collections.abc import Sequence
+
+from .markdown import NOTHING, filled, number
 from .steps_methods import METHODS, MODES, RIVALS
 from .steps_models import MODELS
 
@@ -12,17 +14,40 @@ def steps_table(run: dict) -> str:
     rows = []
     order = {"model": tuple(MODELS), "mode": MODES, "method": METHODS}
     for r in sorted(run.get("steps", ()), key=lambda r: [names.index(r[key]) for key, names in order.items()]):
-        title = r["title"] if r["size"] == "base" else f"{r['title']}, {r['size']}"
-        cells = [title, str(r["batch"]), r["dtype"], r["mode"], r["method"], f"{r['trained'] / 1e6:.2f}"]
+        cells = [_title(r), str(r["batch"]), r["dtype"], r["mode"], r["method"], f"{r['trained'] / 1e6:.2f}"]
         cells += [f"{r['ms']:.1f}", f"{r['spread_ms']:.1f}", f"{r['peak_bytes'] / 1e6:.0f}"]
-        cells.append("–" if r["launches"] is None else str(r["launches"]))
+        cells.append(number(r["launches"], 0))
         speeds = [r["speed_vs"].get(rival) for rival in RIVALS.values()]
-        rows.append(cells + ["–" if speed is None else f"{speed:.2f}×" for speed in speeds])
-    table = filled(heads, rows)
+        rows.append(cells + [_times(speed) for speed in speeds])
+    return "\n\n".join(filter(None, (filled(heads, rows), _absent(run.get("absent_steps", ())))))
+
+
+def inference_table(run: dict) -> str:
+    """The same of inference, --inference: each model's base first."""
+    heads = ("model", "dtype", "method", "state", "ms", "±", "vs base", "graph ms", "vs base in it", "batch")
+    heads += ("examples/s", "vs base of batch", "examples/s in a graph", "stored kB")
+    rows = []
+    for r in run.get("inference", ()):
+        cells = [_title(r), r["dtype"], r["method"] or NOTHING, r["state"], f"{r['ms']:.2f}", f"{r['spread_ms']:.2f}"]
+        cells += [_times(r["vs_base"]), number(r["graph_ms"], 2), _times(r["graph_vs_base"]), str(r["batch"])]
+        graph = None if r["batch_graph_ms"] is None else 1e3 * r["batch"] / r["batch_graph_ms"]
+        cells += [f"{r['examples_per_s']:.1f}", _times(r["batch_vs_base"]), number(graph, 1)]
+        rows.append([*cells, number(r["stored_bytes"], 0, 1e3)])
+    return "\n\n".join(filter(None, (filled(heads, rows), _absent(run.get("absent_inference", ())))))
+
+
+def _title(record: dict) -> str:
+    return record["title"] if record["size"] == "base" else f"{record['title']}, {record['size']}"
+
+
+def _times(speed: float | None) -> str:
+    return NOTHING if speed is None else f"{speed:.2f}×"
+
+
+def _absent(entries: Sequence[dict]) -> str:
     reasons: dict[str, list[str]] = {}
-    for each in run.get("absent_steps", ()):
+    for each in entries:
         title = MODELS[each["model"]].title if each["model"] else None
         what = ", ".join(filter(None, (title, each["method"], each["mode"]))) or "all"
         reasons.setdefault(each["reason"], []).append(what)
-    absent = "\n".join(f"- absent: {'; '.join(names)}: {reason}" for reason, names in reasons.items())
-    return "\n\n".join(filter(None, (table, absent)))
+    return "\n".join(f"- absent: {'; '.join(names)}: {reason}" for reason, names in reasons.items())
