@@ -56,6 +56,7 @@ CHOICES = {
     "peft_kernels/cuda_kernels/__init__.py": ("test_backend", "test_environment", "test_reconstruct_cuda"),
     "peft_kernels/cuda_kernels/*.py": ("test_*_cuda",),
     "peft_kernels/adapters/aurora.py": ("test_aurora", "test_aurora_sharing", *ADAPTERS),
+    "peft_kernels/adapters/called.py": ("test_adapter_calls",),
     "peft_kernels/adapters/baselines.py": ("test_baselines", *ADAPTERS),
     "peft_kernels/adapters/checkpoint.py": (*FILES, *ADAPTERS),
     "peft_kernels/adapters/config.py": (
