@@ -12,8 +12,9 @@ As in the release the validation split trains, too, but for what --split evaluat
 images (--held-out; which ones the release took is not known), of Flickr30K all of it. NLVR2 and retrieval are evaluated
 on the test split, where the release also chooses its best epoch; NLVR2's dev split is the default here.
 
-What differs: the teacher moves once per optimizer step (--ema-per micro_batch is the release's); wrong captions are
-those of other images, not of all; the questions held out are evaluated whether or not an answer is a label.
+What differs: wrong captions are those of other images, not of all; the questions held out are evaluated whether or not
+an answer is a label. As in the release the teacher moves with every micro-batch, so that its pace depends on how
+batches are cut (--ema-per optimizer_step does not).
 rank_output starts from the head that pre-training matched images and captions with, which the hub's vilt-b32-mlm has
 lost: --itm-head takes it from ViLT's own vilt_200k_mlm_itm.ckpt; without, rank_output starts at random, and says so.
 

@@ -10,7 +10,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("--init", choices=("default", "released"), default="released", help="of the transforms (default: released)")
     add("--decay", type=float, default=0.9996, help="of the teacher; a short run needs less (default: %(default)s)")
-    add("--ema-per", choices=("optimizer_step", "micro_batch"), default="optimizer_step")
+    add("--ema-per", choices=("optimizer_step", "micro_batch"), default="micro_batch", help="(default: %(default)s)")
     add("--reduction", choices=("mean", "sum", "relative"), default="mean", help="of the imitation (default: mean)")
 
 
