@@ -216,6 +216,16 @@ def test_out_proj_of_multihead_attention():
     assert not torch.allclose(y, before)
 
 
+def test_a_baseline_behind_attention_and_experts():
+    """UniAdapter needs outputs, which the preset knows."""
+    model, batch = vlmo()
+    before = model(**batch)
+    adapter = UniAdapter.wrap(model, UniAdapterConfig(preset="vlmo", rank=2))
+    assert len(adapter.layers) == 3 + 3 * 2 + 1 and torch.equal(model(**batch), before)
+    task_loss(model.train(), batch).backward()
+    assert any(p.grad.any() for p in adapter.parameters("adapter") if p.grad is not None)
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"^dropout: what a weight that is read multiplies"):
         Aurora.wrap(vlmo()[0], AuroraConfig(preset="vlmo"))
