@@ -114,7 +114,7 @@ def test_neither_is_a_change_of_linear_weights(method, action, tmp_path):
 
 
 def test_a_preset_that_does_not_know_where_layers_end():
-    with pytest.raises(ValueError, match=r"^preset: expected one that knows where layers end: vilt, blip, vlmo; got 'clip'"):
+    with pytest.raises(ValueError, match=r"^preset: expected .* knows where layers end: vilt, blip, vlmo; got 'clip'"):
         UniAdapterConfig(preset="clip")
     with pytest.raises(ValueError, match=r"^preset, targets"):
         UniAdapterConfig()

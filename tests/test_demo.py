@@ -4,6 +4,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from demo_cases import SIZES, arguments, results, tiny_models  # noqa: F401
 from safetensors.torch import load_file
 
 from peft_kernels.demo import __main__ as demo
-from peft_kernels.demo import experiment, plots, report, training
+from peft_kernels.demo import approximation, experiment, plots, report, training
 from peft_kernels.demo.experiment import Settings
 from peft_kernels.demo.methods import ABLATIONS, FULL_METHODS, METHODS, fitting
 from peft_kernels.demo.models import TASKS
@@ -271,6 +272,8 @@ def test_the_tables_of_documents_are_the_committed_results():
         assert len(rows) > 5 and min(row["seeds"] for row in rows if row["trained"]) >= 3
         table = report.markdown(rows, without=("step ms", "backend"))
         assert table in text, f"{name}: the committed results make\n{table}"
+    table = approximation.table([SimpleNamespace(**each) for each in found["approximation"]])
+    assert table in text, f"the committed distances make\n{table}"
 
 
 # ---- approximation --------------------------------------------------------------------------------------------------
