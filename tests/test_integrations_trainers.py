@@ -108,7 +108,7 @@ class HalfOnACPU(InOrder):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         self.accelerator.state._mixed_precision, self.accelerator.native_amp = "fp16", True
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4)
 
     def _get_grad_norm(self, model, grad_norm=None):
         return super()._get_grad_norm(model, grad_norm) if self.unscales or grad_norm is not None else None
@@ -132,8 +132,8 @@ def test_float16_with_a_scaler(method, kind, clip, tmp_path):
     adapter, optimizer = start(method)
     trainer = trainer_for(adapter, optimizer, tmp_path, kind, max_grad_norm=clip)
     trainer.train()
-    assert trainer.accelerator.scaler.get_scale() == 2.0**12
-    assert_same(copied(adapter), loop(*start(method), autocast=torch.float16, clip=clip, scale=2.0**10))
+    assert trainer.accelerator.scaler.get_scale() == 2.0**14
+    assert_same(copied(adapter), loop(*start(method), autocast=torch.float16, clip=clip, scale=2.0**12))
 
 
 def test_a_model_inside_the_user_s_own(tmp_path):

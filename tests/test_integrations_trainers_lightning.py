@@ -69,12 +69,12 @@ def test_float16_with_a_scaler(fused, tmp_path):
         moil, _ = start("moil")
         optimizer = torch.optim.AdamW(moil.param_groups(1e-2, adapter_eps=1e-12), fused=fused)
         if trained_by == "hand":
-            states.append(loop(moil, optimizer, autocast=torch.float16, scale=2.0**10))
+            states.append(loop(moil, optimizer, autocast=torch.float16, scale=2.0**12))
             continue
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4)
         plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
         trainer_for(moil, tmp_path, plugins=[plugin]).fit(Module(moil, optimizer))
-        assert scaler.get_scale() == 2.0**12
+        assert scaler.get_scale() == 2.0**14
         states.append(copied(moil))
     assert_same(*states)
 

@@ -88,10 +88,10 @@ def scaled_loop(adapter, optimizer, unscale, scaler, autocast=torch.float16, cli
 )
 def test_a_scaler_by_hand(method, unscale, clip):
     """Scales are powers of two, and leave no trace in float32."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4)
     state = scaled_loop(*start(method), unscale, scaler, clip=clip)
-    assert scaler.get_scale() == 2.0**12
-    assert_same(state, loop(*start(method), autocast=torch.float16, clip=clip, scale=2.0**10))
+    assert scaler.get_scale() == 2.0**14
+    assert_same(state, loop(*start(method), autocast=torch.float16, clip=clip, scale=2.0**12))
 
 
 def test_an_update_that_a_scaler_skips():

@@ -48,7 +48,7 @@ def test_targets_keep_what_they_say(tree):
 def test_a_preset_with_other_targets_keeps_its_heads():
     model, _ = build("vilt_vqa")
     adapter = wrap("lora", model, preset="vilt", targets=["layer.0.output.dense"])
-    assert list(adapter.layers) == ["vilt.encoder.layer.0.output.dense"] and len(adapter.heads) == 8
+    assert list(adapter.layers) == ["vilt.encoder.layer.0.output.dense"] and len(adapter.heads) == 6
 
 
 @pytest.mark.parametrize(

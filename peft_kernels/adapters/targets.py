@@ -96,26 +96,28 @@ def find_targets(model: nn.Module, config: AdapterConfig, ffn: bool = False) -> 
     for name, target in found:
         matches.setdefault(name, Match(name, linears[name], target))
     for match in matches.values():
-        parent = modules[match.parent]
-        if match.target.reads_weight:
-            pass
-        elif isinstance(parent, _READS_WEIGHTS):
-            kind = type(parent).__name__
-            raise ValueError(
-                f"targets: {match.name} is part of an nn.{kind}, which reads its weight past any adapter; {_IN_PEFT}"
-            )
-        elif _adds_biases_itself(match.linear, parent):
-            raise ValueError(
-                f"targets: {match.name} is part of a {type(parent).__name__} that reads its weight past any adapter, "
-                "to add q_bias and v_bias; name it by a Target with reads_weight=True (the preset 'vlmo' does), or in "
-                "timm call it, by qkv_bias_separate=True"
-            )
+        if not match.target.reads_weight:
+            _check_called(match, modules[match.parent])
         try:
             check_linear_module(match.linear)
         except (TypeError, ValueError) as error:
             raise type(error)(f"targets: {match.name}: {error}") from None
     order = {name: place for place, name in enumerate(modules)}
     return sorted(matches.values(), key=lambda match: order[match.name])
+
+
+def _check_called(match: Match, parent: nn.Module) -> None:
+    kind = type(parent).__name__
+    if isinstance(parent, _READS_WEIGHTS):
+        raise ValueError(
+            f"targets: {match.name} is part of an nn.{kind}, which reads its weight past any adapter; {_IN_PEFT}"
+        )
+    if _adds_biases_itself(match.linear, parent):
+        raise ValueError(
+            f"targets: {match.name} is part of a {kind} that reads its weight past any adapter, to add q_bias and "
+            "v_bias; name it by a Target with reads_weight=True, as the preset 'vlmo' does (in timm "
+            "qkv_bias_separate=True has it called)"
+        )
 
 
 def _adds_biases_itself(linear: nn.Linear, parent: nn.Module) -> bool:
