@@ -63,7 +63,7 @@ def test_default_run(out, capsys):
                 assert sum(t.numel() for t in stored.values()) == run["trained"]
             assert run["lr"] == experiment.DEFAULT_LR and run["lr_from"] == "default"
             assert len(run["losses"]) == SIZES["steps"] and row["activation_bytes"] > 0
-    assert "has no learning rate for full tuning, attention tuning, LoRA, Aurora, MoIL: 0.001 is taken" in told
+    assert "has no learning rate for attention tuning, LoRA, Aurora, MoIL: 0.001 is taken" in told
     assert report.UNSEARCHED in told and "from an earlier call" not in told
     table = (out / "retrieval.md").read_text(encoding="utf-8").splitlines()
     assert len([line for line in table if line.startswith("|")]) == 2 + len(rows)

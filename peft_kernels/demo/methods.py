@@ -92,7 +92,7 @@ MOIL = Method(
 )
 _TUCKER = AURORA.varied("Aurora, tucker", like="", core="tucker")
 
-METHODS = (ZERO_SHOT, FULL, ATTENTION, LORA, AURORA, MOIL)
+METHODS = (ZERO_SHOT, ATTENTION, LORA, AURORA, MOIL)  # of the short run; all of the model is tuned in the long one
 FULL_METHODS = (
     *(ZERO_SHOT, FULL, ATTENTION, LORA, UNIADAPTER, AURORA),
     AURORA.varied("Aurora, no modules", gates=None, enhance=None),
