@@ -36,7 +36,7 @@ from common import moil as imitation
 from common import questions, training
 from common.blip import saved
 from common.data import Example, Examples, checked, fail, karpathy_dataset, loader, read_karpathy
-from common.randaugment import Augmented
+from common.randaugment import rand_augment
 from common.vilt import Batches, Task
 from torch import Tensor, nn
 from transformers import (
@@ -197,11 +197,11 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
             fail("the training split has a single image, and so no wrong captions")
     if answers:
         train = questions.answerable(train, answers)
-    batches, examples = Batches(processor, answers, wrong), Examples(train)
+    batches, augment = Batches(processor, answers, wrong), rand_augment if args.augment == "randaugment" else None
     history = training.fit(
         args,
         moil,
-        loader(args, Augmented(examples) if args.augment == "randaugment" else examples, batches, train=True),
+        loader(args, Examples(train, augment), batches, train=True),
         task.loss,
         lambda: imitation.evaluate(moil, task.evaluate),
         groups=imitation.groups(args, moil),

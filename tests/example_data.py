@@ -4,9 +4,13 @@ Every picture has one colour, which its caption names and its question asks for.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import adapter_models
+import pytest
 import torch
 import transformers as hf
 from PIL import Image
@@ -17,6 +21,22 @@ NAMES = list(COLOURS)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = (*SPECIAL, *NAMES, "a", "the", "is", "what", "colour", "picture", "dog", "cat", "of", "two", "both", "are", "?")
 SIZE = adapter_models.SIZE
+
+
+@contextmanager
+def stopped_in_the_second_evaluation(training: ModuleType) -> Iterator[None]:
+    """training: examples/common/training.py, whose loop is stopped by a KeyboardInterrupt"""
+    measure, calls = training.measure, []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "measure", stops)
+        yield
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

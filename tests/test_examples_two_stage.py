@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 hf = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+import example_data  # noqa: E402
 import region_data  # noqa: E402
 import two_stage  # noqa: E402
 from common import region_models, training  # noqa: E402
@@ -62,7 +63,7 @@ def started(files, kind, task, out, *options, **more):
 
 
 @pytest.mark.parametrize(("kind", "task", "method", "features"), RUNS)
-def test_trains_evaluates_resumes_and_reloads(files, kind, task, method, features, tmp_path, monkeypatch, recwarn):
+def test_trains_evaluates_resumes_and_reloads(files, kind, task, method, features, tmp_path, recwarn):
     how = {"method": method, "features": features}
     whole = run(files, kind, task, tmp_path / "whole", **how)
     assert [record["epoch"] for record in whole] == [1, 2] and all(math.isfinite(each["loss"]) for each in whole)
@@ -70,18 +71,8 @@ def test_trains_evaluates_resumes_and_reloads(files, kind, task, method, feature
     assert {f"{mode}accuracy" for mode in modes} == {name for name in whole[-1] if name.endswith("accuracy")}
     assert not [str(each.message) for each in recwarn if "modules_to_save" in str(each.message)]
 
-    measure, calls = training.measure, []
-
-    def stops(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(*args)
-
-    monkeypatch.setattr(training, "measure", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with example_data.stopped_in_the_second_evaluation(training):
         run(files, kind, task, tmp_path / "parts", **how)
-    monkeypatch.undo()
     resumed = run(files, kind, task, tmp_path / "parts", "--resume", **how)
     assert [each["loss"] for each in resumed] == [each["loss"] for each in whole]
     for name in ("adapter_model.safetensors", "adapter_config.json"):

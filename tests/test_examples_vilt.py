@@ -68,7 +68,7 @@ def test_defaults_are_the_release_s(files, tmp_path):
     config = run_.moil.config
     assert (config.rank, config.transform_rank, config.decay, config.init) == (96, 96, 0.9996, "released")
     assert (config.reduction, config.interval, config.ffn, config.loss_weight) == ("mean", 1, False, 1.0)
-    assert isinstance(run_.batches.dataset, randaugment.Augmented)
+    assert run_.batches.dataset.augment is randaugment.rand_augment
     published = vilt_moil.PUBLISHED
     sizes = {task: each["batch_size"] * each["accumulate"] for task, each in published.items()}
     assert sizes == {"vqa": 256, "nlvr2": 128, "retrieval": 256}
@@ -160,11 +160,10 @@ def test_a_model_that_ranks_already_keeps_its_head(files, tmp_path, capsys):
 )
 def test_images_change_only_where_asked_for(files, tmp_path, task, folder, options, augmented):
     dataset = started(files, task, tmp_path, *options, folder=folder).batches.dataset
-    assert isinstance(dataset, randaugment.Augmented) == augmented
-    plain = dataset.examples if augmented else dataset
+    assert (dataset.augment is randaugment.rand_augment) == augmented
     torch.manual_seed(0)
     example, images = dataset[0]
-    assert (example, len(images)) == (plain.examples[0], 1) and len(dataset) == len(plain)
+    assert (example, len(images)) == (dataset.examples[0], 1) and len(dataset) == len(dataset.examples)
     changed = [image.tobytes() != data.load_image(file).tobytes() for image, file in zip(images, example.images)]
     assert augmented or not any(changed)
 

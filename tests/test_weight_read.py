@@ -227,7 +227,7 @@ def test_a_baseline_behind_attention_and_experts():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"^dropout: what a weight that is read multiplies"):
+    with pytest.raises(ValueError, match=r"^dropout: expected 0 where a model reads the weight"):
         Aurora.wrap(vlmo()[0], AuroraConfig(preset="vlmo"))
     with pytest.raises(ValueError, match=r"^targets: transformer.blocks.0.attn.qkv is not called"):
         UniAdapter.wrap(vlmo()[0], UniAdapterConfig(targets=(Target(r".*qkv", reads_weight=True),)))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -166,7 +165,7 @@ def clean_caption(text: str, words: int) -> str:
 
 
 def clean_question(text: str, words: int = 50) -> str:
-    """As they read questions: punctuation goes without leaving a space. "what's on the t.v.?" asks of a "tv?"."""
+    """As they read questions: punctuation leaves no space, so that "t.v." becomes "tv"."""
     return " ".join(PUNCTUATION.sub("", text.lower()).split()[:words])
 
 
@@ -178,31 +177,20 @@ def load_image(file: Path) -> Image.Image:
         raise ValueError(f"{file}: not a whole image: {error}") from None
 
 
-def random_view(image: Image.Image) -> Image.Image:
-    """A part of at least half of the area, in every second case mirrored."""
-    area, ratio, left, top, flip = torch.rand(5).tolist()
-    side, stretch = (0.5 + area / 2) ** 0.5, (4 / 3) ** (ratio - 0.5)
-    width, height = (round(size * min(1.0, side * by)) for size, by in zip(image.size, (stretch, 1 / stretch)))
-    x, y = round(left * (image.width - width)), round(top * (image.height - height))
-    image = image.crop((x, y, x + max(width, 1), y + max(height, 1)))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else image
-
-
 class Examples(Dataset):
     """(example, its images).
 
-    augment: what is done to every image; True: random_view
+    augment: what is done to every image; None: nothing
     draw: which of the example's images are read; None: all
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
-        augment: bool | Callable[[Image.Image], Image.Image] = False,
+        augment: Callable[[Image.Image], Image.Image] | None = None,
         draw: Callable[[Sequence[Path]], Sequence[Path]] | None = None,
     ):
-        self.examples, self.draw = examples, draw
-        self.view = random_view if augment is True else augment
+        self.examples, self.augment, self.draw = examples, augment, draw
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -210,7 +198,7 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> tuple[Example, list[Image.Image]]:
         files = self.examples[index].images
         images = [load_image(file) for file in (files if self.draw is None else self.draw(files))]
-        return self.examples[index], [self.view(image) for image in images] if self.view else images
+        return self.examples[index], [self.augment(image) for image in images] if self.augment else images
 
 
 def loader(args: Any, examples: Examples, collate: Callable, train: bool = False) -> DataLoader:

@@ -4,17 +4,20 @@
     text_to_image   text, found (the first images, each a list of files), right (files of the right one), rank (from 1)
     image_to_text   images, found (the first texts), right (all right texts), rank (from 1, of the first right one)
 
-Every line has the data set's own key of its question, caption or image, too. `python -m peft_kernels plots` reads it.
+Every line has the data set's own key of its question, caption or image, too. Ranks are those that recall counts.
+`python -m peft_kernels plots` reads it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common.data import Example
 from common.training import save_lines
+from peft_kernels.objectives import retrieval_ranks
 
 MOST = 10  # candidates of a query that are kept
 
@@ -49,23 +52,28 @@ def retrieval_rows(
     for column, example in enumerate(examples):
         owned.setdefault(places[example.owner], []).append(column)
     images = {row: list(examples[columns[0]].images) for row, columns in owned.items()}
+    positives = torch.tensor([places[example.owner] for example in examples])
+    of_images = retrieval_ranks(image_to_text, positives).image_to_text.tolist()
+    of_texts = retrieval_ranks(text_to_image, positives).text_to_image.tolist()
     for row, columns in sorted(owned.items()):
-        order = image_to_text[row].argsort(descending=True, stable=True).tolist()
         yield {
             "kind": "image_to_text",
             "key": examples[columns[0]].key,
             "images": images[row],
-            "found": [examples[column].text for column in order[:MOST]],
+            "found": [examples[column].text for column in best(image_to_text[row])],
             "right": [examples[column].text for column in columns],
-            "rank": 1 + min(order.index(column) for column in columns),
+            "rank": of_images[row],
         }
     for column, example in enumerate(examples):
-        order = text_to_image[:, column].argsort(descending=True, stable=True).tolist()
         yield {
             "kind": "text_to_image",
             "key": example.key,
             "text": example.text,
-            "found": [images[row] for row in order[:MOST]],
+            "found": [images[row] for row in best(text_to_image[:, column])],
             "right": images[places[example.owner]],
-            "rank": 1 + order.index(places[example.owner]),
+            "rank": of_texts[column],
         }
+
+
+def best(scores: Tensor) -> list[int]:
+    return scores.argsort(descending=True, stable=True)[:MOST].tolist()

@@ -5,13 +5,10 @@ sharpness always weaker (a factor of 0.64), posterising keeps a single bit, and 
 33 before what is brighter than 127 is inverted. Images are changed before they are resized.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import Dataset
-
-from common.data import Example
 
 STRENGTH, MOST, COUNT = 9, 30, 2
 Operation = Callable[[Image.Image, float], Image.Image]
@@ -63,17 +60,3 @@ def rand_augment(image: Image.Image) -> Image.Image:
     for number in torch.randint(len(names), (COUNT,)).tolist():
         image = OPERATIONS[names[number]][0](image, strength(names[number]))
     return image
-
-
-class Augmented(Dataset):
-    """The same examples, whose images change with every look."""
-
-    def __init__(self, examples: Dataset):
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tuple[Example, Sequence[Image.Image]]:
-        example, images = self.examples[index]
-        return example, [rand_augment(image) for image in images]

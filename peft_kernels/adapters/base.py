@@ -208,10 +208,10 @@ class Adapter(AdapterFiles):
     def remove(self) -> nn.Module:
         """Take the adapter off and give the model back: with merged weights if it is merged, and heads as trained."""
         self._check_on("remove")
-        for watch in self._watches:
-            watch.detach()
         if hooked := [name for name, layer in self.layers.items() if "_hf_hook" in vars(layer)]:
             raise ValueError(f"remove: {hooked[0]} has a hook of accelerate; {HOOKS_OFF}")
+        for watch in self._watches:
+            watch.detach()
         for name, parent, attribute, original in self._places:
             layer = self.layers[name]
             original.weight, original.bias = layer.base_weight, layer.base_bias

@@ -4,7 +4,7 @@ After equally many steps from the same start, over all adapted weights,
 
     error = ‖W_method − W_tuned‖ / ‖W_tuned − W_0‖
 
-1 for weights that have not moved, and for any that moved as far in a direction of their own √2.
+It is 1 for weights that have not moved, and √2 for weights that moved as far in an unrelated direction.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ APPROXIMATION: tuple[Method, ...] = (
 
 @dataclass
 class Watch:
-    """Called after every step: at some of them it keeps full tuning's weights, or tells how far others are from them.
+    """A job's watch: it keeps full tuning's weights, and tells how far other methods' are from them.
 
-    every: so many steps;  folder: of the weights, one for each seed;  evaluated: what the score is of
-    start: the weights that training begins with, by the names of their layers
+    every: the training calls it after so many steps;  folder: where the weights are kept, one for each seed
+    evaluated: the scenes to score;  start: the weights that training begins with, by the names of their layers
     """
 
     every: int

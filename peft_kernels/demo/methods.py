@@ -74,7 +74,7 @@ class Method:
 
 ZERO_SHOT = Method("zero-shot")
 FULL = Method("full tuning", FullTuning)
-# What MoIL's live weights are, too: the same steps on the same parameters, and so what its student can come to
+# MoIL's live weights take the same steps on the same parameters, so that this is what its student can reach
 ATTENTION = Method("attention tuning", FullTuning, attention=True)
 LORA = Method("LoRA", LoRA, {"rank": 8, "alpha": 16.0, "dropout": 0.05})
 UNIADAPTER = Method("UniAdapter", UniAdapter, {"rank": 16})

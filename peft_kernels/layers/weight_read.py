@@ -20,7 +20,7 @@ class WeightRead(AdaptedLinear):
 
     def __init__(self, *args, dropout_p: float = 0.0, **options):
         if dropout_p:
-            raise ValueError("dropout: what a weight that is read multiplies cannot be dropped; set 0")
+            raise ValueError("dropout: expected 0 where a model reads the weight itself: its input never comes here")
         super().__init__(*args, **options)
 
     @property
@@ -47,15 +47,15 @@ class WeightRead(AdaptedLinear):
 
 
 class LowRankWeight(WeightRead, LowRankLinear):
-    """LoRA's."""
+    """The `LowRankLinear` of a model that reads its weight."""
 
 
 class ModeWeight(WeightRead, ModeLinear):
-    """Aurora's."""
+    """The `ModeLinear` of a model that reads its weight."""
 
 
 class ImitationWeight(WeightRead, ImitationLinear):
-    """MoIL's: the live weight in training, the student's in evaluation."""
+    """The `ImitationLinear` likewise: it shows the live weight in training, the student's in evaluation."""
 
     def shown(self, name: str) -> Tensor | None:
         return self.taken(name)
