@@ -124,7 +124,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Scale) -> No
 
 
 def _drop(t: Tensor, dropout: Dropout, place: str) -> Tensor:
-    return t * dropout.rng * (1 / (1 - dropout.p)) if dropout.on == place else t
+    return _keep(dropout.rng, t).mul_(t).mul_(1 / (1 - dropout.p)) if dropout.on == place else t
 
 
 def _expand(z: Tensor, core: Tensor | None, dropout: Dropout) -> Tensor:
@@ -140,7 +140,12 @@ def _times_core(z: Tensor, core: Tensor) -> Tensor:
     out_blocks, in_blocks, rank = core.shape[:3]
     if core.dim() == 4:  # S[o, a] = Σ_ib K[o, i, a, b] z[i, b]
         return z @ core.permute(1, 3, 0, 2).reshape(in_blocks * rank, out_blocks * rank)
-    return (z.view(-1, 1, in_blocks, rank) * core).sum(2).view(-1, out_blocks * rank)
+    return _sum(z.view(-1, 1, in_blocks, rank) * core, 2).view(-1, out_blocks * rank)
+
+
+def _sum(t: Tensor, blocks: int) -> Tensor:
+    """Over a dimension that mostly has one block: a sum would copy it, at many times the cost of the product."""
+    return t.sum(blocks) if t.shape[blocks] > 1 else t.squeeze(blocks)
 
 
 def _through_core(z: Tensor, core: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ def _expand_bwd(
                 d_core = (d_expanded.t() @ z).view(out_blocks, rank, in_blocks, rank).transpose(1, 2)
         else:
             per_block = d_expanded.view(-1, out_blocks, 1, rank)
-            dz = (per_block * c).sum(1).view(-1, in_blocks * rank)
+            dz = _sum(per_block * c, 1).view(-1, in_blocks * rank)
             if needs_core:
                 d_core = (per_block * z.view(-1, 1, in_blocks, rank)).sum(0)
         d_core = d_core.to(core.dtype).contiguous() if needs_core else None
