@@ -115,6 +115,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     for folder in ("triton_kernels", "benchmarks"):
         wanted |= {f"peft_kernels/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == wanted
+    demo = {"search.json", *(f"pretrained/retrieval/{name}" for name in ("adapter_model.safetensors", "result.json"))}
+    assert demo <= {name.removeprefix("peft_kernels/demo/") for name in names}
     assert [name for name in names if name.endswith("licenses/LICENSE")]
     assert [name for name in names if name.endswith(".so")] == ([f"peft_kernels/_C{EXT_SUFFIX}"] if HAS_NVCC else [])
     assert not [name for name in names if name.endswith((".cu", ".cuh", ".o"))]

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ablation", choices=tuple(ABLATIONS), help="one paper's ablations, on retrieval")
     add("--approximation", action="store_true", help="how near LoRA's and MoIL's weights come to full tuning's")
     add("--search", action="store_true", help=f"search the learning rates, on validation data, for {COMMITTED.name}")
+    add("--pretrain", action="store_true", help="pre-train here, and do not take the model that is shipped")
     add("--resume", action="store_true", help="go on where the last run in this folder was stopped")
     add("--out", type=Path, default=Path("demo_out"), metavar="FOLDER")
     for name, default in _SIZES.items():
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.scenes,
             options.evaluated,
             options.out / COMMITTED.name if options.full and not options.search else COMMITTED,
+            options.pretrain,
             _Bars(progress),
         )
         try:

@@ -1,7 +1,7 @@
 """The experiment: pre-train once, adapt by every method and seed, read the test split once for each; search by another.
 
 Everything is kept in the output folder under runs/, one folder for each run, and read from there when it is asked for
-again.
+again. pretrained/ has the folder of one pre-training, by `--pretrain`, from which everybody's adaptations start.
 """
 
 import json
@@ -20,9 +20,9 @@ from peft_kernels.demo.approximation import POINTS, Watch, start_of
 from peft_kernels.demo.methods import FULL, MOIL, Method, fitting
 from peft_kernels.demo.models import TASKS
 from peft_kernels.demo.scenes import STORIES, Scenes, make_scenes
-from peft_kernels.demo.training import Job, Result, run
+from peft_kernels.demo.training import Job, Result, read_result, run
 
-COMMITTED = Path(__file__).with_name("search.json")
+COMMITTED, SHIPPED = (Path(__file__).with_name(name) for name in ("search.json", "pretrained"))
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ADAPTER_GRID = (1e-3, 3e-3, 1e-2, 3e-2)  # of MoIL's adapters
 PRETRAINING_LR, DEFAULT_LR, DEFAULT_ADAPTER_LR = 1e-3, 1e-3, 3e-3
@@ -33,6 +33,7 @@ class Settings:
     """out: where everything goes;  device, backend, rank: of all runs;  seeds: of the adaptations
     steps, pretraining_steps: of training;  scenes: to train on in the target domain;  evaluated: to validate or test on
     rates: the file of the learning-rate search that is used
+    pretrain: even what is shipped
     progress: called with a run's name, its step, the number of steps, a note, and whether it is done
     """
 
@@ -46,6 +47,7 @@ class Settings:
     scenes: int = 512
     evaluated: int = STORIES
     rates: Path = COMMITTED
+    pretrain: bool = False
     progress: Callable[[str, int, int, str, bool], None] = lambda name, step, steps, note, done: None
     bases: dict[str, tuple[nn.Module, Result]] = field(default_factory=dict, repr=False)  # what `pretrained` gave
 
@@ -58,6 +60,12 @@ class Settings:
         """Of a run."""
         return self.out / "runs" / "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in stem)
 
+    def shipped(self, task: str) -> Path | None:
+        """The folder of the task's pre-training in the package, if these settings would give the same."""
+        sizes = ("pretraining_steps", "scenes", "evaluated")
+        same = not self.pretrain and all(getattr(self, size) == getattr(Settings, size) for size in sizes)
+        return SHIPPED / task if same and (SHIPPED / task).is_dir() else None
+
     def run(self, name: str, stem: str, job: Job, evaluated: Scenes) -> Result:
         """name: for people;  stem: for the folder"""
         return run(job, evaluated, self.folder(stem), lambda step, *told: self.progress(name, step, job.steps, *told))
@@ -69,10 +77,15 @@ def pretrained(settings: Settings, task: str) -> tuple[nn.Module, Result]:
         return settings.bases[task]
     torch.manual_seed(0)
     model = TASKS[task].build().to(settings.device)
-    job = Job(FULL, TASKS[task], model, settings.data("pretraining", "source"), 0, PRETRAINING_LR, "fixed", 0)
-    job.steps, stem = settings.pretraining_steps, f"pretraining-{task}"
-    result = settings.run(f"pre-training, {task}", stem, job, settings.data("validation", "source"))
-    model = FullTuning.from_pretrained(model, settings.folder(stem)).remove().eval()
+    name, stem = f"pre-training, {task}", f"pretraining-{task}"
+    if folder := settings.shipped(task):
+        result = read_result(folder)
+        settings.progress(name, 0, 0, f"mean score {result.mean:.1f}, shipped with the package", True)
+    else:
+        folder, train = settings.folder(stem), settings.data("pretraining", "source")
+        job = Job(FULL, TASKS[task], model, train, 0, PRETRAINING_LR, "fixed", settings.pretraining_steps)
+        result = settings.run(name, stem, job, settings.data("validation", "source"))
+    model = FullTuning.from_pretrained(model, folder).remove().eval()
     settings.bases[task] = model, result
     return settings.bases[task]
 

@@ -13,6 +13,7 @@ from peft_kernels.demo.scenes import SIZE, Scenes, vocabulary
 logging.set_verbosity_error()
 WIDTH, LAYERS, HEADS = 64, 3, 4
 PATCH = 8  # a digit: with 4, pre-training takes twice as long to learn how digits stand to each other
+PAIRS = 800  # matched at once in an evaluation
 SHOWN, BEST = 4, 3  # captions, and images of each, that an evaluation shows
 
 
@@ -108,19 +109,16 @@ class Retrieval:
     @torch.no_grad()
     def scores(self, model: nn.Module, scenes: Scenes) -> Tensor:
         """(images, texts): nearest by contrast, the first 32 of each row and column ordered by matching."""
-        rows = torch.arange(scenes.count(), device=scenes.images.device)
         states, image = self._image(model, scenes.images)
         similarity = image @ self._text(model, scenes)[1].t()
         score = similarity - 10  # below every matching score, which are log-odds
         count = min(self.candidates, scenes.count())
-        for pairs in (similarity, similarity.t()):
-            best = pairs.topk(count, dim=1).indices
-            for start in range(0, scenes.count(), 25):
-                first = rows[start : start + 25].repeat_interleave(count)
-                second = best[start : start + 25].flatten()
-                images, texts = (first, second) if pairs is similarity else (second, first)
-                odds = model.itm_head(self._fused(model, scenes.take(texts), states[images]))
-                score[images, texts] = odds.log_softmax(-1)[:, 1] + similarity[images, texts]
+        nearest = torch.zeros_like(score, dtype=torch.bool)
+        for dim in (0, 1):
+            nearest.scatter_(dim, similarity.topk(count, dim).indices, True)
+        for images, texts in zip(*(which.split(PAIRS) for which in nearest.nonzero(as_tuple=True))):
+            odds = model.itm_head(self._fused(model, scenes.take(texts), states[images]))
+            score[images, texts] = odds.log_softmax(-1)[:, 1] + similarity[images, texts]
         return score
 
     def evaluate(self, model: nn.Module, scenes: Scenes) -> Evaluation:

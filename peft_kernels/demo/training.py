@@ -102,7 +102,7 @@ def run(job: Job, evaluated: Scenes, folder: Path, progress: Report = lambda ste
     Raises FloatingPointError where the loss is not finite.
     """
     if (folder / RESULT_FILE).exists():
-        result = Result(**json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
+        result = read_result(folder)
         progress(job.steps, f"mean score {result.mean:.1f}, from an earlier call", True)
         return result
     torch.manual_seed(job.seed)
@@ -127,9 +127,14 @@ def run(job: Job, evaluated: Scenes, folder: Path, progress: Report = lambda ste
     return result
 
 
+def read_result(folder: Path) -> Result:
+    """Of a run that is done."""
+    return Result(**json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
+
+
 def _train(job: Job, model: nn.Module, adapter: Adapter, result: Result, checkpoint: Path, progress: Report) -> None:
     own = {"adapter_lr": job.adapter_lr, "adapter_eps": _EPS} if isinstance(adapter, MoIL) else {}
-    optimizer = torch.optim.AdamW(adapter.param_groups(job.lr, weight_decay=WEIGHT_DECAY, **own))
+    optimizer = torch.optim.AdamW(adapter.param_groups(job.lr, weight_decay=WEIGHT_DECAY, **own), fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     record: dict[str, Any] = {"step": 0, "losses": [], "errors": [], "seconds": [], "watched": []}
     if job.watch is not None:
