@@ -6,6 +6,8 @@ from .markdown import NOTHING, filled, number
 from .steps_methods import METHODS, MODES, RIVALS
 from .steps_models import MODELS
 
+TURNS = 'The base took turns with every method: shown is its time beside the first, "vs base" is by that beside each.'
+
 
 def steps_table(run: dict) -> str:
     """Every step that was measured, and below what is absent and why; "" for a run without steps."""
@@ -33,7 +35,8 @@ def inference_table(run: dict) -> str:
         graph = None if r["batch_graph_ms"] is None else 1e3 * r["batch"] / r["batch_graph_ms"]
         cells += [f"{r['examples_per_s']:.1f}", _times(r["batch_vs_base"]), number(graph, 1)]
         rows.append([*cells, number(r["stored_bytes"], 0, 1e3)])
-    return "\n\n".join(filter(None, (filled(heads, rows), _absent(run.get("absent_inference", ())))))
+    absent = _absent(run.get("absent_inference", ()))
+    return "\n\n".join(filter(None, (filled(heads, rows), TURNS if rows else "", absent)))
 
 
 def _title(record: dict) -> str:

@@ -48,6 +48,7 @@ def test_dry(tmp_path, capsys):
     timed = {row["provider"] for case in speed["cases"] for row in case["results"]}
     assert profiled == timed and {"frozen linear", "PEFT", "ours, triton passes", "ours, triton fused"} <= timed
     assert [step["model"] for step in speed["steps"]] == ["vilt"]
+    assert [record["state"] for record in tuning["inference"]] == ["base", "unmerged", "merged"]
 
     assert {record["op"] for record in tuning["search"]} == {"lowrank_linear"}
     compared = [record for record in tuning["variants"] if "ratio" in record]

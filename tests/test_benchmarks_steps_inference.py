@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from peft_kernels.adapters import LoRA
-from peft_kernels.benchmarks import measured, results, steps, steps_inference, steps_methods, timing
+from peft_kernels.benchmarks import measured, results, steps, steps_inference, steps_methods, steps_table, timing
 from peft_kernels.benchmarks.cases import WrongResult
 from peft_kernels.benchmarks.steps_inference import BASE, MERGED, UNMERGED
 from peft_kernels.benchmarks.steps_methods import AURORA, FULL, LORA, MOIL, PEFT
@@ -41,7 +41,8 @@ def test_run_has_the_base_once_and_both_states_of_every_method(run):
 
 
 def test_table(run):
-    lines = steps.inference_table(run).splitlines()
+    *lines, _, told = steps.inference_table(run).splitlines()
+    assert told == steps_table.TURNS
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0] == ["model", "dtype", "method", "state", "ms", "±", "vs base", "batch", "examples/s",
                        "vs base of batch", "stored kB"]  # fmt: skip

@@ -4,7 +4,7 @@
 
     truth    what the machine has; every kernel against float64; the operations' tests; the sanitizer
     speed    every kernel by a profiler; operations and whole training steps against their peers; hardware counters
-    tuning   tiles, prepared variants, peers that compile
+    tuning   tiles, prepared variants, peers that compile; what adapted and merged models cost to run
 
 Each is whole alone and takes at most nine minutes; its steps come in order of their worth, and one that ends early
 leaves its time to those after it. What is found goes into FOLDER's result file of the run at once; a step that a file
@@ -113,6 +113,7 @@ def one(step: Any, run: Run) -> tuple[bool, str]:
 
 
 LISTS = ("numerics", "profile", "cases", "steps", "absent_steps", "search", "variants", "foreign")
+LISTS += ("inference", "absent_inference")
 
 
 if __name__ == "__main__":

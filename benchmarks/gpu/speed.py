@@ -84,22 +84,35 @@ def _microseconds(row: dict) -> str:
 
 def steps(run: Run) -> Told:
     """Training steps of BLIP-base and ViLT-B: in a CUDA graph first, then eager."""
-    if importlib.util.find_spec("transformers") is None:
-        raise NotHere("no transformers, which has the models")
     modes = ("eager",) if run.dry else ("graph", "eager")
-    small = ("--size", "tiny", "--rounds", 1, "--model", "vilt", "--method", "our LoRA") if run.dry else ()
-    file = run.out / "steps.json"  # beside the results: a run that is killed leaves it there
-    command = (*PYTHON, "peft_kernels.benchmarks.steps", "--save", file, "--device", run.device, "--mode", *modes)
-    status, text = run.call((*command, "--seconds", max(1, int(run.left)), *small))
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        run.content |= {key: found.get(key, []) for key in ("steps", "absent_steps")}
-        run.save()
-        file.unlink()
+    status, why = of_models(run, ("steps", "absent_steps"), "--mode", *modes, "--seconds", max(1, int(run.left)))
     done = run.content["steps"]
-    why = f": {text.strip().splitlines()[-1]}" if status == 1 and text.strip() else ""
     lines = [f"  {s['title']}, {s['mode']}, {s['method']}: {s['ms']:.1f} ms" for s in done]
     return status == 0 and bool(done), "\n".join([f"{len(done)} steps measured{cut(status)}{why}", *lines])
+
+
+def inference(run: Run) -> Told:
+    """The same models, adapted, merged and without an adapter."""
+    status, why = of_models(run, ("inference", "absent_inference"), "--inference")
+    done = run.content["inference"]
+    lines = [f"  {s['title']}, {s['method'] or 'none'}, {s['state']}: {s['ms']:.1f} ms" for s in done]
+    return status == 0 and bool(done), "\n".join([f"{len(done)} states measured{cut(status)}{why}", *lines])
+
+
+def of_models(run: Run, keys: Sequence[str], *options: object) -> tuple[int | None, str]:
+    """steps.py in a process of its own, whose sections `keys` become the run's; its status, and why it failed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise NotHere("no transformers, which has the models")
+    small = ("--size", "tiny", "--rounds", 1, "--model", "vilt", "--method", "our LoRA") if run.dry else ()
+    file = run.out / "steps.json"  # beside the results: a run that is killed leaves it there
+    command = (*PYTHON, "peft_kernels.benchmarks.steps", "--save", file, "--device", run.device, *options, *small)
+    status, text = run.call(command)
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        run.content |= {key: found.get(key, []) for key in keys}
+        run.save()
+        file.unlink()
+    return status, f": {text.strip().splitlines()[-1]}" if status == 1 and text.strip() else ""
 
 
 # ---- counters -------------------------------------------------------------------------------------------------------

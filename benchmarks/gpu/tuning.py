@@ -1,10 +1,10 @@
-"""The third run: what could be faster. Tiles, prepared variants, and the peers that take long to compile."""
+"""The third run: what could be faster. Tiles, prepared variants, peers that take long to compile; then inference."""
 
 import importlib.util
 from collections.abc import Sequence
 
 from .process import Run, cut
-from .speed import by_operation, dtype, told_by_cases
+from .speed import by_operation, dtype, inference, told_by_cases
 from .truth import Told
 from .work import SHAPES
 
@@ -67,4 +67,5 @@ STEPS = (
     ("tiles", tiles, 180, ("search",)),
     ("variants", variants, 60, ("variants",)),
     ("peers", peers, 220, ("cases", "foreign")),
+    ("inference", inference, 60, ("inference", "absent_inference")),
 )
