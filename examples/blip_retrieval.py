@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     return training.fit(
         args,
         adapter,
-        loader(args, Examples(train, batches.view(args)), batches, train=True),
+        loader(args, Examples(train, batches.augment(args)), batches, train=True),
         loss,
         evaluate,
         groups=blip.groups(args, adapter),

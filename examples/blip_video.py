@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     adapter = blip.wrap(args, model)
     if args.evaluate is not None:
         return training.report(args, model, evaluate)
-    shuffled = loader(args, Examples(train, batches.view(args), draw), batches, train=True)
+    shuffled = loader(args, Examples(train, batches.augment(args), draw), batches, train=True)
     groups = blip.groups(args, adapter)
     if args.task == "qa":
         return training.fit(args, adapter, shuffled, task.loss, evaluate, groups=groups)

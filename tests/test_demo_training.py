@@ -101,6 +101,22 @@ def test_names_of_methods():
         by_name(["lora", "lara"], METHODS)
 
 
+def test_pairs_that_are_near_either_way_are_matched(monkeypatch):
+    monkeypatch.setattr(models, "PAIRS", 5)  # at a time, of 24
+    torch.manual_seed(0)
+    task, model, scenes = models.Retrieval(), models.build_blip().eval(), experiment.make_scenes("target", "test", 7)
+    with torch.no_grad():
+        states, image = task._image(model, scenes.images)
+        similarity = image @ task._text(model, scenes)[1].t()
+        near = [similarity >= similarity.topk(task.candidates, dim).values.amin(dim, keepdim=True) for dim in (0, 1)]
+        expected = similarity - 10
+        for i, j in (near[0] | near[1]).nonzero():
+            odds = model.itm_head(task._fused(model, scenes.take(j[None]), states[i][None]))
+            expected[i, j] += 10 + odds.log_softmax(-1)[0, 1]
+    assert (near[0] != near[1]).any() and not (near[0] | near[1]).all()
+    torch.testing.assert_close(task.scores(model, scenes), expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 

@@ -81,10 +81,10 @@ def test_defaults_are_the_releases(files, name, tmp_path, monkeypatch):
     assert {(group["lr"], group["weight_decay"]) for group in seen["groups"]} == {(args["lr"], 0.05)}
     assert config["released"] and seen["batches"].drop_last
     # what the options do not say: how texts are cleaned, what is done to images, and to the loss
-    clean, view = seen["batches"].collate_fn.clean, seen["batches"].dataset.augment
+    clean, augment = seen["batches"].collate_fn.clean, seen["batches"].dataset.augment
     assert clean("a.b" + " c" * 60).split()[0] == TEXTS[name][0]
     assert len(clean("a" + " c" * 60).split()) == TEXTS[name][1]
-    assert (type(view).__name__, getattr(view, "side", None)) == (
+    assert (type(augment).__name__, getattr(augment, "side", None)) == (
         ("Augment", example_data.SIZE) if args["augment"] else ("NoneType", None)
     )
     if "qa" in name:

@@ -85,22 +85,16 @@ def _microseconds(row: dict) -> str:
 def steps(run: Run) -> Told:
     """Training steps of BLIP-base and ViLT-B: in a CUDA graph first, then eager."""
     modes = ("eager",) if run.dry else ("graph", "eager")
-    status, why = of_models(run, ("steps", "absent_steps"), "--mode", *modes, "--seconds", max(1, int(run.left)))
-    done = run.content["steps"]
-    lines = [f"  {s['title']}, {s['mode']}, {s['method']}: {s['ms']:.1f} ms" for s in done]
-    return status == 0 and bool(done), "\n".join([f"{len(done)} steps measured{cut(status)}{why}", *lines])
+    return of_models(run, "steps", ("mode", "method"), "--mode", *modes, "--seconds", max(1, int(run.left)))
 
 
 def inference(run: Run) -> Told:
-    """The same models, adapted, merged and without an adapter."""
-    status, why = of_models(run, ("inference", "absent_inference"), "--inference")
-    done = run.content["inference"]
-    lines = [f"  {s['title']}, {s['method'] or 'none'}, {s['state']}: {s['ms']:.1f} ms" for s in done]
-    return status == 0 and bool(done), "\n".join([f"{len(done)} states measured{cut(status)}{why}", *lines])
+    """The same models without an adapter, with one, and merged."""
+    return of_models(run, "inference", ("method", "state"), "--inference")
 
 
-def of_models(run: Run, keys: Sequence[str], *options: object) -> tuple[int | None, str]:
-    """steps.py in a process of its own, whose sections `keys` become the run's; its status, and why it failed."""
+def of_models(run: Run, key: str, names: Sequence[str], *options: object) -> Told:
+    """steps.py in a process of its own; its section `key`, of which every record is told by `names` and its time."""
     if importlib.util.find_spec("transformers") is None:
         raise NotHere("no transformers, which has the models")
     small = ("--size", "tiny", "--rounds", 1, "--model", "vilt", "--method", "our LoRA") if run.dry else ()
@@ -109,10 +103,13 @@ def of_models(run: Run, keys: Sequence[str], *options: object) -> tuple[int | No
     status, text = run.call(command)
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        run.content |= {key: found.get(key, []) for key in keys}
+        run.content |= {each: found.get(each, []) for each in (key, f"absent_{key}")}
         run.save()
         file.unlink()
-    return status, f": {text.strip().splitlines()[-1]}" if status == 1 and text.strip() else ""
+    done = run.content[key]
+    why = f": {text.strip().splitlines()[-1]}" if status == 1 and text.strip() else ""
+    lines = [f"  {', '.join(r[n] or 'none' for n in ('title', *names))}: {r['ms']:.1f} ms" for r in done]
+    return status == 0 and bool(done), "\n".join([f"{len(done)} measured{cut(status)}{why}", *lines])
 
 
 # ---- counters -------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ class Batches:
         self.side = size or processor.image_processor.size["height"]
         self.options = {"size": {"height": self.side, "width": self.side}, "do_normalize": normalize}
 
-    def view(self, args: argparse.Namespace) -> Augment | None:
+    def augment(self, args: argparse.Namespace) -> Augment | None:
         """What --augment does to training images."""
         return Augment(self.side) if args.augment else None
 

@@ -1,7 +1,7 @@
 """The experiment: pre-train once, adapt by every method and seed, read the test split once for each; search by another.
 
 Everything is kept in the output folder under runs/, one folder for each run, and read from there when it is asked for
-again. pretrained/ has the folder of one pre-training, by `--pretrain`, from which everybody's adaptations start.
+again. pretrained/, beside this file, has the folder of one pre-training: everybody's adaptations start from that.
 """
 
 import json
@@ -33,7 +33,7 @@ class Settings:
     """out: where everything goes;  device, backend, rank: of all runs;  seeds: of the adaptations
     steps, pretraining_steps: of training;  scenes: to train on in the target domain;  evaluated: to validate or test on
     rates: the file of the learning-rate search that is used
-    pretrain: even what is shipped
+    pretrain: train the start, even if one is shipped
     progress: called with a run's name, its step, the number of steps, a note, and whether it is done
     """
 
@@ -57,7 +57,7 @@ class Settings:
         return make_scenes(domain, split, count, distinct=split in ("validation", "test")).to(self.device)
 
     def folder(self, stem: str) -> Path:
-        """Of a run."""
+        """Where a run is kept."""
         return self.out / "runs" / "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in stem)
 
     def shipped(self, task: str) -> Path | None:

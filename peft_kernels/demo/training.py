@@ -128,7 +128,7 @@ def run(job: Job, evaluated: Scenes, folder: Path, progress: Report = lambda ste
 
 
 def read_result(folder: Path) -> Result:
-    """Of a run that is done."""
+    """What `run` has left in the folder at its end."""
     return Result(**json.loads((folder / RESULT_FILE).read_text(encoding="utf-8")))
 
 
