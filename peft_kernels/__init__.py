@@ -31,6 +31,7 @@ from peft_kernels.ops.batched_lowrank_linear import (
 )
 from peft_kernels.ops.gated_query import gated_query
 from peft_kernels.ops.lowrank_linear import lowrank_hidden, lowrank_linear
+from peft_kernels.ops.lowrank_projections import lowrank_projections
 from peft_kernels.ops.reconstruct import reconstruct, reconstruct_stack
 from peft_kernels.ops.weight_distance import momentum_weight_distance, weight_distance
 
@@ -66,6 +67,7 @@ __all__ = [
     "imitation_step",
     "lowrank_hidden",
     "lowrank_linear",
+    "lowrank_projections",
     "momentum_weight_distance",
     "reconstruct",
     "reconstruct_stack",

@@ -22,6 +22,7 @@ _SCHEMA = {
     Tensor | None: "Tensor?",
     Scale: "Tensor",  # a changed number would be another graph, a changed tensor is not
     list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
     bool: "bool",
     tuple[bool, ...]: "bool[]",
     int: "SymInt",

@@ -22,6 +22,7 @@ class Case(NamedTuple):
     blocks: tuple[int, int] = (1, 1)  # O, I
     shape: tuple[int, int] = (1, 1)  # rows and columns of what is computed, or of one block
     live: torch.dtype | None = None  # the dtype of weights that a teacher follows
+    projections: int = 1  # J
 
 
 # ---- low-rank updates (docs/method.md, section 1) -------------------------------------------------------------------
@@ -65,6 +66,27 @@ class Needs(NamedTuple):
     up: bool = False
     core: bool = False
     z: bool = False
+
+
+MOST_PROJECTIONS = 4  # of one tensor in one call of kernels, which take a pointer to each; csrc is compiled with it
+
+
+class Projections(NamedTuple):
+    """The updates s_j · B_j A_j of J weights that read one tensor, of one rank; A and B in x's dtype or float32."""
+
+    downs: list[Tensor]  # A_j (R, K): J of them, or one that all share
+    ups: list[Tensor]  # B_j (N_j, R)
+    scales: list[Tensor]  # s_j, 0-d, in float32 on kernel backends
+    z: Tensor | None = None  # x A_jᵀ side by side (M, J·R), or one (M, R) for all: what the forward returned
+
+    @property
+    def rank(self) -> int:
+        return self.ups[0].shape[1]
+
+    @property
+    def widths(self) -> list[int]:
+        """N_j"""
+        return [up.shape[0] for up in self.ups]
 
 
 class AdapterSegments(NamedTuple):

@@ -68,11 +68,11 @@ def gradients(run, kind, adapter, batch):
 
 def eager_gradients(model, kind, adapter, batch):
     """With the masks that a compiled call draws."""
-    with mock.patch.object(lowrank_linear, "_draw", drawn_as_compiled):
+    with mock.patch.object(lowrank_linear, "draw", drawn_as_compiled):
         return gradients(model, kind, adapter, batch)
 
 
-def drawn_as_compiled(*arguments, draw=lowrank_linear._draw):
+def drawn_as_compiled(*arguments, draw=lowrank_linear.draw):
     with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
         return draw(*arguments)
 

@@ -29,7 +29,7 @@ ORDER = (
     ("autocast", "backend"),
     ("fastest", "kinds", "looks", "transforms"),
     BACKENDS,
-    ("tables",),
+    ("tables", "frozen_products"),
     ("records", "devices"),
     ("_C",),
 )

@@ -165,18 +165,21 @@ class _LowRankHidden(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.x_shape), d_down, None, None
 
 
-def _draw(x: Tensor, backend: str, dropout_p: float, mask_columns: int) -> Tensor:
-    """This call's randomness, from torch's generator: a keep-mask (rows, columns) for torch, or (seed, offset)."""
+def draw(x: Tensor, backend: str, dropout_p: float, mask_columns: int, *calls: int) -> Tensor:
+    """This call's randomness, from torch's generator: a keep-mask (rows, columns) for torch, or (seed, offset).
+
+    calls: their number, where one stands for several; it is the first dimension, and each draws as if it were alone
+    """
     if backend == "torch":
         rows = x.numel() // x.shape[-1]
         if torch.compiler.is_compiling():  # Dynamo cannot trace random_
-            return torch.empty(rows, mask_columns, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+            return torch.empty(*calls, rows, mask_columns, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
         # Four elements from each 64-bit word, as in the kernels; bernoulli_ takes a CPU about 3 times as long
         size = rows * mask_columns
-        words = torch.empty(-(-size // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        bits = words.view(torch.int16)[:size].view(rows, mask_columns)
+        words = torch.empty(*calls, -(-size // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        bits = words.view(torch.int16)[..., :size].view(*calls, rows, mask_columns)
         return bits >= min(round(dropout_p * 65536), 65535) - 32768
-    return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)
+    return torch.randint(2**62, (*calls, 2), dtype=torch.int64, device=x.device)
 
 
 def lowrank_linear(
@@ -250,7 +253,7 @@ def lowrank_linear(
         return composed(launchers.lowrank_linear_composed, x, weight, bias, factors, float(dropout_p), on)
     dropout = KEEP_ALL
     if plan.drops:
-        dropout = tuple.__new__(Dropout, (_draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on))
+        dropout = tuple.__new__(Dropout, (draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on))
     apply = _LowRankLinear.apply if plan.memo is None else _apply
     down = down if hidden is None else down.detach()
     return apply(x, weight, bias, down, up, core, scale, hidden, dropout, plan)

@@ -19,7 +19,7 @@ def lowrank_linear_fwd(
     """-> y (M, N), z (M, I·R); z is None when factors.z was given."""
     down, up, core, scale, z = factors
     if z is None and dropout.on == "input":
-        dropped = _keep(dropout.rng, x).mul_(x)
+        dropped = keep_numbers(dropout.rng, x).mul_(x)
         z = lowrank_hidden_fwd(dropped, down, _blocks(x, down)).mul_(1 / (1 - dropout.p))
     elif z is None:
         z = lowrank_hidden_fwd(x, down, _blocks(x, down))
@@ -51,7 +51,7 @@ def lowrank_linear_bwd(
             dz.mul_(1 / (1 - dropout.p))
         if needs.z:
             d_z = dz
-        keep = _keep(dropout.rng, dy) if on_input else None
+        keep = keep_numbers(dropout.rng, dy) if on_input else None
         if needs.down:
             x = x * keep if on_input else x
             d_down = _d_down(dz, x, down)
@@ -105,7 +105,7 @@ def _dx(dz: Tensor, down: Tensor, out: Tensor | None = None) -> Tensor:
     return dx.view(dz.shape[0], dz.shape[1] // down.shape[0] * down.shape[1])
 
 
-def _keep(rng: Tensor, like: Tensor) -> Tensor:
+def keep_numbers(rng: Tensor, like: Tensor) -> Tensor:
     """The mask as numbers: a CPU converts bytes faster than booleans, and anew for every mixed product."""
     if torch.compiler.is_compiling():  # Inductor casts booleans while it loads them, and views of them not everywhere
         return rng.to(like.dtype)
@@ -124,7 +124,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: Scale) -> No
 
 
 def _drop(t: Tensor, dropout: Dropout, place: str) -> Tensor:
-    return _keep(dropout.rng, t).mul_(t).mul_(1 / (1 - dropout.p)) if dropout.on == place else t
+    return keep_numbers(dropout.rng, t).mul_(t).mul_(1 / (1 - dropout.p)) if dropout.on == place else t
 
 
 def _expand(z: Tensor, core: Tensor | None, dropout: Dropout) -> Tensor:

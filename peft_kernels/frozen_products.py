@@ -1,0 +1,59 @@
+"""The products of several frozen weights with one tensor, which every backend of `lowrank_projections` adds to its own.
+
+Weights may lie one after another in one memory, where a layer has stacked them: then one product takes them all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights (N_j, K) as one (ΣN_j, K) where that is their memory already; None elsewhere, and in graphs."""
+    first = weights[0]
+    if len(weights) == 1 or torch.compiler.is_compiling() or not first.is_contiguous():
+        return None
+    place, rows = first.data_ptr(), 0
+    for weight in weights:
+        if weight.data_ptr() != place or not weight.is_contiguous():
+            return None
+        place += weight.numel() * weight.element_size()
+        rows += weight.shape[0]
+    if place - first.data_ptr() > first.untyped_storage().nbytes() - first.storage_offset() * first.element_size():
+        return None  # neighbours by chance, in memory of their own
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+def empty_outputs(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    """-> y (M, ΣN_j) if the weights lie together, and y_j (M, N_j): its columns, or memory of their own.
+
+    The columns are no views to autograd, which forbids to write into several views that one function returns.
+    """
+    widths = [weight.shape[0] for weight in weights]
+    if stacked(weights) is None:
+        return None, [x.new_empty(x.shape[0], width) for width in widths]
+    y, first, columns = x.new_empty(x.shape[0], sum(widths)), 0, []
+    for width in widths:
+        column = y.new_empty(0).set_(y.untyped_storage(), first, (x.shape[0], width), y.stride())
+        columns.append(column)
+        first += width
+    return y, columns
+
+
+def add_frozen(outputs: tuple[Tensor | None, list[Tensor]], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """-> y_j + x W_jᵀ in the memory of y_j, in one product where all lie together.  outputs: from `empty_outputs`"""
+    y, ys = outputs
+    if y is not None:
+        y.addmm_(x, stacked(weights).t())
+        return ys
+    for each, weight in zip(ys, weights):
+        each.addmm_(x, weight.t())
+    return ys
+
+
+def add_frozen_bwd(dx: Tensor | None, dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """dx + Σ_j dy_j W_j, in dx's memory if there is one."""
+    for dy, weight in zip(dys, weights):
+        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    return dx
