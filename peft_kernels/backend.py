@@ -136,7 +136,8 @@ def status() -> dict[str, str | None]:
 
 
 def explain(model: nn.Module) -> dict[str, Choice]:
-    """For every adapter layer of `model`, by module name: the backend its next forward will take, and the reason.
+    """For every adapter layer of `model`, by module name: the backend its next forward will take, and the reason, with
+    the layers that it runs with as one call, or why it runs by itself.
 
     "none" with the reason where the forward will raise, since a backend asked for by name cannot run.
     Raises TypeError for what is no nn.Module.
@@ -147,10 +148,16 @@ def explain(model: nn.Module) -> dict[str, Choice]:
     for name, module in model.named_modules():
         if callable(getattr(module, "backend_choice", None)):
             try:
-                choices[name] = module.backend_choice()
+                choices[name] = _with_group(module, module.backend_choice())
             except BackendUnavailableError as error:
                 choices[name] = Choice("none", str(error))
     return choices
+
+
+def _with_group(module: nn.Module, choice: Choice) -> Choice:
+    group, alone = getattr(module, "group", None), getattr(module, "why_alone", "")
+    told = alone if group is None else group[0].explain(group[1])
+    return choice._replace(reason=f"{choice.reason}; {told}") if told else choice
 
 
 def _checked_name(name: str, argument: str) -> str:

@@ -74,10 +74,10 @@ MOST_PROJECTIONS = 4  # of one tensor in one call of kernels, which take a point
 class Projections(NamedTuple):
     """The updates s_j · B_j A_j of J weights that read one tensor, of one rank; A and B in x's dtype or float32."""
 
-    downs: list[Tensor]  # A_j (R, K): J of them, or one that all share
+    downs: list[Tensor]  # A_j (R, K): J of them, or one that all share, or none where z comes from elsewhere
     ups: list[Tensor]  # B_j (N_j, R)
     scales: list[Tensor]  # s_j, 0-d, in float32 on kernel backends
-    z: Tensor | None = None  # x A_jᵀ side by side (M, J·R), or one (M, R) for all: what the forward returned
+    z: Tensor | None = None  # x A_jᵀ side by side (M, J·R), or one (M, R) for all
 
     @property
     def rank(self) -> int:
@@ -87,6 +87,15 @@ class Projections(NamedTuple):
     def widths(self) -> list[int]:
         """N_j"""
         return [up.shape[0] for up in self.ups]
+
+
+class ProjectionNeeds(NamedTuple):
+    """Which gradients the backward of projections computes; down and up: of all A_j, of all B_j."""
+
+    x: bool = False
+    down: bool = False
+    up: bool = False
+    z: bool = False
 
 
 class AdapterSegments(NamedTuple):

@@ -49,6 +49,7 @@ WRONG = {
     "rslora": FLAG,
     "ffn": FLAG,
     "released": FLAG,
+    "group": FLAG,
     "rank_pattern": [*PATTERN, {"query": 0}, {"query": 2.5}],
     "alpha_pattern": [*PATTERN, {"query": float("nan")}],
     "scale_pattern": [*PATTERN, {"query": float("inf")}],

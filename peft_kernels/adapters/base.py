@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_kernels.adapters.called import watch_calls
 from peft_kernels.adapters.config import AdapterConfig
+from peft_kernels.adapters.groups import form_groups
 from peft_kernels.adapters.heads import find_heads, warn_of_frozen_heads
 from peft_kernels.adapters.model_checks import check_not_offloaded, check_tensors
 from peft_kernels.adapters.state_files import AdapterFiles, Parts
@@ -75,9 +76,14 @@ class Adapter(AdapterFiles):
         matches = cls.find(model, config)
         check_not_offloaded("model", model, {f"{match.name}.weight": match.linear.weight for match in matches})
         adapter = cls(model, config, cls.build(model, config, matches, None))
+        adapter._form_groups(matches)
         if config.modules_to_save is None:
             warn_of_frozen_heads(model)
         return adapter
+
+    def _form_groups(self, matches: Sequence[Match]) -> None:
+        there = [match for match in matches if match.name in self.layers]
+        form_groups(((match.name, self.layers[match.name], match.target) for match in there), self.config.group)
 
     @classmethod
     def find(cls, model: nn.Module, config: AdapterConfig) -> list[Match]:

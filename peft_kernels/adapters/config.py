@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.backend import BACKENDS
-from peft_kernels.checks import check_choice, check_finite
+from peft_kernels.checks import check_choice, check_finite, check_flag
 from peft_kernels.presets import PRESETS, Target
 
 ADAPTER_DTYPES = (None, "float32", "float16", "bfloat16", "float64")
@@ -27,6 +27,7 @@ class AdapterConfig:
     modules_to_save: heads that train whole, by module or parameter name; None: the preset's; []: none
     adapter_dtype: None (the weight's; under half precision float32 masters, as in peft) | "float32" | "bfloat16" | …
     backend: "auto" | "cuda" | "triton" | "torch"
+    group: do layers that read one tensor, as q, k and v do, run as one call?
     """
 
     needs_targets: ClassVar[bool] = True
@@ -36,12 +37,14 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] | None = None
     adapter_dtype: str | None = None
     backend: str = "auto"
+    group: bool = True
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         check_choice("preset", self.preset, (None, *PRESETS))
         check_choice("backend", self.backend, ("auto", *BACKENDS))
+        check_flag("group", self.group)
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         if not (isinstance(self.targets, str) and self.targets):
             object.__setattr__(self, "targets", _names("targets", self.targets, (str, Target)))

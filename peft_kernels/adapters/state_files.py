@@ -82,7 +82,7 @@ class AdapterFiles(ABC):
         state = {name: tensor for name, tensor in self.state_dict().items() if self._is_saved(name)}
         frozen = {name: layer.frozen()[0] for name, layer in self.layers.items()}
         config = {"method": self.method, **self.config.to_dict(), "fingerprint": fingerprint(frozen)}
-        del config["backend"]  # is of the machine
+        del config["backend"], config["group"]  # how it runs, not what it is
         write_checkpoint(folder, config, state)
 
     @classmethod
@@ -91,18 +91,23 @@ class AdapterFiles(ABC):
 
     @classmethod
     def from_pretrained(
-        cls: type[Self], model: nn.Module, folder: str | os.PathLike, check_base: bool = True, backend: str = "auto"
+        cls: type[Self],
+        model: nn.Module,
+        folder: str | os.PathLike,
+        check_base: bool = True,
+        backend: str = "auto",
+        group: bool = True,
     ) -> Self:
         """Adapt `model` as a folder written by `save_pretrained` says, with its values.
 
         check_base: compare the model's weights with the ones that the adapter was trained on
-        backend: as in the configuration, of which it is the one part that no file holds
+        backend, group: as in the configuration, whose files leave them out
         Raises FileNotFoundError, ValueError or TypeError, naming the file and what is wrong in it; the model is
         unchanged then.
         """
         cls._check(model, None)
         checkpoint = Checkpoint(folder)
-        path, values = Path(folder) / CONFIG_FILE, {**checkpoint.config, "backend": backend}
+        path, values = Path(folder) / CONFIG_FILE, {**checkpoint.config, "backend": backend, "group": group}
         method, saved = values.pop("method", None), values.pop("fingerprint", {})
         if method != cls.method:
             kind = "a PEFT checkpoint (LoRA.from_peft reads it)" if "peft_type" in values else f"of method {method!r}"
@@ -134,6 +139,7 @@ class AdapterFiles(ABC):
         state = {**parts.state(), **{name: named[name] for name in heads}}
         values = checkpoint.tensors({name: tensor for name, tensor in state.items() if cls._is_saved(name)})
         adapter = cls(model, config, cls.build(model, config, matches, None))
+        adapter._form_groups(matches)
         adapter.load_state_dict({**adapter.state_dict(), **values})
         return adapter
 

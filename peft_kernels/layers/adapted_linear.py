@@ -1,5 +1,7 @@
 """What every adapter's layer is: an nn.Linear in another's place, with a low-rank update that merges and unmerges."""
 
+from types import EllipsisType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from peft_kernels import kinds
 from peft_kernels.backend import BACKENDS, Choice, resolve
 from peft_kernels.checks import DTYPES, check_choice, check_dense, check_probability, check_scale
+from peft_kernels.layers.group import LinearGroup, Projection
 from peft_kernels.ops.lowrank_linear import DESIGNS, DROPOUT_PLACES, lowrank_linear
 from peft_kernels.ops.reconstruct import reconstruct
 
@@ -20,7 +23,12 @@ class AdaptedLinear(nn.Linear):
 
     It runs `linear`'s hooks, too. A subclass says by `factors` what is added to the weight, and by `adapted_bias` what
     the bias becomes, if anything. While merged, `weight` and `bias` (in the state dict too) hold the sums.
+
+    group: the LinearGroup that it is a member of, and its number there; None for a layer that runs by itself
     """
+
+    group: tuple[LinearGroup, int] | None = None
+    why_alone = ""
 
     def __init__(
         self,
@@ -58,8 +66,8 @@ class AdaptedLinear(nn.Linear):
             raise ValueError(f"train: the layer is offloaded by hooks of accelerate and cannot learn; {HOOKS_OFF}")
         return super().train(mode)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(down, up, core) of the update, as `lowrank_linear` takes them."""
+    def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(down, up, core) of the update, as `lowrank_linear` takes them.  state: as in PerPass.get, if it is known"""
         raise NotImplementedError("a subclass says what its update is")  # nn.Module is no abstract base class
 
     def updated_weight(self) -> Tensor:
@@ -110,7 +118,40 @@ class AdaptedLinear(nn.Linear):
         """x: (..., in_features), hidden: None or (..., I·R) from `lowrank_hidden` -> (..., out_features)"""
         if self._original is not None:
             return F.linear(x, self.base_weight, self.base_bias)
+        if self.group is not None and hidden is None:
+            group, member = self.group
+            if (y := group.get(member, self, x)) is not None:
+                return y
         return self._adapted(x, self.factors(), hidden)
+
+    def reads(self) -> tuple[Tensor | None, ...]:
+        """The parameters that the output depends on."""
+        return tuple(self._parameters.values())
+
+    def projection(self, state: tuple | EllipsisType | None = ...) -> Projection | None:
+        """What a group's call takes; None for a layer that has to run by itself.  state: as in PerPass.get"""
+        own = self._parameters
+        if self._original is not None or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
+            return None
+        down, up, core = self.factors(state)
+        place = self.dropout_on
+        if core is not None:
+            core = core.view(core.shape[2:])
+            place = "rank" if place == "core" and core.dim() == 1 else place  # a diagonal core lets masks through
+        options = self.dropout_p, place, self.training, self.backend
+        return Projection(own["weight"], own["bias"], down, up, core, self._buffers["scale"], options)
+
+    def group_kind(self) -> tuple[tuple | None, str]:
+        """As layers/group.py's Member: one call takes blockless updates of one rank and dropout."""
+        return None, "by itself: no call takes such a layer with others"
+
+    def _group_kind(self, rank: int, blocks: tuple[int, int], core: str | None) -> tuple[tuple | None, str]:
+        if blocks != (1, 1) or self.design is not None:
+            return None, "by itself: its weight is adapted in blocks, or a design was asked for"
+        if core == "dense" and self.dropout_p and self.dropout_on == "core":
+            return None, "by itself: a dense core with dropout behind it"
+        options = self.dropout_p, self.dropout_on, self.backend
+        return (self.in_features, rank, core, *options, self.weight.dtype), ""
 
     def _adapted(self, x: Tensor, factors: tuple[Tensor | None, ...], hidden: Tensor | None = None) -> Tensor:
         own = self._parameters  # past nn.Module's slow way to them, unless they are parametrised

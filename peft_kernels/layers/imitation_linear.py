@@ -9,6 +9,7 @@ With placement "output" the transform acts on the result instead. Source: docs/m
 
 import math
 from collections.abc import Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from peft_kernels.checks import check_choice, check_integer
 from peft_kernels.imitation import Transform, hybrid_factors
 from peft_kernels.imitation.factors import PLACEMENTS
 from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module
+from peft_kernels.layers.group import Projection
 from peft_kernels.layers.per_pass import PerPass
 from peft_kernels.ops.lowrank_linear import lowrank_linear
 
@@ -189,7 +191,10 @@ class ImitationLinear(AdaptedLinear):
         transform = self.transform
         if transform is not None and self.placement == "input":
             x = transform.shared_forward(self._member, x)
-        if self.rank is None:
+        grouped = None if self.group is None else self.group[0].get(self.group[1], self, x)
+        if grouped is not None:
+            y = grouped
+        elif self.rank is None:
             y = F.linear(x, self.base_weight, self.base_bias)
         elif self.projections > 1 and self.backend_choice().name == "torch":  # one product, with the base's own bits
             dtype = linear_dtype(x)
@@ -207,6 +212,22 @@ class ImitationLinear(AdaptedLinear):
             transform.shared.needed_by(y)
         return y
 
+    def reads(self) -> tuple[Tensor | None, ...]:
+        return self.base_weight, self.base_bias, *self.down, *self.up
+
+    def projection(self, state: tuple | EllipsisType | None = ...) -> Projection | None:
+        """Of the student, whose adapters take no gradient."""
+        if self.mode_now != "student" or self.merged:
+            return None
+        options = 0.0, "input", False, self.backend
+        down, up = self.down[0].detach(), self.up[0].detach()
+        return Projection(self.base_weight, self.base_bias, down, up, None, self.scale, options)
+
+    def group_kind(self) -> tuple[tuple | None, str]:
+        if self.rank is None or self.projections > 1:
+            return None, "by itself: it has no adapter of its own, or several"
+        return (self.in_features, self.rank, self.weight.dtype, self.placement, id(self.transform)), ""
+
     def _hybrid(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """(F, C, b̄) of each projection."""
         wide = self.live_weight.dtype
@@ -221,7 +242,7 @@ class ImitationLinear(AdaptedLinear):
             ]
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor, None]:
+    def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, None]:
         """The student as W0 + F C: C and F, of rank R + r_d, or P · R + r_d for P fused projections."""
         hybrid = self._hybrid()
         if self.projections == 1:

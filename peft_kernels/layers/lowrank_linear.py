@@ -1,6 +1,7 @@
 """A drop-in nn.Linear with a low-rank update of its frozen weight."""
 
 import math
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +81,16 @@ class LowRankLinear(AdaptedLinear):
         self.rank, self.out_blocks, self.in_blocks, self.init = rank, out_blocks, in_blocks, init
         self.reset_adapter()
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, Tensor | None]:
         own = self._parameters  # past nn.Module's slow way to them, unless they are parametrised
         if "down" not in own or "up" not in own:
             return self.down, self.up, self.core
         return own["down"], own["up"], self.core
+
+    def group_kind(self) -> tuple[tuple | None, str]:
+        core = None if self.core is None else "diagonal" if self.core.dim() == 3 else "dense"
+        kind, why = self._group_kind(self.rank, (self.out_blocks, self.in_blocks), core)
+        return kind if kind is None else (*kind, self.down.dtype), why
 
     def reset_adapter(self) -> None:
         """Start `down`, `up` and `core` afresh."""

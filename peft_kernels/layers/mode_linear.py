@@ -172,13 +172,21 @@ class ModeLinear(AdaptedLinear):
         return self._cores.decomposition.rank
 
     def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, Tensor]:
-        """As AdaptedLinear's;  state: as in PerPass.get"""
         decomposition = self._cores.decomposition
         core = self._cores.get(self._core_member, state)
         if core.ndim == 3:
             core = self._arranged(core)
         down, up = decomposition.factors(self._pair)
         return down, up, core.reshape(self.out_blocks, self.in_blocks, *core.shape[1:])
+
+    def reads(self) -> tuple[Tensor | None, ...]:
+        decomposition = self._cores.decomposition
+        return *super().reads(), *decomposition.factors(self._pair), *decomposition.core_parameters()
+
+    def group_kind(self) -> tuple[tuple | None, str]:
+        core = "diagonal" if self._cores.decomposition.core == "cp" else "dense"
+        kind, why = self._group_kind(self.rank, (self.out_blocks, self.in_blocks), core)
+        return kind if kind is None else (*kind, id(self._cores.decomposition)), why
 
     def _arranged(self, core: Tensor) -> Tensor:
         """The released code's order of what it cut out of (R, R, N) matrices; its fc2 is transposed."""
@@ -192,6 +200,10 @@ class ModeLinear(AdaptedLinear):
         """(..., in_features) -> (..., out_features)"""
         if self._original is not None:
             return super().forward(x)
+        if self.group is not None:
+            group, member = self.group
+            if (y := group.get(member, self, x)) is not None:
+                return y
         hidden = self._hidden
         if hidden.members == 1:
             return self._adapted(x, self.factors())

@@ -86,6 +86,11 @@ class PerPass:
         self.members = 0
         self._pass: _Pass | None = None
 
+    @property
+    def unfinished(self) -> bool:
+        """Has the last pass not asked all members?"""
+        return self._pass is not None
+
     def join(self) -> int:
         """A new member's number."""
         self.members += 1
@@ -94,7 +99,7 @@ class PerPass:
     def get(
         self, member: int, of: tuple[Tensor, ...], compute: Callable[[], Any], state: tuple | EllipsisType | None = ...
     ) -> Any:
-        """compute(), or what it gave to another member in this pass.
+        """compute(), or what it gave to another member in this pass. None is given to nobody else.
 
         of: the tensor whose value it is, and the parameters that it was computed with;  state: if known, of the tensor
         """
@@ -111,6 +116,8 @@ class PerPass:
         else:
             self._pass = None
             value = compute()
+            if value is None:
+                return None
             current = _Pass(state, of, value, member)
         self._pass = None if len(current.asked) == self.members else current
         return value

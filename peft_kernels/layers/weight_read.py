@@ -31,6 +31,9 @@ class WeightRead(AdaptedLinear):
     def bias(self) -> Tensor | None:
         return self.base_bias if self.merged else self.shown("bias")
 
+    def group_kind(self) -> tuple[None, str]:
+        return None, "by itself: the model reads its weight and does not call it"
+
     def shown(self, name: str) -> Tensor | None:
         """The adapted "weight" or "bias"."""
         return self.updated_weight() if name == "weight" else self.base_bias

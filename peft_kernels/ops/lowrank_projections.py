@@ -35,13 +35,14 @@ from peft_kernels.checks import (
     check_linear,
     check_probability,
     check_scale,
+    check_shape,
     check_tensor,
     kind_of,
     refuse_second_derivative,
 )
 from peft_kernels.operator import Operator, composed
 from peft_kernels.ops.lowrank_linear import draw
-from peft_kernels.records import KEEP_ALL, Dropout, Needs, Projections
+from peft_kernels.records import KEEP_ALL, Dropout, ProjectionNeeds, Projections
 from peft_kernels.remembered import MOST
 from peft_kernels.rows import contiguous, rows, shaped
 from peft_kernels.torch_kernels import lowrank_projections as launchers
@@ -55,14 +56,17 @@ lowrank_projections_bwd = Operator(launchers.lowrank_projections_bwd)
 
 
 def lowrank_projections_reference(
-    x, weights, biases, downs, ups, cores=None, *, scales, masks=None, dropout_p=0.0, dropout_on="input"
+    x, weights, biases, downs, ups, cores=None, *, scales, hidden=None, masks=None, dropout_p=0.0, dropout_on="input"
 ):
     """The definition, in the precision of its arguments; masks[j] (True = kept) is of the place `dropout_on` names."""
     ys = []
     for j, (weight, bias, up) in enumerate(zip(weights, biases, ups)):
         down = downs if isinstance(downs, Tensor) else downs[j]
         keep = 1.0 if masks is None else masks[j].to(x.dtype) / (1 - dropout_p)
-        z = (x * keep) @ down.T if dropout_on == "input" else (x @ down.T) * keep
+        if hidden is not None:
+            z = hidden * keep
+        else:
+            z = (x * keep) @ down.T if dropout_on == "input" else (x @ down.T) * keep
         if cores is not None:
             z = z * cores[j] if cores[j].dim() == 1 else z @ cores[j].T
         y = x @ weight.T + scales[j] * (z @ up.T)
@@ -81,15 +85,18 @@ class _Plan(NamedTuple):
 
 class _LowRankProjections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scales, dropout, plan, *tensors):
+    def forward(ctx, x, hidden, scales, dropout, plan, *tensors):
         weights, biases, downs, ups = _parts(tensors, len(scales))
         needs, count = ctx.needs_input_grad, len(scales)
-        needs_weights, _, needs_downs, needs_ups = _parts(needs[4:], count)
-        args = rows(x), weights, biases, Projections(downs, ups, scales), dropout
+        needs_weights, _, needs_downs, needs_ups = _parts(needs[_FIRST:], count)
+        z = None if hidden is None else rows(hidden)
+        args = rows(x), weights, biases, Projections(downs, ups, scales, z), dropout
         if plan.memo is None:
-            *ys, z = lowrank_projections_fwd(plan.backend, *args)
+            ys = lowrank_projections_fwd(plan.backend, *args)
         else:
-            *ys, z = lowrank_projections_fwd.direct(plan.backend, plan.memo, *args)
+            ys = lowrank_projections_fwd.direct(plan.backend, plan.memo, *args)
+        if z is None:
+            *ys, z = ys
         ctx.save_for_backward(
             x if True in needs_weights or True in needs_downs else None,
             z if True in needs_ups else None,
@@ -100,7 +107,8 @@ class _LowRankProjections(torch.autograd.Function):
             *scales,
         )
         ctx.set_materialize_grads(False)
-        ctx.x_shape, ctx.dropout, ctx.plan, ctx.count = x.shape, dropout[1:], plan, count
+        ctx.x_shape, ctx.z_shape = x.shape, None if hidden is None else hidden.shape
+        ctx.dropout, ctx.plan, ctx.count = dropout[1:], plan, count
         return tuple(ys) if x.ndim == 2 else tuple([shaped(y, *x.shape[:-1], y.shape[-1]) for y in ys])
 
     @staticmethod
@@ -112,29 +120,29 @@ class _LowRankProjections(torch.autograd.Function):
         weights, downs, ups, scales = (
             tensors[:count], tensors[count : -2 * count], tensors[-2 * count : -count], tensors[-count:],
         )  # fmt: skip
-        needs_x, _, _, _, *needed = ctx.needs_input_grad
+        needs_x, needs_z, _, _, _, *needed = ctx.needs_input_grad
         needs_weights, needs_biases, needs_downs, needs_ups = _parts(needed, count)
         used = [j for j, dy in enumerate(dys) if dy is not None]
         if not used:
-            return (None,) * (4 + len(needed))
+            return (None,) * (_FIRST + len(needed))
         dys, rank = [None if dy is None else rows(dy) for dy in dys], ups[0].shape[1]
         x = None if x is None else rows(x)
         d_weights, d_biases, d_downs, d_ups = ([None] * len(part) for part in _parts(needed, count))
-        dx, needs = None, Needs(needs_x, True in needs_downs, True in needs_ups)
+        dx, dz, needs = None, None, ProjectionNeeds(needs_x, True in needs_downs, True in needs_ups, needs_z)
         if True in needs:
             shared = len(downs) == 1
             if len(used) < count:  # what nothing used is left out
                 z = z if z is None or z.shape[1] == rank else torch.cat([z.split(rank, 1)[j] for j in used], 1)
                 rng = None if rng is None else rng[used]
-            chosen = Projections(downs if shared else _at(downs, used), _at(ups, used), _at(scales, used), z)
+            chosen = Projections(downs if len(downs) < 2 else _at(downs, used), _at(ups, used), _at(scales, used), z)
             args = (
                 _at(dys, used), x if needs.down else None, _at(weights, used) if needs_x else [], chosen,
                 KEEP_ALL if rng is None else Dropout(rng, *ctx.dropout), needs,
             )  # fmt: skip
             if plan.memo is None or torch._C._is_any_autocast_enabled():
-                dx, d_down, d_up = lowrank_projections_bwd(plan.backend, *args)
+                dx, d_down, d_up, dz = lowrank_projections_bwd(plan.backend, *args)
             else:
-                dx, d_down, d_up = lowrank_projections_bwd.direct(plan.backend, plan.memo, *args)
+                dx, d_down, d_up, dz = lowrank_projections_bwd.direct(plan.backend, plan.memo, *args)
             if needs.down:
                 _spread(d_downs, [0] if shared else used, d_down.split(rank), needs_downs)
             if needs.up:
@@ -145,11 +153,15 @@ class _LowRankProjections(torch.autograd.Function):
                     d_weights[j] = dys[j].t() @ x if needs_weights[j] else None
                     d_biases[j] = dys[j].sum(0) if needs_biases[j] else None
         dx = dx if dx is None or len(ctx.x_shape) == 2 else dx.view(ctx.x_shape)
-        return (dx, None, None, None, *d_weights, *d_biases, *d_downs, *d_ups)
+        dz = dz if dz is None else dz.view(ctx.z_shape)
+        return (dx, dz, None, None, None, *d_weights, *d_biases, *d_downs, *d_ups)
+
+
+_FIRST = 5  # arguments before weights, biases, downs and ups
 
 
 def _parts(tensors: Sequence, count: int) -> tuple[list, list, list, list]:
-    """Of weights, biases, downs and ups; there may be one down for all."""
+    """Of weights, biases, downs and ups; there may be one down for all, or none."""
     tensors = list(tensors)
     return tensors[:count], tensors[count : 2 * count], tensors[2 * count : -count], tensors[-count:]
 
@@ -175,6 +187,7 @@ def lowrank_projections(
     dropout_p: float = 0.0,
     dropout_on: str = "input",
     training: bool = True,
+    hidden: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """y_j = x W_jᵀ + b_j + s_j · B_j core_j(A_j x) for J weights, differentiable in every tensor but `scales`.
@@ -187,6 +200,8 @@ def lowrank_projections(
     scales: a number or a 0-d tensor on x's device for all, or J of them
     dropout_p: probability of dropping an element, in [0, 1); kept ones are divided by 1 - dropout_p. Each projection
         draws a mask of its own. No dropout unless `training`.
+    hidden: x Aᵀ (..., R) from `lowrank_hidden`, for projections that share one tensor `downs` with others still;
+        `downs` gets its gradient through it
     dropout_on: "input" (x before A_j, as in PEFT's LoRA) or "rank" (A_j x; with cores (R,) it may as well drop after)
     backend: "auto" | "cuda" | "triton" | "torch"; the kernels of the first two take J up to 4
     returns J tensors y_j: (..., out_features_j) in x's dtype
@@ -199,7 +214,7 @@ def lowrank_projections(
     downs = [downs] if isinstance(downs, Tensor) else _listed("downs", downs)
     scales = [scales] * len(weights) if isinstance(scales, Tensor | float | int) else _listed("scales", scales)
     cores = [] if cores is None else _listed("cores", cores)
-    tensors, options = [*weights, *biases, *downs, *ups], (dropout_p, dropout_on, training, backend)
+    tensors, options = [hidden, *weights, *biases, *downs, *ups], (dropout_p, dropout_on, training, backend)
     key = plan = None
     if not torch.compiler.is_dynamo_compiling():
         try:
@@ -208,28 +223,29 @@ def lowrank_projections(
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             pass  # another kind of call, or an argument that the checks will name
     if plan is None:
-        plan = _checked(x, weights, biases, downs, ups, cores, scales, options)
+        plan = _checked(x, weights, biases, downs, ups, cores, scales, hidden, options)
         if key is not None and all(type(t) in PLAIN for t in (x, *tensors, *cores)):
             plan = plan._replace(memo={} if plan.dtype is None and x.device.type != "meta" else None)
             if len(_plans) >= MOST:
                 _plans.clear()
             _plans[key] = plan
     if plan.dtype is not None:
-        x, weights, biases = x.to(plan.dtype), _cast(weights, plan.dtype), _cast(biases, plan.dtype)
+        [x, hidden], weights, biases = (_cast(each, plan.dtype) for each in ([x, hidden], weights, biases))
     if cores:
         ups = [_with_core(up, core) for up, core in zip(ups, cores)]
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     scales = [s if isinstance(s, Tensor) and s.dtype is wide else _scale(s, wide, x.device) for s in scales]
     if plan.memo is None and transformed():
         on = dropout_on if plan.drops else "none"
-        chosen = Projections(downs, ups, scales)
+        chosen = Projections(downs, ups, scales, hidden)
         return tuple(composed(launchers.lowrank_projections_composed, x, weights, biases, chosen, float(dropout_p), on))
     dropout = KEEP_ALL
     if plan.drops:
         dropout = Dropout(draw(x, plan.backend, dropout_p, plan.drops, len(weights)), dropout_p, dropout_on)
     biases, downs, ups = [contiguous(t) for t in biases], [t.contiguous() for t in downs], [t.contiguous() for t in ups]
     apply = _LowRankProjections.apply if plan.memo is None else _apply
-    return apply(x, scales, dropout, plan, *weights, *biases, *downs, *ups)
+    downs = downs if hidden is None else []
+    return apply(x, hidden, scales, dropout, plan, *weights, *biases, *downs, *ups)
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -289,7 +305,7 @@ def _signature(x: Tensor, tensors: list, counts: tuple[int, int], cores: list, s
     )  # fmt: skip
 
 
-def _checked(x, weights, biases, downs, ups, cores, scales, options: tuple) -> _Plan:
+def _checked(x, weights, biases, downs, ups, cores, scales, hidden, options: tuple) -> _Plan:
     """Raises whatever is to be raised about a call, or says how it goes."""
     dropout_p, dropout_on, training, backend = options
     count = len(weights)
@@ -305,7 +321,7 @@ def _checked(x, weights, biases, downs, ups, cores, scales, options: tuple) -> _
         down, core = downs[j if len(downs) > 1 else 0], cores[j] if cores else None
         try:
             check_tensor("weight", weight)
-            x, weight, _, _ = check_linear(given, weight, bias, None)
+            x, weight, _, _ = check_linear(given, weight, bias, hidden)
             check_factors(core, x, weight, down, up)
             if core is not None and core.dim() > 2:
                 raise ValueError(f"core: expected (R,) or (R, R), got {tuple(core.shape)}")
@@ -319,6 +335,12 @@ def _checked(x, weights, biases, downs, ups, cores, scales, options: tuple) -> _
     check_choice("dropout_on", dropout_on, DROPOUT_PLACES)
     check_flag("training", training)
     rank, drops = ups[0].shape[1], training and dropout_p > 0
+    if hidden is not None:
+        if len(downs) > 1:
+            raise ValueError("hidden: serves projections that share one tensor `downs`, got several")
+        if dropout_p > 0 and dropout_on == "input":
+            raise ValueError('hidden: cannot be combined with dropout_on="input", which drops x before down')
+        check_shape("hidden", hidden, (*x.shape[:-1], rank), "(..., R)")
     kind = kinds.linear(x.shape[-1], max(up.shape[0] for up in ups), drops)
     shape = (x.numel() // x.shape[-1], x.shape[-1])
     case = {"kind": kind, "rank": rank, "shape": shape, "projections": count}

@@ -1,6 +1,8 @@
-"""`lowrank_projections` in plain torch: one product by all A_j, and one sum of all that reaches x, in place.
+"""`lowrank_projections` in plain torch: one sum of all that reaches x, in place, and no avoidable temporary.
 
-Shapes as in peft_kernels/ops/lowrank_projections.py. dropout.rng holds the 1-byte keep-masks (J, M, columns).
+Shapes as in peft_kernels/ops/lowrank_projections.py. dropout.rng holds the 1-byte keep-masks (J, M, columns). Products
+with A_j and B_j are made one by one, as for layers one by one: so outputs and the factors' gradients have their bits. A
+CPU would gain a third of a thin product's time, itself a thirtieth of the frozen one's, by stacking them.
 """
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_kernels.frozen_products import add_frozen, add_frozen_bwd, empty_outputs
-from peft_kernels.records import Dropout, Factors, Needs, Projections
+from peft_kernels.records import Dropout, Factors, ProjectionNeeds, Projections
 
 from .lowrank_linear import keep_numbers, lowrank_linear_composed
 
@@ -17,16 +19,17 @@ def lowrank_projections_fwd(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], projections: Projections, dropout: Dropout,
     *, memo: dict | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """-> y_j (M, N_j), and z at the end"""
-    downs, ups, scales, _ = projections
-    if dropout.on == "input":
-        parts = [
-            keep_numbers(keep, x).mul_(x) @ down.to(x.dtype).t()
-            for keep, down in zip(dropout.rng, _each(downs, len(ups)))
-        ]
-        z = torch.cat(parts, 1).mul_(1 / (1 - dropout.p))
+    """-> y_j (M, N_j), and z at the end unless it was given"""
+    downs, ups, scales, given = projections
+    if given is not None:
+        z = given
+    elif dropout.on == "input":
+        pairs = zip(dropout.rng, _each(downs, len(ups)))
+        z = torch.cat([keep_numbers(keep, x).mul_(x) @ down.to(x.dtype).t() for keep, down in pairs], 1)
+        z.mul_(1 / (1 - dropout.p))
     else:
-        z = x @ _stacked(downs, x).t()
+        parts = [x @ down.to(x.dtype).t() for down in downs]
+        z = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     outputs = empty_outputs(x, weights)
     if outputs[0] is None:
         ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
@@ -36,14 +39,17 @@ def lowrank_projections_fwd(
         ys = add_frozen(outputs, x, weights)
     for y, part, up, scale in zip(ys, _hidden(z, projections, dropout), ups, scales):
         y.addmm_(part * scale.to(z.dtype), up.to(x.dtype).t())
-    return [*ys, z]
+    return ys if given is not None else [*ys, z]
 
 
 def lowrank_projections_bwd(
     dys: list[Tensor], x: Tensor | None, weights: list[Tensor], projections: Projections, dropout: Dropout,
-    needs: Needs, *, memo: dict | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> dx, d_down of all A_j one above the other, d_up of all B_j likewise, as `needs` says in that order"""
+    needs: ProjectionNeeds, *, memo: dict | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """-> dx, d_down of all A_j one above the other, d_up of all B_j likewise, dz of a given z, as `needs` says
+
+    With a given z, which all share, dx has no part through it.
+    """
     downs, ups, scales, z = projections
     dx = d_down = d_up = None
     if needs.up:
@@ -51,48 +57,49 @@ def lowrank_projections_bwd(
         d_up = torch.cat([(dy.t() @ part).mul_(scale) for dy, part, scale in parts]).to(ups[0].dtype)
     if needs.x:
         dx = add_frozen_bwd(None, dys, weights)
-    if not (needs.x or needs.down):
-        return dx, d_down, d_up
-    d_hidden = [(dy @ up.to(dy.dtype)).mul_(scale) for dy, up, scale in zip(dys, ups, scales)]
+    if not (needs.z or needs.down or (needs.x and downs)):
+        return dx, d_down, d_up, None
+    parts = [(dy @ up.to(dy.dtype)).mul_(scale) for dy, up, scale in zip(dys, ups, scales)]
     if dropout.rng is not None:
-        d_hidden = [part.mul_(1 / (1 - dropout.p)) for part in d_hidden]
-    if dropout.on == "input":
-        d_downs = []
-        for keep, part, down in zip(dropout.rng, d_hidden, _each(downs, len(ups))):
-            keep = keep_numbers(keep, part)
+        parts = [part.mul_(1 / (1 - dropout.p)) for part in parts]
+    if dropout.on == "rank":
+        parts = [keep_numbers(keep, part).mul_(part) for keep, part in zip(dropout.rng, parts)]
+    if needs.z:
+        return dx, d_down, d_up, _sum(parts)
+    if len(downs) == 1 and dropout.on != "input":
+        parts = [_sum(parts)]
+    d_downs = []
+    for j, (part, down) in enumerate(zip(parts, _each(downs, len(parts)))):
+        dropped, keep = x, None
+        if dropout.on == "input":
+            keep = keep_numbers(dropout.rng[j], part)
             dropped = x * keep if needs.down else None
-            if needs.down:
-                d_downs.append(part.t() @ dropped)
-            if needs.x:  # dz A into the memory of the dropped x: fresh memory costs a CPU dearly
-                dx.addcmul_(torch.mm(part, down.to(part.dtype), out=dropped), keep)
         if needs.down:
-            d_down = torch.cat(d_downs) if len(downs) > 1 else sum(d_downs[1:], d_downs[0])
-    else:
-        if dropout.on == "rank":
-            d_hidden = [keep_numbers(keep, part).mul_(part) for keep, part in zip(dropout.rng, d_hidden)]
-        dz = torch.cat(d_hidden, 1) if len(downs) > 1 else sum(d_hidden[1:], d_hidden[0])
-        if needs.x:
-            dx.addmm_(dz, _stacked(downs, dz))
-        if needs.down:
-            d_down = dz.t() @ x
-    return dx, d_down if d_down is None else d_down.to(downs[0].dtype), d_up
+            d_downs.append(part.t() @ dropped)
+        if needs.x and keep is not None:  # dz A into the memory of the dropped x: fresh memory costs a CPU dearly
+            dx.addcmul_(torch.mm(part, down.to(part.dtype), out=dropped), keep)
+        elif needs.x:
+            dx.addmm_(part, down.to(part.dtype))
+    if needs.down:
+        d_down = (torch.cat(d_downs) if len(downs) > 1 else _sum(d_downs)).to(downs[0].dtype)
+    return dx, d_down, d_up, None
 
 
 def lowrank_projections_composed(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], projections: Projections, p: float, on: str
 ) -> list[Tensor]:
-    """-> y_j (..., N_j) from x (..., K), by differentiable operations alone, none in place."""
-    downs, ups, scales, _ = projections
-    factors = [Factors(down, up, None, scale) for down, up, scale in zip(_each(downs, len(ups)), ups, scales)]
+    """-> y_j (..., N_j) from x (..., K), with a given z (..., R), by differentiable operations alone, none in place."""
+    downs, ups, scales, z = projections
+    factors = [Factors(down, up, None, scale, z) for down, up, scale in zip(_each(downs, len(ups)), ups, scales)]
     return [lowrank_linear_composed(x, w, b, each, p, on) for w, b, each in zip(weights, biases, factors)]
 
 
-def _each(downs: list[Tensor], count: int) -> list[Tensor]:
-    return downs if len(downs) > 1 else downs * count
+def _each(downs: list[Tensor], count: int) -> list[Tensor | None]:
+    return downs if len(downs) > 1 else (downs or [None]) * count
 
 
-def _stacked(downs: list[Tensor], like: Tensor) -> Tensor:
-    return (torch.cat(downs) if len(downs) > 1 else downs[0]).to(like.dtype)
+def _sum(parts: list[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
 
 
 def _hidden(z: Tensor, projections: Projections, dropout: Dropout) -> list[Tensor]:
