@@ -87,12 +87,16 @@ def defined_weights(adapter: Aurora, layout: str = "blocks") -> dict[str, Tensor
 
 
 class Products:
-    """Counts products with U: x Uᵀ for several layers, `hidden`, and those that a layer makes for itself alone."""
+    """Counts products with U: x Uᵀ for several layers, `hidden`, and those that a layer makes for itself alone.
+
+    masks: of each projection, in the order of calls
+    """
 
     def __init__(self, monkeypatch):
         self.hidden, self.alone, self.masks = 0, 0, []
         watch(monkeypatch, "lowrank_hidden_fwd", self._count_hidden)
         watch(monkeypatch, "lowrank_linear_fwd", self._count_linear)
+        watch(monkeypatch, "lowrank_projections_fwd", self._count_group)
 
     def _count_hidden(self, *args):
         self.hidden += 1
@@ -100,6 +104,11 @@ class Products:
     def _count_linear(self, x, weight, bias, factors, dropout, *design):
         self.alone += factors.z is None
         self.masks.append(dropout)
+
+    def _count_group(self, x, weights, biases, projections, dropout):
+        self.hidden += projections.z is None
+        rngs = [None] * len(weights) if dropout.rng is None else dropout.rng
+        self.masks += [dropout._replace(rng=rng) for rng in rngs]
 
     def take(self) -> tuple[int, int]:
         """(shared, alone) since the last time."""

@@ -12,6 +12,7 @@ peft = pytest.importorskip("peft", minversion="0.21")  # whoever imports this is
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from peft_kernels.integrations.peft import FusedLinear, accelerate, fast, fused_linear  # noqa: E402
+from peft_kernels.layers import group  # noqa: E402
 
 ROUTES = ("accelerate", "fast")
 TWO = {"a": {}, "b": {"r": 2, "lora_alpha": 5}}  # adapters of a layer
@@ -19,18 +20,25 @@ EXACT = {"rtol": 1e-12, "atol": 1e-13}  # in float64
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """[of lowrank_linear, of batched_lowrank_linear] by fused layers: a fallback that nobody notices shows there."""
+    """[layers in lowrank_linear or lowrank_projections, calls of batched_lowrank_linear].
+
+    A fallback that nobody notices shows there.
+    """
     count = [0, 0]
 
     def counted(index, function):
-        def call(*args, **kwargs):
-            count[index] += 1
-            return function(*args, **kwargs)
+        def call(x, weight, *args, **kwargs):
+            count[index] += 1 if isinstance(weight, Tensor) else len(weight)
+            return function(x, weight, *args, **kwargs)
 
         return call
 
-    for index, name in enumerate(("lowrank_linear", "batched_lowrank_linear")):
-        monkeypatch.setattr(fused_linear, name, counted(index, getattr(fused_linear, name)))
+    for index, module, name in (
+        (0, fused_linear, "lowrank_linear"),
+        (0, group, "lowrank_projections"),
+        (1, fused_linear, "batched_lowrank_linear"),
+    ):
+        monkeypatch.setattr(module, name, counted(index, getattr(module, name)))
     return count
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from peft_kernels.layers.mode_linear import Decomposition, ModeLinear, SharedCores
 from peft_kernels.layers.per_pass import PerPass
-from peft_kernels.ops import lowrank_linear as op
+from peft_kernels.ops import lowrank_linear, lowrank_projections
 
 D, RANK, PLACES = 6, 2, 3
 
@@ -45,6 +45,7 @@ class Watched:
 
 
 def watch(monkeypatch, name: str, note) -> None:
+    op = lowrank_projections if name.startswith("lowrank_projections") else lowrank_linear
     monkeypatch.setattr(op, name, Watched(getattr(op, name), note))
 
 

@@ -14,9 +14,9 @@ from torch._dynamo import lookup_backend
 from peft_kernels import Aurora, AuroraConfig, LoRA, LoRAConfig, MoIL, MoILConfig
 from peft_kernels.ops import lowrank_linear
 
-METHODS = {
-    "LoRA": lambda model, preset: LoRA.wrap(model, LoRAConfig(preset=preset, rank=4, dropout=0.1)),
-    "Aurora": lambda model, preset: Aurora.wrap(model, AuroraConfig(preset=preset, rank=4)),
+METHODS = {  # without groups, which compiled graphs have none of, and whose masks are drawn together
+    "LoRA": lambda model, preset: LoRA.wrap(model, LoRAConfig(preset=preset, rank=4, dropout=0.1, group=False)),
+    "Aurora": lambda model, preset: Aurora.wrap(model, AuroraConfig(preset=preset, rank=4, group=False)),
     "MoIL": lambda model, preset: MoIL.wrap(model, MoILConfig(preset=preset, rank=4, transform_rank=4)),
 }
 PRESETS = {("blip_retrieval", "Aurora"): "blip-retrieval"}  # with gates

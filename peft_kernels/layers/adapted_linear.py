@@ -128,8 +128,8 @@ class AdaptedLinear(nn.Linear):
         """The parameters that the output depends on."""
         return tuple(self._parameters.values())
 
-    def projection(self, state: tuple | EllipsisType | None = ...) -> Projection | None:
-        """What a group's call takes; None for a layer that has to run by itself.  state: as in PerPass.get"""
+    def projection(self, x: Tensor, state: tuple | EllipsisType | None = ...) -> Projection | None:
+        """What a group's call on x takes; None for a layer that has to run by itself.  state: as in PerPass.get"""
         own = self._parameters
         if self._original is not None or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
             return None

@@ -24,6 +24,7 @@ class Projection(NamedTuple):
     core: Tensor | None
     scale: Tensor
     options: tuple[float, str, bool, str]  # dropout_p, dropout_on, training, backend
+    hidden: Tensor | None = None  # x Aᵀ, if layers outside of the group share it, too
 
 
 class Member(Protocol):
@@ -39,8 +40,8 @@ class Member(Protocol):
     def reads(self) -> tuple[Tensor | None, ...]:
         """The parameters that its output depends on."""
 
-    def projection(self, state: tuple) -> Projection | None:
-        """None where the layer has to run by itself now.  state: as `sharing_state` gives it"""
+    def projection(self, x: Tensor, state: tuple) -> Projection | None:
+        """None where the layer has to run by itself now.  state: `sharing_state` of x"""
 
 
 class LinearGroup:
@@ -87,14 +88,16 @@ class LinearGroup:
 
     def _computed(self, x: Tensor, state: tuple) -> tuple | None:
         """-> the output of each member, and what it was computed of"""
-        parts = [layer.projection(state) for layer in self.layers]
+        parts = [layer.projection(x, state) for layer in self.layers]
         first = parts[0]
         for part in parts:
             if part is None or part.options != first.options or part.weight.device != x.device:
                 return None
             if part.weight.dtype != first.weight.dtype or part.up.dtype != first.up.dtype:
                 return None
-        weights, biases, downs, ups, cores, scales, _ = zip(*parts)
+            if part.hidden is not first.hidden or part.up.shape[1] != first.up.shape[1]:
+                return None
+        weights, biases, downs, ups, cores, scales, *_ = zip(*parts)
         dropout_p, dropout_on, training, backend = first.options
         ys = lowrank_projections(
             x,
@@ -107,6 +110,7 @@ class LinearGroup:
             dropout_p=dropout_p,
             dropout_on=dropout_on,
             training=training,
+            hidden=first.hidden,
             backend=backend,
         )
         return *ys, [(reads := layer.reads(), _versions(reads)) for layer in self.layers]

@@ -215,7 +215,7 @@ class ImitationLinear(AdaptedLinear):
     def reads(self) -> tuple[Tensor | None, ...]:
         return self.base_weight, self.base_bias, *self.down, *self.up
 
-    def projection(self, state: tuple | EllipsisType | None = ...) -> Projection | None:
+    def projection(self, x: Tensor, state: tuple | EllipsisType | None = ...) -> Projection | None:
         """Of the student, whose adapters take no gradient."""
         if self.mode_now != "student" or self.merged:
             return None

@@ -18,6 +18,7 @@ from peft_kernels.autocast import autocast_off
 from peft_kernels.checks import check_choice, check_integer
 from peft_kernels.cores import LAYOUTS, tucker_core
 from peft_kernels.layers.adapted_linear import AdaptedLinear, check_blocks, check_linear_module
+from peft_kernels.layers.group import Projection
 from peft_kernels.layers.per_pass import PerPass, in_recomputation, sharing_state
 from peft_kernels.ops.lowrank_linear import lowrank_hidden
 
@@ -203,6 +204,7 @@ class ModeLinear(AdaptedLinear):
         if self.group is not None:
             group, member = self.group
             if (y := group.get(member, self, x)) is not None:
+                self._hidden.needed_by(y)
                 return y
         hidden = self._hidden
         if hidden.members == 1:
@@ -210,12 +212,21 @@ class ModeLinear(AdaptedLinear):
         state = sharing_state(x)
         factors = self.factors(state)
         down = factors[0]
-        z = hidden.get(
-            self._hidden_member, (x, down), lambda: lowrank_hidden(x, down, self.in_blocks, self.backend), state
-        )
-        y = self._adapted(x, factors, z)
+        y = self._adapted(x, factors, self._shared_hidden(x, down, state))
         hidden.needed_by(y)
         return y
+
+    def _shared_hidden(self, x: Tensor, down: Tensor, state: tuple | None) -> Tensor:
+        return self._hidden.get(
+            self._hidden_member, (x, down), lambda: lowrank_hidden(x, down, self.in_blocks, self.backend), state
+        )
+
+    def projection(self, x: Tensor, state: tuple | EllipsisType | None = ...) -> Projection | None:
+        """As AdaptedLinear's, with the x U that layers of other groups share."""
+        own = super().projection(x, state)
+        if own is None or self._hidden.members <= len(self.group[0].layers):
+            return own
+        return own._replace(hidden=self._shared_hidden(x, own.down, state))
 
     def _describe(self) -> list[str]:
         kind = self._cores.decomposition.core

@@ -38,7 +38,7 @@ def lowrank_projections_fwd(
             y.zero_() if bias is None else y.copy_(bias)
         ys = add_frozen(outputs, x, weights)
     for y, part, up, scale in zip(ys, _hidden(z, projections, dropout), ups, scales):
-        y.addmm_(part * scale.to(z.dtype), up.to(x.dtype).t())
+        y.addmm_(part * scale, up.to(x.dtype).t())
     return ys if given is not None else [*ys, z]
 
 

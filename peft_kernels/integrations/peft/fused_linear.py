@@ -24,6 +24,7 @@ from peft_kernels.autocast import autocasts, linear_dtype
 from peft_kernels.backend import Choice, resolve
 from peft_kernels.checks import DTYPES
 from peft_kernels.integrations.peft.mixed_batches import shared_rows, sorted_rows
+from peft_kernels.layers.group import LinearGroup, Projection
 from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear, stack_adapters
 from peft_kernels.ops.lowrank_linear import lowrank_linear
 from peft_kernels.remembered import MOST
@@ -147,7 +148,13 @@ def _remember(looks: tuple) -> None:
 
 
 class FusedLinear(StockLinear):
-    """PEFT's lora.Linear with a fused forward; `accelerate` and `fast` make it of one by changing its class."""
+    """PEFT's lora.Linear with a fused forward; `accelerate` and `fast` make it of one by changing its class.
+
+    group, why_alone: as in layers/group.py; `accelerate` finds the groups
+    """
+
+    group: tuple[LinearGroup, int] | None = None
+    why_alone = ""
 
     @property
     def scaling(self) -> Scaling:
@@ -161,16 +168,13 @@ class FusedLinear(StockLinear):
         """x: (..., in_features) -> (..., out_features); adapter_names: as PEFT's model passes it, for a mixed batch"""
         if args or (kwargs and not kwargs.keys() <= _UNUSED):
             return super().forward(x, *args, **kwargs)  # which calls _mixed_batch_forward if there are adapter_names
-        graph, adapter, looks = torch.compiler.is_dynamo_compiling(), self._active_adapter, None
-        if not graph:
-            adapter = adapter[0] if type(adapter) is list and adapter else adapter
-            looks = self._looks(adapter, x)
-        if looks is None or looks not in _fused:
-            if self.why_stock(x) is not None:
-                return super().forward(x, *args, **kwargs)
-            if looks is not None:
-                _remember(looks)
-            adapter = self._present()[0]
+        if self.group is not None and not self._disable_adapters:
+            group, member = self.group
+            if (y := group.get(member, self, x)) is not None:
+                return y
+        if (adapter := self._fusible(x)) is None:
+            return super().forward(x, *args, **kwargs)
+        graph = torch.compiler.is_dynamo_compiling()
         base, modules, scaling = self._modules["base_layer"], self._modules, self._scaling
         dropout = modules["lora_dropout"]._modules[adapter]
         return lowrank_linear(
@@ -183,6 +187,46 @@ class FusedLinear(StockLinear):
             dropout_p=dropout.p if type(dropout) is nn.Dropout else 0.0,
             training=dropout.training,
         )
+
+    def _fusible(self, x: Tensor) -> str | None:
+        """The adapter whose update of x's product is fused; None where PEFT's own forward runs."""
+        looks = None
+        if not torch.compiler.is_dynamo_compiling():
+            adapter = self._active()
+            looks = self._looks(adapter, x)
+            if looks is not None and looks in _fused:
+                return adapter
+        if self.why_stock(x) is not None:
+            return None
+        if looks is not None:
+            _remember(looks)
+        return self._present()[0]
+
+    def reads(self) -> tuple[Tensor | None, ...]:
+        """The parameters that the output depends on."""
+        own = self._modules["base_layer"]._parameters
+        factors = [self._modules[name]._modules.get(self._active()) for name in ("lora_A", "lora_B")]
+        return own.get("weight"), own.get("bias"), *(each and each._parameters["weight"] for each in factors)
+
+    def projection(self, x: Tensor, state: tuple) -> Projection | None:
+        """What a group's call on x takes, as layers/group.py says."""
+        if (adapter := self._fusible(x)) is None:
+            return None
+        modules, (weight, bias, down, up) = self._modules, self.reads()
+        dropout = modules["lora_dropout"]._modules[adapter]
+        options = dropout.p if type(dropout) is nn.Dropout else 0.0, "input", dropout.training, "auto"
+        return Projection(weight, bias, down, up, None, self._scaling.tensors[adapter], options)
+
+    def group_kind(self) -> tuple[tuple | None, str]:
+        """Of layers with the adapters that are active now; whether they are alike is looked at in each pass, too."""
+        if (adapter := next(iter(self._present()), None)) is None:
+            return None, "by itself: no active adapter is on this layer"
+        weight = self.base_layer.weight
+        return (weight.shape[1], weight.dtype, len(self.lora_A[adapter].weight), str(self.lora_dropout[adapter])), ""
+
+    def _active(self) -> str | None:
+        active = self._active_adapter
+        return active if type(active) is str else active[0] if active else None
 
     def _looks(self, adapter: str, x: Tensor) -> tuple | None:
         """All that `why_stock` looks at: layers and inputs that look the same are fused, or are not, alike.

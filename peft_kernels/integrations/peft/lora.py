@@ -9,6 +9,8 @@ from peft.tuners.lora.layer import dispatch_default
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from peft_kernels.adapters.groups import form_groups
+from peft_kernels.adapters.targets import guess_target
 from peft_kernels.integrations.peft.fused_linear import FusedLinear, StockLinear, why_not_adapter, why_not_base
 
 FUSED_ALREADY = "it is fused already"
@@ -30,10 +32,11 @@ class Report:
         return "\n".join([head, *(f"  left {name}: {why}" for name, why in self.left.items() if name in others)])
 
 
-def accelerate(peft_model: nn.Module) -> Report:
+def accelerate(peft_model: nn.Module, group: bool = True) -> Report:
     """Fuse the LoRA linears of a model that PEFT built, in place. `restore` undoes it; doing it again adds new layers.
 
     peft_model: from get_peft_model, PeftModel.from_pretrained, or anything else with PEFT's layers inside
+    group: do layers that read one tensor, as q, k and v do, run as one call? `peft_kernels.explain` tells which do
     returns report: which layers are fused, and why the others are left as they were; print it
     Raises TypeError for a model without any layer of PEFT's.
     """
@@ -44,6 +47,8 @@ def accelerate(peft_model: nn.Module) -> Report:
         else:
             _fuse(layer)
             swapped.append(name)
+    fused = [(name, layer) for name, layer in _adapter_layers(peft_model) if type(layer) is FusedLinear]
+    form_groups(((name, layer, guess_target("", name, layer.base_layer)) for name, layer in fused), group)
     return Report(tuple(swapped), left)
 
 
@@ -55,6 +60,8 @@ def restore(peft_model: nn.Module) -> tuple[str, ...]:
     fused = [(name, layer) for name, layer in _adapter_layers(peft_model) if type(layer) is FusedLinear]
     for _, layer in fused:
         scaling = layer.__dict__.pop("_scaling")
+        for attribute in ("group", "why_alone"):
+            layer.__dict__.pop(attribute, None)
         layer.__class__ = StockLinear
         layer.scaling = dict(scaling)
     return tuple(name for name, _ in fused)
