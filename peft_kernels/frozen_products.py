@@ -12,7 +12,7 @@ from torch import Tensor
 def stacked(weights: Sequence[Tensor]) -> Tensor | None:
     """The weights (N_j, K) as one (ΣN_j, K) where that is their memory already; None elsewhere, and in graphs."""
     first = weights[0]
-    if len(weights) == 1 or torch.compiler.is_compiling() or not first.is_contiguous():
+    if torch.compiler.is_dynamo_compiling():
         return None
     place, rows = first.data_ptr(), 0
     for weight in weights:

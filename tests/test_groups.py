@@ -324,7 +324,7 @@ def test_every_group_of_a_models_preset_is_used(kind, method, calls):
         found.append([value.detach(), *(p.grad for p in adapter.parameters() if p.grad is not None)])
         groups = {layer.group[0] for layer in adapter.layers.values() if layer.group is not None}
         assert bool(groups) is wanted and bool(calls["together"]) is wanted
-        assert not any(group.wasted or group._shared.unfinished for group in groups)
+        assert not any(group.wasted or group._pass is not None for group in groups)
         calls["together"].clear()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

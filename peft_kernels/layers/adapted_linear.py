@@ -131,7 +131,9 @@ class AdaptedLinear(nn.Linear):
     def projection(self, x: Tensor, state: tuple | EllipsisType | None = ...) -> Projection | None:
         """What a group's call on x takes; None for a layer that has to run by itself.  state: as in PerPass.get"""
         own = self._parameters
-        if self._original is not None or type(own.get("weight")) is not nn.Parameter or "bias" not in own:
+        if self._original is not None or "weight" not in own or "bias" not in own:
+            return None
+        if type(own["weight"]) is not nn.Parameter:
             return None
         down, up, core = self.factors(state)
         place = self.dropout_on

@@ -1,13 +1,15 @@
 """Layers that read one tensor, as q, k and v do, run as one `lowrank_projections`: the first one asked computes all."""
 
+import threading
+import weakref
 from collections.abc import Sequence
-from operator import is_
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from peft_kernels.layers.per_pass import PerPass, in_recomputation, sharing_state
+from peft_kernels.autocast import linear_dtype
+from peft_kernels.layers.per_pass import ender
 from peft_kernels.ops.lowrank_projections import lowrank_projections
 from peft_kernels.records import MOST_PROJECTIONS
 
@@ -47,8 +49,10 @@ class Member(Protocol):
 class LinearGroup:
     """Layers of one parent that are thought to read the same tensor.
 
-    `PerPass` has the rules by which one call serves several members. Where it shares nothing, and where members differ
-    in what a call has once (dropout, training, backend, dtype, device), each runs by itself; so does a merged one.
+    One call serves all members of a pass by the rules that `PerPass` has: same tensor, unchanged, same thread, grad
+    mode, autocast and region of activation checkpointing, until a member asks again or a backward comes. Where members
+    differ in what a call has once (dropout, training, backend, dtype, device, rank), in compiled graphs and in
+    inference mode each runs by itself; so does a merged one.
 
     A pass that leaves a member unasked, or asks it with another tensor, has computed an output for nothing. After
     PATIENCE such passes in a row the group dissolves: but never between a forward and its recomputation by activation
@@ -61,71 +65,65 @@ class LinearGroup:
         self.layers, self.names = list(layers), list(names)
         self.wasted = self.not_recomputed = 0
         self.dissolved = False
-        self._shared = PerPass()
-        for _ in self.layers:
-            self._shared.join()
+        self._pass: _Pass | None = None
 
     def get(self, member: int, layer: Member, x: Tensor) -> Tensor | None:
         """The output of that member for x, or None where it has to run by itself."""
-        if torch.compiler.is_compiling() or self.dissolved or self.layers[member] is not layer or x.is_inference():
+        if _in_graph() or self.dissolved:
             return None
-        state = sharing_state(x)
-        cut_short, begun = self._shared.unfinished, []
+        autocast = linear_dtype(x) if _any_autocast() else None
+        state, current = (_thread(), _grad_enabled(), autocast, _hooks(True)), self._pass
+        if current is not None and current.state == state and current.x() is x:
+            y, reads = current.ys[member], current.reads[member]
+            if y is not None and current.version == x._version and current.required == x.requires_grad:
+                if layer is not self.layers[member] or not _unchanged(layer.reads(), reads):
+                    return None
+                current.ys[member] = None
+                current.left -= 1
+                if not current.left:
+                    self._pass = None
+                return y
+        return self._begin(member, layer, x, state)
 
-        def compute() -> tuple | None:
-            begun.append(True)
-            return self._computed(x, state)
-
-        value = self._shared.get(member, (x,), compute, state)
-        self._count(state, layer.training, cut_short if begun else None)
-        if value is None:
+    def _begin(self, member: int, layer: Member, x: Tensor, state: tuple) -> Tensor | None:
+        """Another pass, or None where the layer has to run by itself."""
+        if layer is not self.layers[member] or x.is_inference() or torch.compiler.is_compiling():
             return None
-        tensors, versions = value[-1][member]
-        now = layer.reads()
-        if len(now) != len(tensors) or not all(map(is_, now, tensors)) or _versions(now) != versions:
+        again, before = _graph_task() != -1, self._pass
+        if again:
+            self.not_recomputed = max(0, self.not_recomputed - 1)
+        else:
+            self.wasted = 0 if before is None or before.again else self.wasted + 1
+            self.dissolved = self.wasted >= PATIENCE and self.not_recomputed == 0
+            if state[3] is not None or (layer.training and not state[1]):
+                self.not_recomputed += 1
+        self._pass = None
+        parts = None if self.dissolved else [each.projection(x, state) for each in self.layers]
+        if parts is None or not _alike(parts, x):
             return None
-        return value[member]
+        current = self._pass = _Pass(x, state, self._computed(x, parts), again)
+        current.reads = [_versions(each.reads()) for each in self.layers]
+        y, current.ys[member] = current.ys[member], None
+        return y
 
-    def _computed(self, x: Tensor, state: tuple) -> tuple | None:
-        """-> the output of each member, and what it was computed of"""
-        parts = [layer.projection(x, state) for layer in self.layers]
-        first = parts[0]
-        for part in parts:
-            if part is None or part.options != first.options or part.weight.device != x.device:
-                return None
-            if part.weight.dtype != first.weight.dtype or part.up.dtype != first.up.dtype:
-                return None
-            if part.hidden is not first.hidden or part.up.shape[1] != first.up.shape[1]:
-                return None
-        weights, biases, downs, ups, cores, scales, *_ = zip(*parts)
-        dropout_p, dropout_on, training, backend = first.options
-        ys = lowrank_projections(
+    @staticmethod
+    def _computed(x: Tensor, parts: list[Projection]) -> list[Tensor]:
+        weights, biases, downs, ups, cores, scales, (options, *_), (hidden, *_) = zip(*parts)
+        dropout_p, dropout_on, training, backend = options
+        return lowrank_projections(
             x,
             weights,
             biases,
-            downs[0] if all(down is downs[0] for down in downs) else downs,
+            downs[0] if downs[0] is downs[1] is downs[-1] else downs,
             ups,
             None if cores[0] is None else cores,
             scales=scales,
             dropout_p=dropout_p,
             dropout_on=dropout_on,
             training=training,
-            hidden=first.hidden,
+            hidden=hidden,
             backend=backend,
         )
-        return *ys, [(reads := layer.reads(), _versions(reads)) for layer in self.layers]
-
-    def _count(self, state: tuple, training: bool, cut_short: bool | None) -> None:
-        """cut_short: was the pass before it, of a call that begins one?"""
-        _, grad, _, hooks = state
-        if in_recomputation():
-            self.not_recomputed = max(0, self.not_recomputed - 1)
-            return
-        if cut_short is not None:
-            self.wasted = self.wasted + 1 if cut_short else 0
-            self.dissolved = self.wasted >= PATIENCE and self.not_recomputed == 0
-        if hooks is not None or (training and not grad):
-            self.not_recomputed += 1
 
     def explain(self, member: int) -> str:
         """Which layers a member forms one call with, or why it does not."""
@@ -142,5 +140,50 @@ class LinearGroup:
         self.__init__(**state)
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int | None]:
-    return [None if t is None or t.is_inference() else t._version for t in tensors]
+class _Pass:
+    """What one call has computed, and for what; `state` is None once it may serve no more."""
+
+    def __init__(self, x: Tensor, state: tuple, ys: tuple[Tensor, ...], again: bool):
+        self.state, self.ys, self.left, self.again = state, list(ys), len(ys) - 1, again
+        self.reads: list[list[tuple]] = []
+        end = ender(weakref.ref(self))
+        self.x, self.version, self.required = weakref.ref(x, end), x._version, x.requires_grad
+        if (node := ys[0].grad_fn) is not None:
+            node.register_prehook(end)  # a backward frees the graph that later members would join
+
+    def end(self) -> None:
+        self.state, self.ys = None, [None] * len(self.ys)
+
+
+def _alike(parts: list[Projection | None], x: Tensor) -> bool:
+    """Does one call take them all?"""
+    first = parts[0]
+    for part in parts:
+        if part is None or part.options != first.options or part.hidden is not first.hidden:
+            return False
+        weight, down = part.weight, part.down
+        if weight.device != x.device or weight.dtype != first.weight.dtype or down.dtype != first.down.dtype:
+            return False
+        if down.shape != first.down.shape or (part.core is None) is not (first.core is None):
+            return False
+    return True
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[tuple]:
+    """What a layer reads, and how often that was changed in place; None where torch does not count."""
+    try:
+        return [(t, None if t is None else t._version) for t in tensors]
+    except RuntimeError:  # tensors of inference mode
+        return [(t, None) for t in tensors]
+
+
+def _unchanged(tensors: tuple[Tensor | None, ...], before: list[tuple]) -> bool:
+    for t, (other, version) in zip(tensors, before):
+        if t is not other or (version is not None and t._version != version):
+            return False
+    return True
+
+
+_in_graph, _thread, _grad_enabled = torch.compiler.is_dynamo_compiling, threading.get_ident, torch.is_grad_enabled
+_any_autocast, _graph_task = torch._C._is_any_autocast_enabled, torch._C._current_graph_task_id
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks

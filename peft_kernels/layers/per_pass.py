@@ -35,11 +35,14 @@ class _Pass:
 
     def __init__(self, state: tuple, of: Sequence[Tensor], value: Any, member: int):
         self.state, self.value, self.asked = state, value, {member}
-        self.end = _ender(weakref.ref(self))
-        self.of = [(weakref.ref(t, self.end), t._version, t.requires_grad) for t in of]
+        self.ender = ender(weakref.ref(self))
+        self.of = [(weakref.ref(t, self.ender), t._version, t.requires_grad) for t in of]
         node = (value if isinstance(value, Tensor) else value[0]).grad_fn
         if node is not None:
-            node.register_prehook(self.end)  # a backward frees the graph that later members would join
+            node.register_prehook(self.ender)  # a backward frees the graph that later members would join
+
+    def end(self) -> None:
+        self.state = self.value = None  # a checkpointed region's hooks in the state hold its inputs
 
     def serves(self, member: int, state: tuple, of: Sequence[Tensor]) -> bool:
         if self.state != state or member in self.asked:
@@ -53,15 +56,15 @@ class _Pass:
         """The value's graph holds a whole model's activations: let go of it with the last result that needs it."""
         node = result.grad_fn
         if isinstance(node, FunctionCtx):  # torch's own nodes cannot be referred to weakly
-            self.node = weakref.ref(node, self.end)
+            self.node = weakref.ref(node, self.ender)
 
 
-def _ender(this: weakref.ref[_Pass]) -> Callable[..., None]:
-    """Ends the pass, if it is still there: hooks and callbacks keep no value alive."""
+def ender(this: weakref.ref) -> Callable[..., None]:
+    """Ends a pass, if it is still there: hooks and callbacks keep no value alive."""
 
     def end(*_) -> None:
         if (alive := this()) is not None:
-            alive.state = alive.value = None  # a checkpointed region's hooks in the state hold its inputs
+            alive.end()
 
     return end
 
@@ -86,11 +89,6 @@ class PerPass:
         self.members = 0
         self._pass: _Pass | None = None
 
-    @property
-    def unfinished(self) -> bool:
-        """Has the last pass not asked all members?"""
-        return self._pass is not None
-
     def join(self) -> int:
         """A new member's number."""
         self.members += 1
@@ -99,7 +97,7 @@ class PerPass:
     def get(
         self, member: int, of: tuple[Tensor, ...], compute: Callable[[], Any], state: tuple | EllipsisType | None = ...
     ) -> Any:
-        """compute(), or what it gave to another member in this pass. None is given to nobody else.
+        """compute(), or what it gave to another member in this pass.
 
         of: the tensor whose value it is, and the parameters that it was computed with;  state: if known, of the tensor
         """
@@ -116,8 +114,6 @@ class PerPass:
         else:
             self._pass = None
             value = compute()
-            if value is None:
-                return None
             current = _Pass(state, of, value, member)
         self._pass = None if len(current.asked) == self.members else current
         return value

@@ -44,13 +44,14 @@ from peft_kernels.operator import Operator, composed
 from peft_kernels.ops.lowrank_linear import draw
 from peft_kernels.records import KEEP_ALL, Dropout, ProjectionNeeds, Projections
 from peft_kernels.remembered import MOST
-from peft_kernels.rows import contiguous, rows, shaped
+from peft_kernels.rows import contiguous, rows
 from peft_kernels.torch_kernels import lowrank_projections as launchers
 from peft_kernels.transforms import in_torch_func, transformed
 
 DROPOUT_PLACES = ("input", "rank")
 Scale = float | Tensor
-PLAIN = (Tensor, nn.Parameter, type(None))  # what other types hide changes without a sign
+_TENSORS = (Tensor, nn.Parameter)
+_PLAIN = (*_TENSORS, type(None))  # what other types hide changes without a sign
 lowrank_projections_fwd = Operator(launchers.lowrank_projections_fwd)
 lowrank_projections_bwd = Operator(launchers.lowrank_projections_bwd)
 
@@ -79,18 +80,21 @@ class _Plan(NamedTuple):
 
     backend: str
     dtype: torch.dtype | None  # that autocast asks for
+    count: int  # J
     drops: int  # columns of each mask; 0: nothing is dropped
-    memo: dict | None = None  # where the backend keeps its own: if no graph is made and autocast is off
+    ready: bool  # nothing has to be cast, copied, multiplied or reshaped before kernels can take it
+    memo: dict | None = None  # where the backend keeps its own: if it is ready, no graph is made and autocast is off
 
 
 class _LowRankProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, hidden, scales, dropout, plan, *tensors):
-        weights, biases, downs, ups = _parts(tensors, len(scales))
-        needs, count = ctx.needs_input_grad, len(scales)
-        needs_weights, _, needs_downs, needs_ups = _parts(needs[_FIRST:], count)
+        count, needs = plan.count, ctx.needs_input_grad
+        weights, biases = tensors[:count], tensors[count : 2 * count]
+        downs, ups = tensors[2 * count : -count], tensors[-count:]
+        needs_weights, needs_downs = True in needs[_FIRST : _FIRST + count], True in needs[_FIRST + 2 * count : -count]
         z = None if hidden is None else rows(hidden)
-        args = rows(x), weights, biases, Projections(downs, ups, scales, z), dropout
+        args = rows(x), weights, biases, tuple.__new__(Projections, (downs, ups, scales, z)), dropout
         if plan.memo is None:
             ys = lowrank_projections_fwd(plan.backend, *args)
         else:
@@ -98,25 +102,28 @@ class _LowRankProjections(torch.autograd.Function):
         if z is None:
             *ys, z = ys
         ctx.save_for_backward(
-            x if True in needs_weights or True in needs_downs else None,
-            z if True in needs_ups else None,
+            x if needs_weights or needs_downs else None,
+            z if True in needs[-count:] else None,
             dropout.rng,
-            *(weights if needs[0] else [None] * count),
+            *(weights if needs[0] else (None,) * count),
             *downs,
             *ups,
             *scales,
         )
         ctx.set_materialize_grads(False)
         ctx.x_shape, ctx.z_shape = x.shape, None if hidden is None else hidden.shape
-        ctx.dropout, ctx.plan, ctx.count = dropout[1:], plan, count
-        return tuple(ys) if x.ndim == 2 else tuple([shaped(y, *x.shape[:-1], y.shape[-1]) for y in ys])
+        ctx.dropout, ctx.plan = dropout[1:], plan
+        if x.ndim == 2:
+            return tuple(ys)
+        leading = x.shape[:-1]
+        return tuple([_shaped(y, (*leading, y.shape[1])) for y in ys])
 
     @staticmethod
     def backward(ctx, *dys):
         if torch.is_grad_enabled():
             refuse_second_derivative("lowrank_projections")
         x, z, rng, *tensors = ctx.saved_tensors
-        count, plan = ctx.count, ctx.plan
+        plan, count = ctx.plan, ctx.plan.count
         weights, downs, ups, scales = (
             tensors[:count], tensors[count : -2 * count], tensors[-2 * count : -count], tensors[-count:],
         )  # fmt: skip
@@ -210,45 +217,47 @@ def lowrank_projections(
     Raises ValueError or TypeError, naming projection and argument, before anything runs; BackendUnavailableError (a
     ValueError) if a backend asked for by name cannot run.
     """
-    weights, biases, ups = _listed("weights", weights), _listed("biases", biases), _listed("ups", ups)
-    downs = [downs] if isinstance(downs, Tensor) else _listed("downs", downs)
-    scales = [scales] * len(weights) if isinstance(scales, Tensor | float | int) else _listed("scales", scales)
-    cores = [] if cores is None else _listed("cores", cores)
-    tensors, options = [hidden, *weights, *biases, *downs, *ups], (dropout_p, dropout_on, training, backend)
+    options, shared = (dropout_p, dropout_on, training, backend), type(downs) in _TENSORS
+    downs = (downs,) if shared else downs
+    scales = scales if type(scales) is tuple else _listed_scales(scales, weights)
     key = plan = None
     if not torch.compiler.is_dynamo_compiling():
         try:
-            key = _signature(x, tensors, (len(weights), len(downs)), cores, scales, options)
+            tensors = hidden, *weights, *biases, *downs, *ups, *(cores or ())
+            key = _signature(x, tensors, scales, (len(weights), len(biases), shared, cores is None), options)
             plan = _plans[key]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             pass  # another kind of call, or an argument that the checks will name
     if plan is None:
         plan = _checked(x, weights, biases, downs, ups, cores, scales, hidden, options)
-        if key is not None and all(type(t) in PLAIN for t in (x, *tensors, *cores)):
-            plan = plan._replace(memo={} if plan.dtype is None and x.device.type != "meta" else None)
+        if key is not None and all(type(t) in _PLAIN for t in (x, *tensors)):
+            if plan.ready and x.device.type != "meta":
+                plan = plan._replace(memo={})
             if len(_plans) >= MOST:
                 _plans.clear()
             _plans[key] = plan
-    if plan.dtype is not None:
-        [x, hidden], weights, biases = (_cast(each, plan.dtype) for each in ([x, hidden], weights, biases))
-    if cores:
-        ups = [_with_core(up, core) for up, core in zip(ups, cores)]
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    scales = [s if isinstance(s, Tensor) and s.dtype is wide else _scale(s, wide, x.device) for s in scales]
+    if not plan.ready:
+        x, hidden, *cast = _cast((x, hidden, *weights, *biases), plan.dtype)
+        weights, biases = cast[: plan.count], cast[plan.count :]
+        if cores is not None:
+            ups = [_with_core(up, core) for up, core in zip(ups, cores)]
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        scales = tuple([_scale(scale, wide, x.device) for scale in scales])
+        biases, downs, ups = ([contiguous(t) for t in each] for each in (biases, downs, ups))
     if plan.memo is None and transformed():
-        on = dropout_on if plan.drops else "none"
         chosen = Projections(downs, ups, scales, hidden)
-        return tuple(composed(launchers.lowrank_projections_composed, x, weights, biases, chosen, float(dropout_p), on))
+        args = x, weights, biases, chosen, float(dropout_p), dropout_on if plan.drops else "none"
+        return tuple(composed(launchers.lowrank_projections_composed, *args))
     dropout = KEEP_ALL
     if plan.drops:
-        dropout = Dropout(draw(x, plan.backend, dropout_p, plan.drops, len(weights)), dropout_p, dropout_on)
-    biases, downs, ups = [contiguous(t) for t in biases], [t.contiguous() for t in downs], [t.contiguous() for t in ups]
+        rng = draw(x, plan.backend, dropout_p, plan.drops, plan.count)
+        dropout = tuple.__new__(Dropout, (rng, dropout_p, dropout_on))
     apply = _LowRankProjections.apply if plan.memo is None else _apply
-    downs = downs if hidden is None else []
-    return apply(x, hidden, scales, dropout, plan, *weights, *biases, *downs, *ups)
+    return apply(x, hidden, scales, dropout, plan, *weights, *biases, *(downs if hidden is None else ()), *ups)
 
 
 _plans: dict[tuple, _Plan] = {}
+_shaped = torch.ops.aten._unsafe_view.default  # a tensor of its own, as `rows.shaped` says
 _apply = super(torch.autograd.Function, _LowRankProjections).apply  # without unwrapping what functorch left
 
 
@@ -258,8 +267,14 @@ def _listed(name: str, values: object) -> list:
     return list(values)
 
 
-def _cast(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]
+def _listed_scales(scales: object, weights: object) -> tuple:
+    if isinstance(scales, list):
+        return tuple(scales)
+    return (scales,) * (len(weights) if isinstance(weights, list | tuple) else 1)
+
+
+def _cast(tensors: Sequence[Tensor | None], dtype: torch.dtype | None) -> list[Tensor | None]:
+    return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
 
 
 def _with_core(up: Tensor, core: Tensor) -> Tensor:
@@ -284,7 +299,7 @@ def _constant(number: float, dtype: torch.dtype, device: torch.device) -> Tensor
     return torch.full((), number, dtype=dtype, device=device)
 
 
-def _signature(x: Tensor, tensors: list, counts: tuple[int, int], cores: list, scales: list, options: tuple) -> tuple:
+def _signature(x: Tensor, tensors: tuple, scales: tuple, counts: tuple, options: tuple) -> tuple:
     """All that the checks of a call, and the choice of its backend, look at: calls with the same one go the same way.
 
     Raises for what is no tensor, and for what cannot be in a key.
@@ -293,11 +308,12 @@ def _signature(x: Tensor, tensors: list, counts: tuple[int, int], cores: list, s
     if in_torch_func() or forward_ad._current_level >= 0:  # `transformed()`, without a call in each warm one
         raise TypeError("a transform's tensors")
     return (
-        type(x), x.dtype, x.device, x.layout, x.shape[-1], 0 in x.shape, counts, len(cores),
+        type(x), x.dtype, x.device, x.layout, x.shape[-1], 0 in x.shape, counts,
+        all(map(Tensor.is_contiguous, [t for t in (x, *tensors) if t is not None])),
         linear_dtype(x) if torch._C._is_any_autocast_enabled() else None,
-        *[None if t is None else (type(t), t.dtype, t.device, t.layout, t.shape) for t in (*tensors, *cores)],
+        *[None if t is None else (type(t), t.dtype, t.device, t.layout, t.shape) for t in tensors],
         *[
-            (type(s), s.dtype, s.device, s.ndim, s.requires_grad) if isinstance(s, Tensor) else (type(s), s)
+            (type(s), s.dtype, s.device, s.layout, s.ndim, s.requires_grad) if type(s) in _TENSORS else (type(s), s)
             for s in scales
         ],
         type(dropout_p), dropout_p, dropout_on, not training,
@@ -308,17 +324,22 @@ def _signature(x: Tensor, tensors: list, counts: tuple[int, int], cores: list, s
 def _checked(x, weights, biases, downs, ups, cores, scales, hidden, options: tuple) -> _Plan:
     """Raises whatever is to be raised about a call, or says how it goes."""
     dropout_p, dropout_on, training, backend = options
+    check_tensor("x", x)
+    lists = {"weights": weights, "biases": biases, "downs": downs, "ups": ups, "scales": scales, "cores": cores}
+    for name, entries in lists.items():
+        if entries is None and name == "cores":
+            continue
+        if not isinstance(entries, list | tuple):
+            one = " or one Tensor for all" * (name in ("downs", "scales"))
+            raise TypeError(f"{name}: expected a list with an entry for each projection{one}, got {kind_of(entries)}")
+        if len(entries) != len(weights) and not (name == "downs" and len(entries) == 1):
+            raise ValueError(f"{name}: expected {len(weights)} entries, as weights has, got {len(entries)}")
     count = len(weights)
     if not count:
         raise ValueError("weights: expected one tensor for each projection, got none")
-    optional = {"cores": cores or weights, "downs": weights if len(downs) == 1 else downs}
-    for name, entries in ({"biases": biases, "ups": ups, "scales": scales} | optional).items():
-        if len(entries) != count:
-            raise ValueError(f"{name}: expected {count} entries, as of weights, got {len(entries)}")
-    check_tensor("x", x)
     given = x
     for j, (weight, bias, up, scale) in enumerate(zip(weights, biases, ups, scales)):
-        down, core = downs[j if len(downs) > 1 else 0], cores[j] if cores else None
+        down, core = downs[j if len(downs) > 1 else 0], None if cores is None else cores[j]
         try:
             check_tensor("weight", weight)
             x, weight, _, _ = check_linear(given, weight, bias, hidden)
@@ -347,4 +368,8 @@ def _checked(x, weights, biases, downs, ups, cores, scales, hidden, options: tup
     choice = resolve("lowrank_projections", (x, *biases, *downs, *ups), backend, **case)
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
     columns = x.shape[-1] if dropout_on == "input" else rank
-    return _Plan(run, linear_dtype(given) if autocasts(given) else None, columns if drops else 0)
+    dtype, wide = linear_dtype(given) if autocasts(given) else None, torch.promote_types(x.dtype, torch.float32)
+    ready = dtype is None and cores is None and all(isinstance(s, Tensor) and s.dtype is wide for s in scales)
+    tensors = (given, hidden, *biases, *downs, *ups)
+    ready = ready and all(t is None or t.is_contiguous() for t in tensors)
+    return _Plan(run, dtype, count, columns if drops else 0, ready)
