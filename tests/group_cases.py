@@ -37,7 +37,9 @@ class Crossing(nn.Module):
         return query, key, value, inner.output(torch.tanh(query))
 
 
-def make(kind: str, dropout: float = 0.0, *, group: bool = True, crossing: bool = False) -> nn.Module:
+def make(
+    kind: str, dropout: float = 0.0, *, group: bool = True, crossing: bool = False, stack: bool = False
+) -> nn.Module:
     """The adapted model, in training but for MoIL's student; the same numbers whatever `group` is."""
     torch.manual_seed(0)
     model = Crossing() if crossing else Attention()
@@ -48,7 +50,7 @@ def make(kind: str, dropout: float = 0.0, *, group: bool = True, crossing: bool 
 
         config = peft.LoraConfig(r=RANK, lora_dropout=dropout, target_modules=targets)
         wrapped = peft.get_peft_model(model, config)
-        accelerate(wrapped, group=group)
+        accelerate(wrapped, group=group, stack=stack)
         model, named = wrapped.get_base_model(), wrapped.named_parameters()
     else:
         method, config = {
@@ -56,7 +58,7 @@ def make(kind: str, dropout: float = 0.0, *, group: bool = True, crossing: bool 
             "aurora": (Aurora, lambda **options: AuroraConfig(rank=RANK, dropout=dropout, **options)),
             "moil": (MoIL, lambda **options: MoILConfig(rank=RANK, transform_rank=2, **options)),
         }[kind]
-        adapter = method.wrap(model, config(targets=targets, group=group))
+        adapter = method.wrap(model, config(targets=targets, group=group, stack=stack))
         named = adapter.named_parameters("adapter")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -50,6 +50,7 @@ WRONG = {
     "ffn": FLAG,
     "released": FLAG,
     "group": FLAG,
+    "stack": FLAG,
     "rank_pattern": [*PATTERN, {"query": 0}, {"query": 2.5}],
     "alpha_pattern": [*PATTERN, {"query": float("nan")}],
     "scale_pattern": [*PATTERN, {"query": float("inf")}],

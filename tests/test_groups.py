@@ -290,6 +290,68 @@ def test_what_is_cast_moved_or_loaded_stays_together(calls):
     assert calls["together"] == [3]
 
 
+@pytest.mark.parametrize("kind", ["lora", "aurora", "peft"])
+def test_stacked_weights(kind):
+    """One memory and one product; the same Parameters, keys, values and bytes."""
+    model, alone = make(kind, 0.2, stack=True), make(kind, 0.2, stack=False)
+    first, second = (weights_of(each)[:2] for each in (model, alone))
+    assert first[0].untyped_storage().data_ptr() == first[1].untyped_storage().data_ptr()
+    assert second[0].untyped_storage().data_ptr() != second[1].untyped_storage().data_ptr()
+    assert explain(model)["query"].reason.endswith("one call with key, value, weights stacked")
+    for seed in range(2):
+        equal(gradients(model, seed), gradients(alone, seed))
+    assert model.state_dict().keys() == alone.state_dict().keys()
+    assert all(torch.equal(t, alone.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    return [layer.reads()[0] for layer in (model.query, model.key, model.value)]
+
+
+@pytest.mark.parametrize("how", ["moved", "one cast", "assigned", "copied", "replaced"])
+def test_weights_that_left_the_stack_are_multiplied_one_by_one(how):
+    model, alone = make("lora", stack=True), make("lora")
+    for each in (model, alone):
+        if how == "moved":
+            each.float().double()
+        elif how == "one cast":
+            each.key.weight.data = each.key.weight.data.clone()
+        elif how == "assigned":
+            each.load_state_dict({k: v.clone() for k, v in each.state_dict().items()}, assign=True)
+            each.output.requires_grad_(False)
+        elif how == "replaced":
+            each.key.weight = nn.Parameter(each.key.weight.detach() * 2, requires_grad=False)
+    model = copy.deepcopy(model) if how == "copied" else model
+    assert not model.query.group[0].stacked and "stacked" not in explain(model)["query"].reason
+    equal(gradients(model), gradients(alone))
+
+
+def test_a_tied_weight_is_not_stacked():
+    model = Attention()
+    model.other = nn.Linear(8, 8, dtype=torch.float64)
+    model.other.weight = model.key.weight
+    wrapped = LoRA.wrap(model, LoRAConfig(targets=["query", "key", "value"], stack=True))
+    assert not wrapped.layers["query"].group[0].stacked
+    assert model.other.weight is model.key.weight
+
+
+def test_a_stacked_model_is_saved_byte_by_byte_as_any(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    files = []
+    for stack in (False, True):
+        torch.manual_seed(0)
+        sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+        model = BertModel(BertConfig(vocab_size=20, **sizes))
+        adapter = LoRA.wrap(model, LoRAConfig(preset="bert", stack=stack))
+        assert any(layer.group[0].stacked for layer in adapter.layers.values()) is stack
+        adapter.save_pretrained(tmp_path / f"adapter {stack}")
+        adapter.remove().save_pretrained(tmp_path / f"base {stack}")
+        names = (f"adapter {stack}/adapter_model.safetensors", f"base {stack}/model.safetensors")
+        files.append([(tmp_path / name).read_bytes() for name in names])
+    assert files[0] == files[1]
+
+
 def test_taken_off_with_the_adapter():
     wrapped = LoRA.wrap(Attention(), LoRAConfig(targets=["query", "key", "value"]))
     model = wrapped.remove()

@@ -83,7 +83,8 @@ class Adapter(AdapterFiles):
 
     def _form_groups(self, matches: Sequence[Match]) -> None:
         there = [match for match in matches if match.name in self.layers]
-        form_groups(((match.name, self.layers[match.name], match.target) for match in there), self.config.group)
+        members = ((match.name, self.layers[match.name], match.target) for match in there)
+        form_groups(self.model, members, self.config.group, self.config.stack)
 
     @classmethod
     def find(cls, model: nn.Module, config: AdapterConfig) -> list[Match]:

@@ -28,6 +28,8 @@ class AdapterConfig:
     adapter_dtype: None (the weight's; under half precision float32 masters, as in peft) | "float32" | "bfloat16" | …
     backend: "auto" | "cuda" | "triton" | "torch"
     group: do layers that read one tensor, as q, k and v do, run as one call?
+    stack: are the frozen weights of such layers laid in one memory, for one product? While that is done, a layer's
+        weights are there twice
     """
 
     needs_targets: ClassVar[bool] = True
@@ -38,6 +40,7 @@ class AdapterConfig:
     adapter_dtype: str | None = None
     backend: str = "auto"
     group: bool = True
+    stack: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -45,6 +48,7 @@ class AdapterConfig:
         check_choice("preset", self.preset, (None, *PRESETS))
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         check_flag("group", self.group)
+        check_flag("stack", self.stack)
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         if not (isinstance(self.targets, str) and self.targets):
             object.__setattr__(self, "targets", _names("targets", self.targets, (str, Target)))

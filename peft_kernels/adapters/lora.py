@@ -114,11 +114,12 @@ class LoRA(Adapter):
         adapter_dtype: str | None = None,
         dropout: float | None = None,
         group: bool = True,
+        stack: bool = False,
     ) -> "LoRA":
         """Adapt `model` by a LoRA checkpoint of the peft library, heads included.
 
         folder: a local one, with adapter_model.safetensors;  dropout: None: the checkpoint's
-        backend, adapter_dtype, group: as in LoRAConfig
+        backend, adapter_dtype, group, stack: as in LoRAConfig
         Base weights that the checkpoint brings, of embeddings that were resized, go into the model, as in peft.
         Raises FileNotFoundError, ValueError or TypeError, naming the file and what in it is not a LoRA of nn.Linear
         layers (DoRA, trained biases, embeddings, initialisations that change the base, …); the model is unchanged then.
@@ -138,6 +139,7 @@ class LoRA(Adapter):
             backend=backend,
             adapter_dtype=adapter_dtype,
             group=group,
+            stack=stack,
         )
         adapter = cls._filled(model, config, cls.find(model, config), stock)
         with torch.no_grad():

@@ -25,6 +25,7 @@ from peft_kernels.adapters.targets import Match
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 
 Self = TypeVar("Self", bound="AdapterFiles")
+HOW_IT_RUNS = ("backend", "group", "stack")  # fields of a configuration that are not part of what an adapter is
 
 
 class Parts(NamedTuple):
@@ -82,7 +83,8 @@ class AdapterFiles(ABC):
         state = {name: tensor for name, tensor in self.state_dict().items() if self._is_saved(name)}
         frozen = {name: layer.frozen()[0] for name, layer in self.layers.items()}
         config = {"method": self.method, **self.config.to_dict(), "fingerprint": fingerprint(frozen)}
-        del config["backend"], config["group"]  # how it runs, not what it is
+        for name in HOW_IT_RUNS:
+            del config[name]
         write_checkpoint(folder, config, state)
 
     @classmethod
@@ -97,17 +99,19 @@ class AdapterFiles(ABC):
         check_base: bool = True,
         backend: str = "auto",
         group: bool = True,
+        stack: bool = False,
     ) -> Self:
         """Adapt `model` as a folder written by `save_pretrained` says, with its values.
 
         check_base: compare the model's weights with the ones that the adapter was trained on
-        backend, group: as in the configuration, whose files leave them out
+        backend, group, stack: as in the configuration, whose files leave them out
         Raises FileNotFoundError, ValueError or TypeError, naming the file and what is wrong in it; the model is
         unchanged then.
         """
         cls._check(model, None)
         checkpoint = Checkpoint(folder)
-        path, values = Path(folder) / CONFIG_FILE, {**checkpoint.config, "backend": backend, "group": group}
+        how_it_runs = dict(zip(HOW_IT_RUNS, (backend, group, stack), strict=True))
+        path, values = Path(folder) / CONFIG_FILE, {**checkpoint.config, **how_it_runs}
         method, saved = values.pop("method", None), values.pop("fingerprint", {})
         if method != cls.method:
             kind = "a PEFT checkpoint (LoRA.from_peft reads it)" if "peft_type" in values else f"of method {method!r}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.autocast import linear_dtype
+from peft_kernels.frozen_products import stacked
 from peft_kernels.layers.per_pass import ender
 from peft_kernels.ops.lowrank_projections import lowrank_projections
 from peft_kernels.records import MOST_PROJECTIONS
@@ -125,12 +126,28 @@ class LinearGroup:
             backend=backend,
         )
 
+    @torch.no_grad()
+    def stack(self) -> None:
+        """Lay the frozen weights one behind the other in one memory, so that one product takes them all.
+
+        They stay the same Parameters. A weight that is moved, cast, assigned or sharded later leaves the others, whose
+        products are then made one by one.
+        """
+        weights = [layer.reads()[0] for layer in self.layers]
+        together = torch.cat([weight.detach() for weight in weights])
+        for weight, rows in zip(weights, together.split([len(weight) for weight in weights])):
+            weight.data = rows
+
+    @property
+    def stacked(self) -> bool:
+        return stacked([layer.reads()[0] for layer in self.layers]) is not None
+
     def explain(self, member: int) -> str:
         """Which layers a member forms one call with, or why it does not."""
         others = ", ".join(name for place, name in enumerate(self.names) if place != member)
         if self.dissolved:
             return f"by itself, since {others} read other tensors, or were not called"
-        return f"one call with {others}"
+        return f"one call with {others}" + ", weights stacked" * self.stacked
 
     def __getstate__(self) -> dict:
         """Copies and pickles have seen no pass yet."""

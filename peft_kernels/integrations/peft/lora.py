@@ -32,11 +32,12 @@ class Report:
         return "\n".join([head, *(f"  left {name}: {why}" for name, why in self.left.items() if name in others)])
 
 
-def accelerate(peft_model: nn.Module, group: bool = True) -> Report:
+def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False) -> Report:
     """Fuse the LoRA linears of a model that PEFT built, in place. `restore` undoes it; doing it again adds new layers.
 
     peft_model: from get_peft_model, PeftModel.from_pretrained, or anything else with PEFT's layers inside
     group: do layers that read one tensor, as q, k and v do, run as one call? `peft_kernels.explain` tells which do
+    stack: are the frozen weights of such layers laid in one memory, for one product?
     returns report: which layers are fused, and why the others are left as they were; print it
     Raises TypeError for a model without any layer of PEFT's.
     """
@@ -48,7 +49,8 @@ def accelerate(peft_model: nn.Module, group: bool = True) -> Report:
             _fuse(layer)
             swapped.append(name)
     fused = [(name, layer) for name, layer in _adapter_layers(peft_model) if type(layer) is FusedLinear]
-    form_groups(((name, layer, guess_target("", name, layer.base_layer)) for name, layer in fused), group)
+    members = ((name, layer, guess_target("", name, layer.base_layer)) for name, layer in fused)
+    form_groups(peft_model, members, group, stack)
     return Report(tuple(swapped), left)
 
 
