@@ -111,7 +111,10 @@ template <typename T> __device__ __forceinline__ void store_oct(T* p, const Oct<
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
-// Philox-4x32-10 (Salmon et al., doi 10.1145/2063384.2063405); key = seed, counter = (row, column / 8, offset).
+// Philox-4x32 (Salmon et al., doi 10.1145/2063384.2063405); key = seed, counter = (row, column / 8, offset). Why so few
+// rounds: triton_kernels/config.py.
+constexpr int kPhiloxRounds = PEFT_KERNELS_PHILOX_ROUNDS;
+
 struct Dropout {
     const int64_t* rng;  // (seed, offset) in device memory; null: no dropout
     uint32_t threshold;  // keep where a 16-bit draw is >= threshold
@@ -129,7 +132,7 @@ __device__ __forceinline__ uint32_t keep_group(const Dropout& dropout, uint32_t 
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     uint32_t c0 = row, c1 = group, c2 = uint32_t(offset), c3 = uint32_t(offset >> 32);
 #pragma unroll
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
         const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
         c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
         c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;

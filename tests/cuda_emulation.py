@@ -26,9 +26,10 @@ from peft_kernels.triton_kernels import config
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
+COMMON = ("LONGEST_CHAIN", "MOST_CHUNK_READS", "PHILOX_ROUNDS", "SEGMENT_ROWS")  # as CMakeLists.txt has them
 DEFINES = (
     *("PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'),
-    *(f"PEFT_KERNELS_{name}={getattr(config, name)}" for name in ("LONGEST_CHAIN", "MOST_CHUNK_READS", "SEGMENT_ROWS")),
+    *(f"PEFT_KERNELS_{name}={getattr(config, name)}" for name in COMMON),
 )
 FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 

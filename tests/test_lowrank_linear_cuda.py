@@ -35,6 +35,7 @@ from peft_kernels.cuda_kernels.support import unsupported
 from peft_kernels.layers.lowrank_linear import LowRankLinear
 from peft_kernels.ops.lowrank_linear import lowrank_linear
 from peft_kernels.records import KEEP_ALL, Factors, Needs
+from peft_kernels.triton_kernels.config import PHILOX_ROUNDS
 
 # ---- fixtures --------------------------------------------------------------------------------------------------------
 
@@ -241,11 +242,11 @@ def test_no_rows(device):
     assert not any(t[name].grad.any() for name in ("down", "up", "core"))
 
 
-def philox(row, group, seed, offset):
-    """Philox-4x32-10 as published, in Python's integers."""
+def philox(row, group, seed, offset, rounds=PHILOX_ROUNDS):
+    """Philox-4x32 as published, in Python's integers."""
     low, key = 0xFFFFFFFF, [seed & 0xFFFFFFFF, seed >> 32]
     counter = [row, group, offset & low, offset >> 32]
-    for _ in range(10):
+    for _ in range(rounds):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = [second >> 32 ^ counter[1] ^ key[0], second & low, first >> 32 ^ counter[3] ^ key[1], first & low]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
@@ -253,7 +254,8 @@ def philox(row, group, seed, offset):
 
 
 def test_mask(device):
-    assert philox(0, 0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's known answer
+    assert philox(0, 0, 0, 0, 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's known answers
+    assert philox(0, 0, 0, 0) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     mask = keep_mask(torch.tensor([SEED, OFFSET], device=device), P, 5, 21, kernels.launch)  # the one that is counted
     for row, column in itertools.product(range(5), range(21)):
         word = philox(row, column // 8, SEED, OFFSET)[column % 8 // 2]

@@ -17,6 +17,7 @@ from . import config
 from .config import Tile
 
 LONGEST_CHAIN = tl.constexpr(config.LONGEST_CHAIN)
+PHILOX_ROUNDS = tl.constexpr(config.PHILOX_ROUNDS)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -143,7 +144,7 @@ def load_rng(rng_ptr):
 def keep_mask(rng, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, COLUMNS) of booleans, a pure function of (seed, offset, row, column): the same whatever the tiling.
 
-    Philox-4x32-10, keyed by the seed; one call gives the 16 bits each of eight neighbouring columns. first_column and
+    Philox-4x32-7, keyed by the seed; one call gives the 16 bits each of eight neighbouring columns. first_column and
     COLUMNS are multiples of 8.
     """
     seed, offset = rng
@@ -161,10 +162,10 @@ def keep_mask(rng, rows, first_column, threshold, ROWS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _philox(c0, c1, c2, c3, seed):
-    """Philox-4x32-10 as `tl.philox` has it, but that one multiplication gives both halves of each product."""
+    """Philox-4x32 as `tl.philox` has it, but that one multiplication gives both halves of each product."""
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(PHILOX_ROUNDS):
         first, second = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         c0, c2 = (second >> 32).to(tl.uint32) ^ c1 ^ k0, (first >> 32).to(tl.uint32) ^ c3 ^ k1
         c1, c3 = second.to(tl.uint32), first.to(tl.uint32)

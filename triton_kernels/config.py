@@ -10,6 +10,9 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
 LONGEST_CHAIN = 64  # float32 products that are added one after another; csrc is compiled with it
 # All column tiles of down_bwd read each row of up_bwd's chunks; above so many, hidden_bwd costs less. So too for csrc.
 MOST_CHUNK_READS = 64
+# Of the masks' generator. 7 are the fewest with which Philox-4x32 passes BigCrush, in Salmon et al.'s own tests (doi
+# 10.1145/2063384.2063405, section 5); 10, its authors' default, are a margin that dropping elements has no use for.
+PHILOX_ROUNDS = 7  # csrc is compiled with it
 LONGEST_RUN = 128  # tiles that one program adds up: 512 of 16 rows err more than torch, whose sums are sliced
 SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; csrc is compiled with it
 
