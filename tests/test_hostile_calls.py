@@ -51,6 +51,11 @@ def batched():
     return linear() | {"down": ONES(3, 2, 12), "up": ONES(3, 8, 2), "adapter_index": index, "scale": ONES(3)}
 
 
+def projections():
+    lists = {"weights": [ONES(8, 12)] * 2, "biases": [None, ONES(8)], "downs": [ONES(2, 12)] * 2}
+    return {"x": ONES(5, 12), **lists, "ups": [ONES(8, 2)] * 2, "cores": [ONES(2)] * 2, "scales": [1.0, ONES(())]}
+
+
 def query():
     wide, vectors = ("hidden", "text", "cross"), ("gamma", "beta", "cross_gamma", "cross_beta")
     return {"mode": "additive"} | {name: ONES(4, 12) for name in wide} | {name: ONES(12) for name in vectors}
@@ -79,6 +84,7 @@ def group(**change):
 GOOD = {
     "lowrank_linear": lambda: linear() | {"core": ONES(1, 1, 2), "hidden": ONES(5, 2)},
     "lowrank_hidden": lambda: {"x": ONES(5, 12), "down": ONES(2, 12)},
+    "lowrank_projections": projections,
     "batched_lowrank_linear": batched,
     "adapter_segments": lambda: {"adapter_index": torch.zeros(5, dtype=torch.int64), "adapters": 3},
     "stack_adapters": lambda: {"factors": [(ONES(2, 12), ONES(8, 2))]},
@@ -135,7 +141,9 @@ RIGHT = {
     "weight0": ("meta",),
     "p": ("meta", "empty"),
     "factors.0": ("meta",),
+    "weights.1": ("five dimensions",),
 }
+MEMBERS = [f"{name}.1" for name in ("weights", "biases", "downs", "ups", "cores")]
 LISTS = [f"groups.{name}" for name in ("live", "teacher", "weight0", "down", "up")]
 RIGHT_CALLS = {
     ("imitation_step", "groups.weight0", "meta"),
@@ -166,6 +174,10 @@ WRONG = {
     "op": [None, 3, ONES(2)],
     "tensors": [None, [], [None], ["x"], "x", 3, ONES(2)],
     "factors": [None, 3, (), "ab", [3], [(ONES(2, 12),)], {0: 1}, ONES(2, 2), numpy.ones((2, 2)), iter([])],
+    **{name: [None, 3, "ab", {}, [], [ONES(2)], iter([]), ONES(2, 2)] for name in ("weights", "biases", "ups")},
+    "downs": [None, 3, "ab", {}, [], [None] * 2, [ONES(2, 12)] * 3, ONES(2, 2)],
+    "cores": [3, "ab", {}, [], [ONES(2), ONES(2, 2, 2)], [ONES(1, 1, 2)] * 2, ONES(2, 2)],
+    "scales": [*SCALES, *([1.0, scale] for scale in SCALES), [], [1.0], "ab"],
     "groups": [None, [], {}, 3, "groups", [None], [ONES(2)], ONES(2, 2), torch.tensor(1.0), numpy.ones(2)],
     "lora": [3, "ab", (), (None, None), ONES(2), (ONES(2, 12), "up")],
     "transform": [3, "abcd", (ONES(2, 12),), (None,) * 4, ONES(4)],
@@ -176,7 +188,8 @@ GATED_SCALE = [1.0, "0.1", None, ONES(2), numpy.ones(2)]
 def hostile(function):
     """(argument, what is wrong, the argument made of the right one)"""
     tensors = [name for name, value in GOOD[function]().items() if isinstance(value, torch.Tensor)]
-    tensors += {"imitation_step": LISTS, "stack_adapters": ["factors.0"]}.get(function, [])
+    listed = {"imitation_step": LISTS, "stack_adapters": ["factors.0"], "lowrank_projections": MEMBERS}
+    tensors += listed.get(function, [])
     for name in tensors:
         for what, made in TENSORS.items():
             if what not in RIGHT.get(name, ()) and (function, name, what) not in RIGHT_CALLS:
@@ -192,6 +205,8 @@ def changed(function, argument, made):
     name, _, inner = argument.partition(".")
     if name == "groups" and inner:
         arguments["groups"] = [group(**{inner: [made(getattr(group(), inner)[0])]})]
+    elif function == "lowrank_projections" and inner:
+        arguments[name] = [arguments[name][0], made(arguments[name][1])]
     elif inner:
         arguments["factors"] = [(made(ONES(2, 12)), ONES(8, 2))]
     else:

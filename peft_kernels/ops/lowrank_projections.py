@@ -214,7 +214,7 @@ def lowrank_projections(
     returns J tensors y_j: (..., out_features_j) in x's dtype
 
     Under autocast, x, weights and biases are cast as `torch.nn.functional.linear` would; the factors are not.
-    Raises ValueError or TypeError, naming projection and argument, before anything runs; BackendUnavailableError (a
+    Raises ValueError or TypeError, naming argument and place, before anything runs; BackendUnavailableError (a
     ValueError) if a backend asked for by name cannot run.
     """
     options, shared = (dropout_p, dropout_on, training, backend), type(downs) in _TENSORS
@@ -332,23 +332,27 @@ def _checked(x, weights, biases, downs, ups, cores, scales, hidden, options: tup
         if not isinstance(entries, list | tuple):
             one = " or one Tensor for all" * (name in ("downs", "scales"))
             raise TypeError(f"{name}: expected a list with an entry for each projection{one}, got {kind_of(entries)}")
-        if len(entries) != len(weights) and not (name == "downs" and len(entries) == 1):
-            raise ValueError(f"{name}: expected {len(weights)} entries, as weights has, got {len(entries)}")
+    counts = {name: len(entries) for name, entries in lists.items() if entries is not None}
+    if len({*counts.values()} - ({1} if counts["downs"] == 1 else set())) > 1 or 0 in counts.values():
+        found = ", ".join(map(str, counts.values()))
+        raise ValueError(f"{', '.join(counts)}: expected as many entries of each (downs: or one), got {found}")
     count = len(weights)
-    if not count:
-        raise ValueError("weights: expected one tensor for each projection, got none")
     given = x
     for j, (weight, bias, up, scale) in enumerate(zip(weights, biases, ups, scales)):
         down, core = downs[j if len(downs) > 1 else 0], None if cores is None else cores[j]
         try:
             check_tensor("weight", weight)
             x, weight, _, _ = check_linear(given, weight, bias, hidden)
-            check_factors(core, x, weight, down, up)
-            if core is not None and core.dim() > 2:
+            if isinstance(core, Tensor) and core.dim() > 2:
                 raise ValueError(f"core: expected (R,) or (R, R), got {tuple(core.shape)}")
+            check_factors(core, x, weight, down, up)
             check_scale(scale, x)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"projection {j}: {error}") from None
+            name, _, problem = str(error).partition(":")
+            place = f"downs[{j}]" if len(downs) > 1 else "downs"
+            places = {"weight": f"weights[{j}]", "bias": f"biases[{j}]", "down": place, "up": f"ups[{j}]"}
+            places |= {"core": f"cores[{j}]", "scale": f"scales[{j}]"}
+            raise type(error)(f"{places.get(name, name)}:{problem}") from None
     for name, factors in (("downs", downs), ("ups", ups)):
         if len(kinds_of := {(t.dtype, t.shape[1 if name == "ups" else 0]) for t in factors}) > 1:
             raise ValueError(f"{name}: expected one dtype and one rank, got {sorted(map(str, kinds_of))}")
