@@ -115,9 +115,7 @@ void batched_lowrank_linear_bwd(const BatchedLowRankLinear& p, void* stream) {
     const int64_t elements = p.adapters * p.rank;
     reduce({{p.d_up_partial, p.up_strips, elements * p.out_features, p.d_up, p.up_float},
             {p.d_down_partial, p.down_strips, elements * p.in_features, p.d_down, p.down_float},
-            {},
-            1.f,
-            nullptr},
+            {}},
            p.dtype, stream);
 }
 

@@ -12,6 +12,7 @@
 #include "batched_lowrank_linear.h"
 #include "gated_query.h"
 #include "lowrank_linear.h"
+#include "lowrank_projections.h"
 #include "reconstruct.h"
 #include "weight_distance.h"
 
@@ -38,7 +39,8 @@ py::dict build_info() {
     std::istringstream words(PEFT_KERNELS_BUILT_ARCHS);
     for (std::string word; words >> word;) architectures.append(word);
     for (const char* kernel :
-         {"lowrank_linear", "batched_lowrank_linear", "reconstruct", "weight_distance", "gated_query"})
+         {"lowrank_linear", "lowrank_projections", "batched_lowrank_linear", "reconstruct", "weight_distance",
+          "gated_query"})
         kernels.append(kernel);
     py::dict info;
     info["architectures"] = architectures;
@@ -136,6 +138,55 @@ void bind_lowrank_linear(py::module_& m) {
     m.def("philox_mask", [](uintptr_t rng, float p, int64_t rows, int64_t columns, uintptr_t keep, Stream stream) {
         philox_mask(reinterpret_cast<const int64_t*>(rng), p, rows, columns, reinterpret_cast<uint8_t*>(keep),
                     reinterpret_cast<void*>(stream));
+    });
+}
+
+// The addresses and strides of a call's tensors, one after another.
+struct Numbers {
+    const py::list& list;
+    size_t next = 0;
+    template <typename P> void take(P*& pointer) { pointer = reinterpret_cast<P*>(list[next++].cast<Address>()); }
+    void take(int64_t& stride) { stride = list[next++].cast<int64_t>(); }
+};
+
+void bind_lowrank_projections(py::module_& m) {
+    using Params = ProjectionsKind;
+    py::class_<Params> params(m, "ProjectionsKind", py::module_local());
+    params.def(py::init<>());
+    FIELD(count), FIELD(in_features), FIELD(rank), FIELD(dtype), FIELD(down_float), FIELD(up_float), FIELD(shared);
+    FIELD(dropout_p), FIELD(drop_input), FIELD(drop_rank), FIELD(processors);
+    FIELD(needs_x), FIELD(needs_down), FIELD(needs_up), FIELD(needs_z);
+    params.def("set_out_features", [](Params& p, int64_t j, int64_t columns) { p.out_features[j] = columns; });
+    m.attr("MOST_PROJECTIONS") = kMostProjections;
+    m.def("lowrank_projections_fwd", [](const Params& kind, Stream stream, int64_t rows, const py::list& numbers) {
+        LowRankProjections p{kind};
+        Numbers given{numbers};
+        p.rows = rows, given.take(p.x), given.take(p.z), given.take(p.rng);
+        given.take(p.x_stride), given.take(p.z_stride);
+        for (int64_t j = 0; j < kind.count; ++j) {
+            auto& each = p.of[j];
+            given.take(each.down), given.take(each.up), given.take(each.bias), given.take(each.scale);
+            given.take(each.y), given.take(each.stride);
+        }
+        lowrank_projections_fwd(p, reinterpret_cast<void*>(stream));
+    });
+    m.def("lowrank_projections_bwd_floats", lowrank_projections_bwd_floats);
+    m.def("lowrank_projections_bwd", [](const Params& kind, Stream stream, int64_t rows, const py::list& numbers,
+                                        Address workspace) {
+        LowRankProjections p{kind};
+        Numbers given{numbers};
+        p.rows = rows, given.take(p.x), given.take(p.z), given.take(p.rng);
+        given.take(p.x_stride), given.take(p.z_stride);
+        given.take(p.dx), given.take(p.d_down), given.take(p.d_up), given.take(p.dz);
+        for (int64_t j = 0; j < kind.count; ++j) {
+            auto& each = p.of[j];
+            given.take(each.down), given.take(each.up), given.take(each.scale);
+            given.take(each.dy), given.take(each.stride);
+        }
+        lowrank_projections_bwd(p, reinterpret_cast<float*>(workspace), reinterpret_cast<void*>(stream));
+    });
+    m.def("lowrank_projections_shared_bytes", [](int dtype, int64_t rank) {
+        return lowrank_projections_shared_bytes(static_cast<DType>(dtype), rank);
     });
 }
 
@@ -239,6 +290,7 @@ PYBIND11_MODULE(_C, m) {
           "The architectures, CUDA version and operations that this module was compiled for.");
     m.def("looks", looks, "What tensors look like, as one value; peft_kernels/looks.py calls it.");
     bind_lowrank_linear(m);
+    bind_lowrank_projections(m);
     bind_batched_lowrank_linear(m);
     bind_reconstruct(m);
     bind_weight_distance(m);

@@ -76,8 +76,6 @@ struct Sum {
 };
 struct Reduce {
     Sum up, down, core;
-    float scale;  // of the first; the others have it already
-    const float* scale_ptr;
 };
 void reduce(const Reduce& sums, DType dtype, void* stream);
 

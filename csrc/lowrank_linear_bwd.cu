@@ -1,47 +1,22 @@
 // Backward of the low-rank linear. One kernel passes over a wide matrix (dY, x, or dS for the core's gradient), tile by
 // tile, each tile read once for both its products; hidden_bwd turns T into dz, unless the pass that needs dz makes it;
 // reduce adds the partial sums of the gradients. Nothing is added atomically, so results repeat bit for bit.
-#include "lowrank_linear.cuh"
+#include "lowrank_passes.cuh"
 
 namespace peft {
 namespace {
 
-// ---- a pass over a wide matrix --------------------------------------------------------------------------------------
-// A block owns up to 128 columns of one column block of `wide`, and a strip of rows. For each 64-row tile:
-//     partial[c][r] += sum_m wide[m][c] thin[m][r]                  its 8 warps own 16 columns each
-//     UP:    t[chunk][m][r] = sum_c wide[m][c] factor[c][r]         4 row tiles x 2 halves of the rank
-//     DOWN:  out[m][c] = mask o sum_r thin[m][r] factor[r][c]       4 row tiles x 2 halves of the columns
-// DOWN_FROM_T, where there is no core, makes `thin` itself of the chunks that UP has left.
-enum class Pass { up, down, down_from_t };
-
-struct WidePass {
-    Matrix wide, thin, factor;  // a null `wide` is not read, a null `factor` leaves out the second product
-    int rows, rank, block_cols, blocks;
-    int thin_block, thin_z;  // columns of `thin` from one column block, or blockIdx.z, to the next
-    float* partial;
-    int64_t partial_strip, partial_block, partial_z;  // strides
-    int partial_c, partial_r;
-    bool diagonal;  // keep only c == r
-    float* t;       // written by UP, read by DOWN_FROM_T with all that follows
-    int t_chunks;
-    bool t_aligned;
-    float scale;
-    const float* scale_ptr;
-    Dropout thin_dropout;
-    void* out;
-    bool out_aligned;
-    Dropout dropout;
-};
-
+// ---- a pass over a wide matrix: see WidePass ------------------------------------------------------------------------
 // dz of the rows of a tile, where there is no core: s sum_chunks T through the mask of S or of z, one column block.
 template <typename T, int RANK>
 __device__ __forceinline__ void sum_chunks(Tile<T, kRows, RANK>& thin, const WidePass& p, int row0) {
     const int col = thin.col(), rank = p.rank;
-    const float scale = p.scale_ptr ? *p.scale_ptr : p.scale;  // again for every tile: not held in a register
+    const WidePass::Projection& each = p.of[0];
+    const float scale = each.scale_ptr ? *each.scale_ptr : p.scale;  // again for every tile: not held in a register
 #pragma unroll
     for (int i = 0; i < thin.kOcts; ++i) {
         const int row = row0 + thin.row_of(i), count = row < p.rows ? rank - col : 0;
-        const float* chunk = p.t + int64_t(row) * rank + col;
+        const float* chunk = each.t + int64_t(row) * rank + col;
         float sum[8] = {};
 #pragma unroll 4
         for (int n = 0; n < p.t_chunks; ++n, chunk += int64_t(p.rows) * rank) {
@@ -78,14 +53,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
     T* const thin = wide + Wide::kElements;
     T* const factor = thin + Thin::kElements;
 
-    const int chunks = ceil_div(p.block_cols, kCols), block = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
-    const int col0 = chunk * kCols, cols = p.block_cols - col0, pieces = rank_pieces(p.rank);
-    const int64_t global0 = int64_t(block) * p.block_cols + col0;
-    const int64_t thin0 = int64_t(block) * p.thin_block + int64_t(blockIdx.z) * p.thin_z;
+    int tile = blockIdx.x;
+    const int j = PASS == Pass::up ? projection_of(p.of, tile) : 0;
+    const WidePass::Projection& each = p.of[j];
+    const int chunks = ceil_div(each.cols, kCols), block = tile / chunks, chunk = tile % chunks;
+    const int col0 = chunk * kCols, cols = each.cols - col0, pieces = rank_pieces(p.rank);
+    const int64_t global0 = int64_t(block) * each.cols + col0;
+    const int64_t thin0 = int64_t(block + j) * p.thin_step + int64_t(blockIdx.z) * p.thin_z;
     const int warp = threadIdx.x / 32, row_tile = warp % 4 * 16, half = warp / 4;
-    if (p.factor.data) {
-        if (PASS == Pass::up) Factor::template copy<true>(factor, p.factor, col0, cols, 0, p.rank);
-        else Factor::template copy<true>(factor, p.factor, 0, p.rank, col0, cols);
+    if (each.factor.data) {
+        if (PASS == Pass::up) Factor::template copy<true>(factor, each.factor, col0, cols, 0, p.rank);
+        else Factor::template copy<true>(factor, each.factor, 0, p.rank, col0, cols);
     }
 
     const bool drops = PASS != Pass::up && p.dropout.rng;
@@ -95,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
     Thin t;
     const auto load = [&](int row0) {
         if (row0 >= strip.last) return;
-        if (p.wide.data) w.load(p.wide, row0, p.rows - row0, global0, cols);
+        if (each.wide.data) w.load(each.wide, row0, p.rows - row0, global0, cols);
         if (PASS != Pass::down_from_t && p.thin.data) t.load(p.thin, row0, p.rows - row0, thin0, p.rank);
     };
     float gram[RANK / 8][4] = {};
@@ -104,18 +82,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
         const int rows = p.rows - row0;
         uint32_t keep = ~0u;
         if (drops) keep = Wide::draw(p.dropout, row0, global0);
+        if (PASS == Pass::up && p.thin_dropout.rng)
+            t.drop(Thin::draw(dropout_of(p.thin_dropout, j), row0, 0), p.thin_dropout.inverse_keep);
         if constexpr (PASS == Pass::down_from_t) sum_chunks<T, RANK>(t, p, row0);
         __syncthreads();
-        if (p.wide.data) {
+        if (each.wide.data) {
             if (drops) w.drop(keep, p.dropout.inverse_keep);
             w.store(wide);
         }
         if (has_thin) t.store(thin);
         __syncthreads();
         load(row0 + kRows);
-        if (p.partial && warp * 16 < cols)
+        if (each.partial && warp * 16 < cols)
             multiply<true, true>(gram, wide + warp * 16, Wide::kStride, thin, Thin::kStride, kRows, pieces);
-        if (PASS == Pass::up && p.t) {
+        if (PASS == Pass::up && each.t) {
             const int larger = (pieces / 2 + 1) / 2 * 2, first = half * larger, count = half ? pieces - larger : larger;
             float acc[RANK / 16][4] = {};
             multiply<false, true>(acc, wide + row_tile * Wide::kStride, Wide::kStride, factor + first * 8,
@@ -123,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
             for_each_element(acc, count, [&](float v, int row, int col) {
                 const int r = first * 8 + col;
                 if (row_tile + row < rows && r < p.rank)
-                    p.t[((int64_t(chunk) * p.rows + row0 + row_tile + row) * p.blocks + block) * p.rank + r] = v;
+                    each.t[((int64_t(chunk) * p.rows + row0 + row_tile + row) * p.blocks + block) * p.rank + r] = v;
             });
         }
         if (PASS != Pass::up && p.out) {
@@ -138,16 +118,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && RANK <= 64 ? 2 : 1
             Wide out;
             out.fetch(wide);
             if (drops) out.drop(keep, p.dropout.inverse_keep);
-            out.write(static_cast<T*>(p.out), int64_t(p.blocks) * p.block_cols, p.out_aligned, row0, rows, global0,
-                      cols);
+            out.write(static_cast<T*>(p.out), int64_t(p.blocks) * each.cols, p.out_aligned, row0, rows, global0, cols);
         }
     }
-    if (!p.partial || warp * 16 >= cols) return;
-    float* const partial = p.partial + blockIdx.y * p.partial_strip + block * p.partial_block +
+    if (!each.partial || warp * 16 >= cols) return;
+    float* const partial = each.partial + blockIdx.y * p.partial_strip + block * p.partial_block +
                            blockIdx.z * p.partial_z;
+    const float scale = PASS != Pass::up ? 1.f : each.scale_ptr ? *each.scale_ptr : p.scale;
     for_each_element(gram, pieces, [&](float v, int row, int r) {
         const int c = col0 + warp * 16 + row;
-        if (c < p.block_cols && r < p.rank && (!p.diagonal || c == r)) partial[c * p.partial_c + r * p.partial_r] = v;
+        if (c < each.cols && r < p.rank && (!p.diagonal || c == r))
+            partial[c * p.partial_c + r * p.partial_r] = scale * v;
     });
 }
 
@@ -156,67 +137,65 @@ __host__ __device__ inline int column_chunks(const LowRankKind& p) {
     return ceil_div(p.out_features / p.out_blocks, kCols);
 }
 
-template <Pass PASS>
-void wide_bwd(const LowRankLinear& p, const WidePass& args, int64_t strips, int64_t z, void* stream) {
-    const dim3 grid(args.blocks * ceil_div(args.block_cols, kCols), strips, z);
-    with_dtype_and_rank(p.dtype, p.rank, [&](auto type, auto rank) {
-        LAUNCH((wide_bwd_kernel<decltype(type), rank, PASS>), grid, kThreads,
-               (wide_bytes<decltype(type), rank, PASS>()), stream, args);
-    });
+int64_t tiles_of(WidePass& args, int64_t cols, int64_t blocks) {
+    args.blocks = blocks, args.of[0].cols = cols;
+    return args.of[0].tiles = blocks * ceil_div(cols, kCols);
 }
 
 // dY -> T per column chunk, dB per strip and output block
 template <typename T> void up_bwd(const LowRankLinear& p, void* stream) {
     const int64_t cols = p.out_features / p.out_blocks, rank = p.rank;
     WidePass args{};
-    args.wide = activation<T>(p.dy, p.dy_stride, p.out_blocks > 1 ? cols : 0);
-    args.rows = p.rows, args.rank = rank, args.block_cols = cols, args.blocks = p.out_blocks, args.thin_block = rank;
+    WidePass::Projection& each = args.of[0];
+    each.wide = activation<T>(p.dy, p.dy_stride, p.out_blocks > 1 ? cols : 0);
+    args.rows = p.rows, args.rank = rank, args.thin_step = rank;
     if (p.d_up_partial)
         args.thin = p.mixed ? activation<T>(p.mixed, p.out_blocks * rank, p.out_blocks > 1 ? rank : 0)
                             : activation<T>(p.z, p.z_stride, 0);
-    if (p.t_partial) args.factor = factor<T>(p.up, rank, p.up_float);
-    args.partial = p.d_up_partial, args.t = p.t_partial;
+    if (p.t_partial) each.factor = factor<T>(p.up, rank, p.up_float);
+    each.partial = p.d_up_partial, each.t = p.t_partial, each.scale_ptr = p.scale_ptr, args.scale = p.scale;
     args.partial_strip = p.out_blocks * cols * rank, args.partial_block = cols * rank;
     args.partial_c = rank, args.partial_r = 1;
-    wide_bwd<Pass::up>(p, args, p.up_strips, 1, stream);
+    wide_bwd(Pass::up, args, p.dtype, tiles_of(args, cols, p.out_blocks), p.up_strips, 1, stream);
 }
 
 // x -> dA per strip and input block; dz, or the chunks that it is the sum of -> dx0
 template <typename T> void down_bwd(const LowRankLinear& p, void* stream) {
     const int64_t cols = p.in_features / p.in_blocks, rank = p.rank, block_cols = p.in_blocks > 1 ? cols : 0;
     WidePass args{};
-    if (p.d_down_partial) args.wide = activation<T>(p.x, p.x_stride, block_cols);
+    WidePass::Projection& each = args.of[0];
+    if (p.d_down_partial) each.wide = activation<T>(p.x, p.x_stride, block_cols);
     if (p.dz) {
         args.thin = activation<T>(p.dz, p.dz_stride, p.in_blocks > 1 ? rank : 0);
     } else {
-        args.t = p.t_partial, args.t_aligned = aligned16(p.t_partial, rank, 0, sizeof(float));
-        args.t_chunks = column_chunks(p), args.scale = p.scale, args.scale_ptr = p.scale_ptr;
+        each.t = p.t_partial, args.t_aligned = aligned16(p.t_partial, rank, 0, sizeof(float));
+        args.t_chunks = column_chunks(p), args.scale = p.scale, each.scale_ptr = p.scale_ptr;
         args.thin_dropout = make_dropout(p.drop_input ? nullptr : p.rng, p.dropout_p);
     }
-    args.rows = p.rows, args.rank = rank, args.block_cols = cols, args.blocks = p.in_blocks, args.thin_block = rank;
-    if (p.dx) args.factor = factor<T>(p.down, cols, p.down_float);
+    args.rows = p.rows, args.rank = rank, args.thin_step = rank;
+    if (p.dx) each.factor = factor<T>(p.down, cols, p.down_float);
     args.out = p.dx, args.out_aligned = aligned16(p.dx, p.in_features, block_cols, sizeof(T));
-    args.partial = p.d_down_partial;
+    each.partial = p.d_down_partial;
     args.partial_strip = p.in_blocks * cols * rank, args.partial_block = cols * rank;
     args.partial_c = 1, args.partial_r = cols;
     args.dropout = make_dropout(p.drop_input ? p.rng : nullptr, p.dropout_p);
-    if (p.dz) wide_bwd<Pass::down>(p, args, p.down_strips, 1, stream);
-    else wide_bwd<Pass::down_from_t>(p, args, p.down_strips, 1, stream);
+    wide_bwd(p.dz ? Pass::down : Pass::down_from_t, args, p.dtype, tiles_of(args, cols, p.in_blocks), p.down_strips, 1,
+             stream);
 }
 
 // dS, z -> dcore per strip: dK[o,i] = dS_o^T z_i, of which a diagonal core needs the diagonal
 template <typename T> void core_bwd(const LowRankLinear& p, void* stream) {
     const int64_t rank = p.rank, per_pair = p.core_kind == Core::dense ? rank * rank : rank;
     WidePass args{};
-    args.wide = activation<T>(p.ds, p.out_blocks * rank, p.out_blocks > 1 ? rank : 0);
+    args.of[0].wide = activation<T>(p.ds, p.out_blocks * rank, p.out_blocks > 1 ? rank : 0);
     args.thin = p.dropped ? activation<T>(p.dropped, p.in_blocks * rank, p.in_blocks > 1 ? rank : 0)
                           : activation<T>(p.z, p.z_stride, p.in_blocks > 1 ? rank : 0);
-    args.rows = p.rows, args.rank = rank, args.block_cols = rank, args.blocks = p.out_blocks, args.thin_z = rank;
-    args.partial = p.d_core_partial, args.diagonal = p.core_kind == Core::diagonal;
+    args.rows = p.rows, args.rank = rank, args.thin_z = rank;
+    args.of[0].partial = p.d_core_partial, args.diagonal = p.core_kind == Core::diagonal;
     args.partial_strip = p.out_blocks * p.in_blocks * per_pair;
     args.partial_block = p.in_blocks * per_pair, args.partial_z = per_pair;
     args.partial_c = args.diagonal ? 0 : rank, args.partial_r = 1;
-    wide_bwd<Pass::up>(p, args, p.core_strips, p.in_blocks, stream);
+    wide_bwd(Pass::up, args, p.dtype, tiles_of(args, rank, p.out_blocks), p.core_strips, p.in_blocks, stream);
 }
 
 // ---- hidden_bwd: dS = drop(s sum_chunks T), dz_i = drop(sum_o dS_o core[o,i]) ---------------------------------------
@@ -260,13 +239,12 @@ template <typename T> __global__ void __launch_bounds__(kThreads)
 constexpr int kReduceThreads = 128;
 
 template <typename T> __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reduce p) {
-    const Sum& sum = blockIdx.y == 0 ? p.up : blockIdx.y == 1 ? p.down : p.core;
+    const Sum sum = blockIdx.y == 0 ? p.up : blockIdx.y == 1 ? p.down : p.core;
     const int64_t e = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x;
     if (!sum.partial || e >= sum.elements) return;
     float v = 0.f;
 #pragma unroll 8
     for (int64_t i = 0; i < sum.count; ++i) v += sum.partial[i * sum.elements + e];
-    if (blockIdx.y == 0) v *= p.scale_ptr ? *p.scale_ptr : p.scale;
     if (sum.is_float) static_cast<float*>(sum.total)[e] = v;
     else static_cast<T*>(sum.total)[e] = from_float<T>(v);
 }
@@ -321,13 +299,23 @@ void reduce_gradients(const LowRankLinear& p, void* stream) {
     const int64_t rank = p.rank, core = p.out_blocks * p.in_blocks * (p.core_kind == Core::dense ? rank * rank : rank);
     reduce({{p.d_up_partial, p.up_strips * p.out_blocks, p.out_features / p.out_blocks * rank, p.d_up, p.up_float},
             {p.d_down_partial, p.down_strips * p.in_blocks, p.in_features / p.in_blocks * rank, p.d_down, p.down_float},
-            {p.d_core_partial, p.core_strips, core, p.d_core, p.core_float},
-            p.scale,
-            p.scale_ptr},
+            {p.d_core_partial, p.core_strips, core, p.d_core, p.core_float}},
            p.dtype, stream);
 }
 
 }  // namespace
+
+void wide_bwd(Pass pass, const WidePass& p, DType dtype, int64_t tiles, int64_t strips, int64_t z, void* stream) {
+    with_dtype_and_rank(dtype, p.rank, [&](auto type, auto rank) {
+        const auto run = [&](auto chosen) {
+            LAUNCH((wide_bwd_kernel<decltype(type), rank, chosen>), dim3(tiles, strips, z), kThreads,
+                   (wide_bytes<decltype(type), rank, chosen>()), stream, p);
+        };
+        if (pass == Pass::up) run(std::integral_constant<Pass, Pass::up>{});
+        else if (pass == Pass::down) run(std::integral_constant<Pass, Pass::down>{});
+        else run(std::integral_constant<Pass, Pass::down_from_t>{});
+    });
+}
 
 void reduce(const Reduce& sums, DType dtype, void* stream) {
     int64_t most = 0;

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from peft_kernels.records import MOST_PROJECTIONS
 from peft_kernels.triton_kernels import config
 
 TESTS = Path(__file__).resolve().parent
@@ -30,6 +31,7 @@ COMMON = ("LONGEST_CHAIN", "MOST_CHUNK_READS", "PHILOX_ROUNDS", "SEGMENT_ROWS") 
 DEFINES = (
     *("PEFT_KERNELS_EMULATED=1", 'PEFT_KERNELS_BUILT_ARCHS="host"', 'PEFT_KERNELS_CUDA_VERSION="none"'),
     *(f"PEFT_KERNELS_{name}={getattr(config, name)}" for name in COMMON),
+    f"PEFT_KERNELS_MOST_PROJECTIONS={MOST_PROJECTIONS}",
 )
 FLAGS = "-std=c++17 -fPIC -fno-strict-aliasing -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 

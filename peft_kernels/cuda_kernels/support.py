@@ -3,13 +3,13 @@
 import torch
 
 from peft_kernels.devices import asked_once, no_gpu_for_kernels
-from peft_kernels.records import Case
+from peft_kernels.records import MOST_PROJECTIONS, Case
 
 from . import extension
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's enum DType
 _MOST = 2**31  # counts and thread blocks have 31 bits
-_LOWRANK = ("lowrank_linear", "lowrank_hidden", "batched_lowrank_linear")
+_LOWRANK = ("lowrank_linear", "lowrank_projections", "lowrank_hidden", "batched_lowrank_linear")
 
 
 def unsupported(case: Case) -> str | None:
@@ -32,6 +32,8 @@ def _too_large(case: Case) -> str | None:
             return f"its kernels take ranks up to {_limit('LOWRANK_LINEAR_MAX_RANK')}, not {case.rank}"
         if (hidden := case.rank * max(out_blocks, in_blocks)) > _limit("LOWRANK_LINEAR_MAX_HIDDEN"):
             return f"its kernels take rank × blocks up to {_limit('LOWRANK_LINEAR_MAX_HIDDEN')}, not {hidden}"
+        if case.projections > MOST_PROJECTIONS:
+            return f"its kernels take up to {MOST_PROJECTIONS} projections, not {case.projections}"
         return f"its kernels take fewer than 2³¹ rows, not {rows}" if rows >= _MOST else None
     if case.op == "gated_query":
         if rows * -(-columns // _limit("GATED_QUERY_COLUMNS")) >= _MOST:
@@ -58,6 +60,7 @@ def _too_much_shared_memory(op: str, dtype: torch.dtype, rank: int, device: torc
     module = extension()
     needed = {
         "lowrank_linear": lambda: module.lowrank_linear_shared_bytes(DTYPES[dtype], rank),
+        "lowrank_projections": lambda: module.lowrank_projections_shared_bytes(DTYPES[dtype], rank),
         "lowrank_hidden": lambda: module.lowrank_linear_shared_bytes(DTYPES[dtype], rank),
         "batched_lowrank_linear": lambda: module.batched_lowrank_linear_shared_bytes(DTYPES[dtype], rank),
         "reconstruct": lambda: module.reconstruct_shared_bytes(DTYPES[dtype]),
