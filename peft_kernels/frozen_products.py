@@ -3,16 +3,36 @@
 Weights may lie one after another in one memory, where a layer has stacked them: then one product takes them all.
 """
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 
+class _Thread(threading.local):
+    def __init__(self):
+        self.apart = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def kept_apart() -> Iterator[None]:
+    """Inside, outputs share no memory: a custom operator may not return such."""
+    _thread.apart, before = True, _thread.apart
+    try:
+        yield
+    finally:
+        _thread.apart = before
+
+
 def stacked(weights: Sequence[Tensor]) -> Tensor | None:
     """The weights (N_j, K) as one (ΣN_j, K) where that is their memory already; None elsewhere, and in graphs."""
     first = weights[0]
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or _thread.apart:
         return None
     place, rows = first.data_ptr(), 0
     for weight in weights:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.autocast import autocast_off
+from peft_kernels.frozen_products import kept_apart
 from peft_kernels.records import KEEP_ALL, Dropout, Scale
 
 _SCHEMA = {
@@ -91,7 +92,8 @@ class Operator:
 
     def _run(self, *flat: Any) -> Tensor | list[Tensor]:
         *flat, backend = flat
-        results = getattr(self.modules[backend], self.name)(*self._together(flat))
+        with kept_apart():
+            results = getattr(self.modules[backend], self.name)(*self._together(flat))
         return results if self.single else [each for each in results if each is not None]
 
     def _shapes(self, *flat: Any) -> Tensor | list[Tensor]:
