@@ -5,6 +5,7 @@ import contextlib
 import random
 
 import cuda_cases
+import projections_cuda_cases as projections
 import test_batched_lowrank_linear_cuda as batched
 import test_gated_query_cuda as gated
 import test_reconstruct_cuda as reconstruct
@@ -19,6 +20,10 @@ CHOSEN = {
         cuda_cases.Case(**LARGE, core="dense", drop="input"),
         cuda_cases.Case(**LARGE, dtype=BF16),  # the pass over x makes dz, here and below
         cuda_cases.Case(**LARGE, drop="rank"),
+    ],
+    "lowrank_projections": [  # with more projections than thread blocks have room for; with as many
+        projections.Case((264, 136, 40), 130, 264, rank=40, drop="input", strips=False),
+        projections.Case((264, 40), 130, 264, rank=40, dtype=BF16, strips=False),
     ],
     "batched_lowrank_linear": [batched.Case(**LARGE, adapters=2), batched.Case(**LARGE, index="one", dtype=BF16)],
     "reconstruct": [
@@ -37,6 +42,7 @@ CHOSEN = {
 }
 ALL = {
     "lowrank_linear": cuda_cases.CASES,
+    "lowrank_projections": projections.CASES,
     "batched_lowrank_linear": batched.CASES,
     "reconstruct": reconstruct.CASES,
     "weight_distance": [*distance.CASES, *((seed, layout) for seed in range(6) for layout in distance.EXTRA)],
@@ -52,6 +58,11 @@ def run(operation, case):
 def _lowrank_linear(case):
     with _strips(case):
         return cuda_cases.through_kernels(cuda_cases.problem(case, "cpu"))
+
+
+def _lowrank_projections(case):
+    with _strips(case):
+        return projections.through_kernels(projections.problem(case, "cpu"))
 
 
 def _batched_lowrank_linear(case):
@@ -81,6 +92,7 @@ def _weight_distance(case):
 
 RUN = {
     "lowrank_linear": _lowrank_linear,
+    "lowrank_projections": _lowrank_projections,
     "batched_lowrank_linear": _batched_lowrank_linear,
     "reconstruct": lambda case: reconstruct.kernels.reconstruct_fwd(*reconstruct.arguments(case, "cpu")),
     "weight_distance": _weight_distance,

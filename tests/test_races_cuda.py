@@ -76,7 +76,8 @@ def barriers_of(operation):
 def test_missing_barriers_change_results(operation):
     """All but at most one, whose two sides random orders rarely exchange; ThreadSanitizer has to see that."""
     noticed = barriers_of(operation)
-    assert list(noticed) == [place for place in BARRIERS if place.startswith(operation)]
+    own = [place for place in noticed if place.startswith(operation)]  # others are another operation's kernels
+    assert own == [place for place in BARRIERS if place.startswith(operation)]
     assert list(noticed.values()).count(False) <= 1, noticed
 
 
