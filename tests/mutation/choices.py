@@ -16,7 +16,7 @@ FILES = (
 )
 OPERATIONS = ("test_gated_query", "test_reconstruct", "test_batched_lowrank_linear", "test_lowrank_linear")
 OPERATION = ("test_backend", "test_*", "test_transforms")
-CUDA = tuple(f"{operation}_cuda" for operation in (*OPERATIONS, "test_weight_distance"))
+CUDA = tuple(f"{operation}_cuda" for operation in (*OPERATIONS, "test_lowrank_projections", "test_weight_distance"))
 LAYERS = ("test_layers", "test_aurora", "test_lowrank_linear_compile")
 LAUNCHES = ("static/test_replay", "static/test_replay_calls")
 
