@@ -99,7 +99,8 @@ class Operator:
     def _shapes(self, *flat: Any) -> Tensor | list[Tensor]:
         """No result's shape depends on what is dropped, and each backend has masks of its own."""
         args = [KEEP_ALL if isinstance(arg, Dropout) else arg for arg in self._together(flat[:-1])]
-        results = self.fake(*args)
+        with kept_apart():  # it may not look where they lie, either
+            results = self.fake(*args)
         return results if self.single else [each for each in results if each is not None]
 
     def _together(self, flat: typing.Iterable[Any]) -> Iterator[Any]:
