@@ -53,12 +53,17 @@ def empty_outputs(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor | None, 
     widths = [weight.shape[0] for weight in weights]
     if stacked(weights) is None:
         return None, [x.new_empty(x.shape[0], width) for width in widths]
-    y, first, columns = x.new_empty(x.shape[0], sum(widths)), 0, []
+    y = x.new_empty(x.shape[0], sum(widths))
+    return y, columns_of(y, widths)
+
+
+def columns_of(y: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """y (M, ΣN_j) as y_j (M, N_j), tensors of their own."""
+    first, columns = y.storage_offset(), []
     for width in widths:
-        column = y.new_empty(0).set_(y.untyped_storage(), first, (x.shape[0], width), y.stride())
-        columns.append(column)
+        columns.append(y.new_empty(0).set_(y.untyped_storage(), first, (y.shape[0], width), y.stride()))
         first += width
-    return y, columns
+    return columns
 
 
 def add_frozen(outputs: tuple[Tensor | None, list[Tensor]], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

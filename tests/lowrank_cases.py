@@ -173,15 +173,27 @@ def assert_as_accurate_as_torch(
     mask = recover_mask(problem, device, backend, design=design) if problem.dropout_p else None
     ours = run(problem, device, backend, design=design)
     oracle, peer = expected(problem, device, mask), expected(problem, device, mask, problem.dtype)
+    terms = expected(problem, device, mask, absolute=True) if conditioned else {}
+    compare(ours, oracle, peer, terms, problem, backend)
+
+
+def compare(
+    ours: dict[str, Tensor], oracle: dict[str, Tensor], peer: dict[str, Tensor], terms: dict[str, Tensor],
+    problem: "Problem", backend: str,
+) -> None:  # fmt: skip
+    """The rule itself, for every operation whose problems have a dtype and a factor_dtype. Names may end in a number.
+
+    terms: of each sum that may cancel, its absolute terms
+    """
     truncated = INTERPRETED and backend == "triton" and problem.dtype == torch.bfloat16
     factor, slack = (2.0, ULP[problem.dtype]) if truncated else (1.25, ULP[problem.dtype] / 2)
-    terms = expected(problem, device, mask, absolute=True) if conditioned else {}
     assert ours.keys() == oracle.keys()
     for name, value in ours.items():
+        is_factor = name.rstrip("0123456789") in ("down", "up", "core")
         assert value.shape == oracle[name].shape, name
-        assert value.dtype == (problem.dtype if name in ("y", "x", "weight", "bias") else _factor_dtype(problem)), name
+        assert value.dtype == (_factor_dtype(problem) if is_factor else problem.dtype), name
         allowed = factor * error(peer[name], oracle[name]) + slack + 2 * ULP[problem.dtype] / value.numel() ** 0.5
-        if conditioned:
+        if terms:
             allowed += ULP[problem.dtype] / 2 * (terms[name].norm() / oracle[name].norm().clamp_min(1e-300)).item()
         assert error(value, oracle[name]) <= allowed, (name, error(value, oracle[name]), allowed)
 

@@ -34,6 +34,7 @@ ORDER = (
     ("_C",),
 )
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+KERNELS_KNOW = ("triton_kernels", "records", "tables", "devices", "frozen_products")
 MAPPED = ("triton_kernels", "benchmarks")  # folders at the top that install inside peft_kernels
 
 
@@ -168,7 +169,7 @@ def foreign_import_problems(root):
     for module, name, relative in every_import(root):
         part, top = part_of(module), name.split(".")[0]
         if part == "triton_kernels":
-            below = tuple(f"peft_kernels.{name}" for name in ("triton_kernels", "records", "tables", "devices"))
+            below = tuple(f"peft_kernels.{name}" for name in KERNELS_KNOW)
             inside = relative and name.startswith(below)
             if not inside and top not in {"torch", "triton", *sys.stdlib_module_names}:
                 yield f"{module} imports {name}: torch, triton and relative imports of itself and records only"

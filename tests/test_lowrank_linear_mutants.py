@@ -100,7 +100,7 @@ def test_mutant_is_noticed(mutant, problem, monkeypatch, device):
 LAUNCHERS = ("shrink", "mix", "expand", "fused", "up_bwd", "hidden_bwd", "core_bwd", "down_bwd", "sum_partials")
 CHUNKED, HALF = {"columns_out": 300}, {"dtype": torch.float16}
 SCALED = "total *= load_scale(scale_ptr, scale)"
-DOWN_DROPS = "dz = _drop_hidden(total, rng_ptr, rows, 0, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)"
+DOWN_DROPS = "dz = drop_hidden(total, rng_ptr, rows, 0, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)"
 DOWN_MIXES = "1, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R, CHUNKS,"
 TRITON_MUTANTS = {
     "another mask in backward": ("_bwd", "keep_input(rng, rows, i,", "keep_input(rng, rows + 1, i,", DROPPED),

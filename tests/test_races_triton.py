@@ -75,7 +75,7 @@ def test_the_census_notices_what_was_not_reached(monkeypatch):
         "_shrink_kernel: one program in a dimension of every grid: [(1, 1)]",
         "lowrank_linear_bwd.py: _up_bwd_kernel: never with NEEDS_UP = True",
         "lowrank_linear_bwd.py: _down_bwd_kernel: never with CHUNKS = True",
-        "lowrank_linear_bwd.py: _load_d_mixed: never with CHUNKS == 0: False",
+        "lowrank_linear_bwd.py: load_d_mixed: never with CHUNKS == 0: False",
         "lowrank_linear_fwd.py: _mix_kernel: never with DROPOUT = core",
     ):
         assert problem in problems

@@ -224,12 +224,12 @@ def _sum_kernel(
 
 
 def sum_partials(sums: Sequence[tuple[Tensor | None, Tensor | None]]) -> list[Tensor | None]:
-    """Up to three times (P, ...) float32 and a tensor like the result: added in an order that P alone decides.
+    """Up to three times (P, ...) float32 and a tensor of the result's dtype: added in an order that P alone decides.
 
     None for what there is no sum of.
     """
     tile, args, numbers, blocks = config.SUM, [], [], 0
-    outs = [None if parts is None else torch.empty_like(like) for parts, like in sums]
+    outs = [None if parts is None else like.new_empty(parts.shape[1:]) for parts, like in sums]
     for (parts, _), out in zip(sums, outs):
         if parts is not None:
             args += (parts, out)

@@ -162,6 +162,42 @@ def down_bwd_makes_dz(config: LowRankLinearConfig, in_columns: int, out_columns:
     return chunks <= most and chunks * column_tiles <= MOST_CHUNK_READS
 
 
+@dataclass(frozen=True)
+class ProjectionsShape:
+    """The sizes of one `lowrank_projections`, whatever the rows."""
+
+    in_features: int
+    out_features: int  # the widest projection's
+    rank: int
+    count: int  # of projections
+    parts: int  # of z: one where one A serves all without a mask on x, elsewhere as many as projections
+    dropout: bool = False  # of x
+
+
+@dataclass(frozen=True)
+class ProjectionsConfig:
+    """One tile per kernel of `lowrank_projections`."""
+
+    dtype: torch.dtype  # the activations'
+    block_r: int
+    at_once: int  # projections that shrink adds up at a time
+    shrink: Tile
+    expand: Tile
+    up_bwd: Tile
+    hidden_bwd: Tile
+    down_bwd: Tile
+
+
+def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -> ProjectionsConfig:
+    """lowrank_linear's tiles, but smaller where several sums have to share the registers."""
+    single = LowRankShape(shape.in_features, shape.out_features, shape.rank, dropout=shape.dropout)
+    config = lowrank_linear_config(single, dtype, arch)
+    return ProjectionsConfig(
+        dtype, config.block_r, shape.parts, config.shrink, config.expand, config.up_bwd, config.hidden_bwd,
+        config.down_bwd,
+    )  # fmt: skip
+
+
 def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:
     """Row tiles that one program walks through, so that all programs run at a time: in one wave.
 

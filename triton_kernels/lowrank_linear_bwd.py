@@ -63,7 +63,7 @@ def _up_bwd_kernel(
 
 
 @triton.jit
-def _load_d_mixed(
+def load_d_mixed(
     t_ptr, rng_ptr, scale_ptr, scale, rows, o, first, M, R, chunks, threshold, keep_scale,
     O: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr = 0,
@@ -91,7 +91,7 @@ def _load_d_mixed(
 
 
 @triton.jit
-def _drop_hidden(
+def drop_hidden(
     dz, rng_ptr, rows, i, threshold, keep_scale, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     """dz_i through z's mask; with x's mask its 1/(1-p) only."""
@@ -117,21 +117,21 @@ def _hidden_bwd_kernel(
     for o in range(O):
         if CORE == "dense":
             for a in range(0, BLOCK_R, CHUNK_R):
-                d_mixed = _load_d_mixed(
+                d_mixed = load_d_mixed(
                     t_ptr, rng_ptr, scale_ptr, scale, rows, o, a, M, R, chunks, threshold, keep_scale,
                     O, DROPOUT, BLOCK_M, BLOCK_R, CHUNK_R,
                 )  # fmt: skip
                 core = load_dense(core_ptr, o * I + i, a, 0, R, CHUNK_R, BLOCK_R)
                 dz = add_dot(dz, d_mixed.to(DOT), core.to(DOT), PRECISION)
         else:
-            d_mixed = _load_d_mixed(
+            d_mixed = load_d_mixed(
                 t_ptr, rng_ptr, scale_ptr, scale, rows, o, 0, M, R, chunks, threshold, keep_scale,
                 O, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R,
             )  # fmt: skip
             if CORE == "diagonal":
                 d_mixed *= load_diagonal(core_ptr, o * I + i, R, BLOCK_R)
             dz += d_mixed
-    dz = _drop_hidden(dz, rng_ptr, rows, i, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)
+    dz = drop_hidden(dz, rng_ptr, rows, i, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)
     pointers = dz_ptr + (rows[:, None] * I + i) * R + offs_r[None, :]
     tl.store(pointers, dz.to(dz_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (offs_r < R)[None, :])
 
@@ -162,13 +162,13 @@ def _core_bwd_kernel(
             z_ptr, rng_ptr, rows, i, 0, M, R, stride_zm, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R
         )
         if CORE == "diagonal":
-            d_mixed = _load_d_mixed(
+            d_mixed = load_d_mixed(
                 t_ptr, rng_ptr, scale_ptr, scale, rows, o, 0, M, R, chunks, threshold, keep_scale,
                 O, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R,
             )  # fmt: skip
             acc += tl.sum(d_mixed * z, axis=0)
         else:
-            d_mixed = _load_d_mixed(
+            d_mixed = load_d_mixed(
                 t_ptr, rng_ptr, scale_ptr, scale, rows, o, a, M, R, chunks, threshold, keep_scale,
                 O, DROPOUT, BLOCK_M, BLOCK_R, CHUNK_R,
             )  # fmt: skip
@@ -217,11 +217,11 @@ def _down_bwd_kernel(
         rows = (strip * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & mask_k[None, :]
         if CHUNKS:
-            total = _load_d_mixed(
+            total = load_d_mixed(
                 dz_ptr, rng_ptr, scale_ptr, scale, rows, 0, 0, M, R, 0, threshold, keep_scale,
                 1, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R, CHUNKS,
             )  # fmt: skip
-            dz = _drop_hidden(total, rng_ptr, rows, 0, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)
+            dz = drop_hidden(total, rng_ptr, rows, 0, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)
             dz = dz.to(HALF).to(DOT)
         else:
             dz = tl.load(
@@ -255,7 +255,7 @@ def up_bwd(
     tile, up, rows = config.up_bwd, factors.up, dy.shape[0]
     (columns, rank), chunks = up.shape, triton.cdiv(up.shape[0], tile.columns)
     out_blocks = dy.shape[1] // columns
-    tiles, strips = _strips(rows, tile, out_blocks * chunks, dy.device)
+    tiles, strips = row_strips(rows, tile, out_blocks * chunks, dy.device)
     t = dy.new_empty(chunks, rows, out_blocks * rank, dtype=torch.float32) if needs_t else None
     partials = dy.new_empty(out_blocks * strips, columns, rank, dtype=torch.float32) if needs_up else None
     launch(
@@ -298,7 +298,7 @@ def core_bwd(t: Tensor, z: Tensor, factors: Factors, drop: Drop, config: LowRank
     """-> partial sums of d_core"""
     core, (chunks, rows, _) = factors.core, t.shape
     out_blocks, in_blocks, rank = core.shape[:3]
-    tiles, strips = _strips(rows, config.core_bwd, out_blocks * in_blocks, t.device)
+    tiles, strips = row_strips(rows, config.core_bwd, out_blocks * in_blocks, t.device)
     partials = t.new_empty(strips, *core.shape)
     rng, threshold, keep_scale, place = drop
     scale = scale_arguments(factors.scale)
@@ -325,7 +325,7 @@ def down_bwd(
     (needs_x, needs_down), chunks = needs, dz.shape[0] if dz.dim() == 3 else 0
     tile, (rank, columns), (rows, width) = config.down_bwd, factors.down.shape, dz.shape[-2:]
     in_blocks, column_tiles = width // rank, triton.cdiv(columns, tile.columns)
-    tiles, strips = _strips(rows, tile, in_blocks * column_tiles, dz.device)
+    tiles, strips = row_strips(rows, tile, in_blocks * column_tiles, dz.device)
     dx = dz.new_empty(rows, in_blocks * columns, dtype=config.dtype) if needs_x else None
     partials = dz.new_empty(in_blocks * strips, rank, columns, dtype=torch.float32) if needs_down else None
     rng, threshold, keep_scale, place = drop
@@ -346,7 +346,7 @@ def down_bwd(
     return dx, partials
 
 
-def _strips(rows: int, tile: Tile, column_tiles: int, device: torch.device) -> tuple[int, int]:
+def row_strips(rows: int, tile: Tile, column_tiles: int, device: torch.device) -> tuple[int, int]:
     """Row tiles per strip, and the number of strips."""
     tiles = strip_tiles(rows, tile, column_tiles, architecture(device))
     return tiles, triton.cdiv(rows, tiles * tile.rows)

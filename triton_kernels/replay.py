@@ -61,15 +61,24 @@ def again(launcher: Callable) -> Callable:
 
     @functools.wraps(launcher)
     def call(*args: Any) -> Any:
-        flat: list = []
-        for arg in args:
-            flat.extend(arg) if isinstance(arg, tuple) else flat.append(arg)
+        flat = _flattened(args)
         looks = (*map(_looks, flat), common.allows_tf32())
         result = replayed(None if None in looks else memo, looks, lambda: _as_tuple(launcher(*args)), tuple(flat))
         return result[0] if single else result
 
     single = launcher.__annotations__["return"] is Tensor
     return call
+
+
+def _flattened(args: Sequence) -> list:
+    """What is in records and lists, each with its length before it: two lists of one tensor are not one of two."""
+    flat: list = []
+    for arg in args:
+        if isinstance(arg, tuple | list):
+            flat += [len(arg), *_flattened(arg)]
+        else:
+            flat.append(arg)
+    return flat
 
 
 _memos: dict[Callable, Memo] = {}

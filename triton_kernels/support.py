@@ -5,7 +5,7 @@ import os
 import torch
 
 from ..devices import asked_once, importable, no_gpu_for_kernels
-from ..records import Case
+from ..records import MOST_PROJECTIONS, Case
 from .config import MAX_RANK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,6 +17,8 @@ def unsupported(case: Case) -> str | None:
         return f"its kernels take float32, bfloat16 and float16, not {case.dtype}"
     if case.rank > MAX_RANK:
         return f"its kernels take ranks up to {MAX_RANK}, not {case.rank}"
+    if case.projections > MOST_PROJECTIONS:
+        return f"its kernels take up to {MOST_PROJECTIONS} projections, not {case.projections}"
     return missing(case.device.type) or None
 
 
