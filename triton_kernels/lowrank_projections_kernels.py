@@ -256,14 +256,11 @@ def down_bwd_kernel(
     strip = tl.program_id(1).to(tl.int64)
     offs_k, offs_r = first_column + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
-    tiles_of_down, accs, rngs = (), (), ()
+    tiles_of_down, accs = (), ()
     for j in tl.static_range(SUMS):
         if NEEDS_X:
             tiles_of_down = tiles_of_down + (_load_down(downs[j], offs_k, K, R, DOT, BLOCK_R),)
         accs = accs + (tl.zeros((BLOCK_K, BLOCK_R) if FLIPPED else (BLOCK_R, BLOCK_K), tl.float32),)
-    if DROPOUT == "input":
-        for j in tl.static_range(J):
-            rngs = rngs + (load_rng(rng_ptr + 2 * j),)
     for tile in range(tiles):
         rows = (strip * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = rows < M
@@ -289,7 +286,7 @@ def down_bwd_kernel(
                 pointers = dz_ptr + rows[:, None] * (PARTS * R) + part * R + offs_r[None, :]
                 dz = tl.load(pointers, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(DOT)
             if DROPOUT == "input":
-                kept = keep_input(rngs[part], rows, 0, first_column, K, threshold, BLOCK_M, BLOCK_K)
+                kept = keep_input(load_rng(rng_ptr + 2 * part), rows, 0, first_column, K, threshold, BLOCK_M, BLOCK_K)
             if NEEDS_DOWN:
                 dropped = x
                 if DROPOUT == "input":

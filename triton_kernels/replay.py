@@ -9,6 +9,7 @@ those tensors and launches the compiled kernels on the new addresses.
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
+from itertools import combinations
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ def replayed(memo: Memo | None, key: Hashable, function: Callable[[], tuple], te
     if memo is None or common._record is not None or replaced or _ENTER.calls or _EXIT.calls:
         return function()
     try:
-        device, present, kinds, parts, launches, results = memo[key]
+        device, present, ties, kinds, parts, launches, results = memo[key]
     except KeyError:
         return _recorded(memo, key, function, tensors)
     stream = 0
@@ -48,6 +49,8 @@ def replayed(memo: Memo | None, key: Hashable, function: Callable[[], tuple], te
     addresses = [*map(Tensor.data_ptr, (*present(tensors), *made))]
     if stream is None or reduce(or_, addresses) % ALIGNED:
         return function()
+    if ties and any(addresses[second] - addresses[first] != offset for first, second, offset in ties):
+        return function()  # one tensor stood in several places, and another stands in some of them now
     for index, offset in parts:
         addresses.append(addresses[index] + offset)
     for run, grid, compiled, pick, rest in launches:
@@ -107,6 +110,7 @@ _ABSENT = "absent"
 class Replay(NamedTuple):
     device: torch.device
     present: Callable[[Sequence], tuple]  # those of the call's tensors that are not None
+    ties: list[tuple[int, int, int]]  # those of them that shared memory, and how many bytes they began apart
     made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # what the call returns, and a workspace
     parts: list[tuple[int, int]]  # a tensor's index among those, and how many bytes the part lies behind its start
     launches: list[tuple[Callable, tuple, tuple, Callable, tuple]]
@@ -161,7 +165,12 @@ def _replay(launches: list[tuple], tensors: Sequence[Tensor | None], results: tu
     steps = [_step(launched, compiled, places) for launched, compiled in launches]
     index = {id(t): index for index, t in enumerate(returned)}
     returns = _getter([-1 if t is None else index[id(t)] for t in results])
-    return Replay(given[0].device, present, made, parts, steps, returns)
+    ties = [
+        (first, second, other.data_ptr() - t.data_ptr())
+        for (first, t), (second, other) in combinations(enumerate(given), 2)
+        if _overlap(t, other)
+    ]
+    return Replay(given[0].device, present, ties, made, parts, steps, returns)
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -172,6 +181,11 @@ def _within(t: Tensor, others: Sequence[Tensor]) -> bool:
     """Is its memory part of another's?"""
     first, size = _span(t)
     return any(o.data_ptr() <= first and first + size <= o.data_ptr() + _span(o)[1] for o in others)
+
+
+def _overlap(t: Tensor, other: Tensor) -> bool:
+    (first, size), (second, length) = _span(t), _span(other)
+    return first < second + length and second < first + size
 
 
 def _step(launched: common.Launch, compiled: CompiledKernel, places: dict[int, int]) -> tuple:

@@ -93,6 +93,19 @@ def test_results_are_those_of_the_function(floats):
     assert function.calls == 1
 
 
+@pytest.mark.parametrize("second", ["the same", "a part"])
+def test_what_was_one_tensor_may_be_two_the_next_time(floats, second):
+    """As with several layers' scales, which one tensor may hold."""
+    memo, function, (first, other) = {}, Function(), (torch.zeros(64) for _ in range(2))
+    calls = [(x, x if second == "the same" else x[32:]) for x in (first, other)]
+    calls += [(first, calls[1][1]), (first, torch.zeros(len(calls[0][1]))), calls[0]]
+    for (x, y), made in zip(calls, (1, 1, 2, 3, 3)):
+        seen, _ = again(memo, function, x, y)
+        assert seen.launches[0].args[0].address == x.data_ptr() + 8 * 4
+        assert seen.launches[1].args[2].address == y.data_ptr()
+        assert function.calls == made
+
+
 def test_another_key_is_another_call(floats):
     memo, function = {}, Function()
     for number in range(3):
@@ -219,7 +232,7 @@ def test_a_launch_on_a_gpu_takes_the_stream_of_the_current_device(current, monke
     monkeypatch.setattr(replay, "_raw_stream", lambda index: 70 + index, raising=False)
     x, ran = torch.zeros(64), []
     launch = (lambda *args: ran.append(args), (3, 2, 1), ("compiled",), tuple, ("rest",))
-    kept = replay.Replay(torch.device("cuda", 1), lambda tensors: (x,), [], [], [launch], lambda made: "replayed")
+    kept = replay.Replay(torch.device("cuda", 1), lambda tensors: (x,), [], [], [], [launch], lambda made: "replayed")
     result = replay.replayed({"one": kept}, "one", lambda: "the long way", (x,))
     assert result == ("replayed" if current == 1 else "the long way")
     assert ran == ([(3, 2, 1, 71, "compiled", x.data_ptr(), "rest")] if current == 1 else [])
