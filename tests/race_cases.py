@@ -11,6 +11,7 @@ import batched_cases
 import gated_query_cases
 import imitation_cases
 import lowrank_cases
+import projections_cases
 import pytest
 import reconstruct_cases
 import torch
@@ -27,6 +28,8 @@ from peft_kernels.triton_kernels import (
     lowrank_linear,
     lowrank_linear_bwd,
     lowrank_linear_fwd,
+    lowrank_projections,
+    lowrank_projections_kernels,
     reconstruct,
     weight_distance,
     weight_distance_product,
@@ -40,6 +43,7 @@ HALF = torch.float16  # what the interpreter rounds as a GPU does
 PLACES = ("input", "rank", "core")
 MODULES = {
     "lowrank_linear": [lowrank_linear, lowrank_linear_fwd, lowrank_linear_bwd, common],
+    "lowrank_projections": [lowrank_projections, lowrank_projections_kernels],
     "batched_lowrank_linear": [batched_lowrank_linear],
     "gated_query": [gated_query, gated_query_kernels],
     "reconstruct": [reconstruct],
@@ -64,6 +68,11 @@ def small_tiles(patch: pytest.MonkeyPatch) -> None:
 def lowrank(needs: str = "x weight bias down up core", design: str | None = None, **sizes) -> Run:
     problem = lowrank_cases.Problem(**{"rows": 130, "columns_in": 132, "columns_out": 132, "rank": 40} | sizes)
     return lambda: lowrank_cases.run(_needing(problem, needs), "cpu", "triton", design=design)
+
+
+def projected(needs: str = "x weight0 bias0 down0 down1 up0 up1 down", **sizes) -> Run:
+    problem = projections_cases.Problem(**{"rows": 130, "inputs": 132, "outputs": (132, 40), "rank": 40} | sizes)
+    return lambda: projections_cases.run(_needing(problem, needs), "cpu", "triton")
 
 
 def batched(needs: str = "x weight bias down up", **sizes) -> Run:
@@ -123,6 +132,14 @@ CASES: dict[str, dict[str, Run]] = {
         "one kernel": lowrank("core", **THIN, core="dense", dropout_p=0.3),
         "one kernel, diagonal": lowrank("up", **THIN, core="diagonal", dropout_p=0.3, dropout_on="core", bias=False),
     },
+    "lowrank_projections": {
+        "lora": projected(dtype=HALF, rank=12, dropout_p=0.3, stacked=True),
+        "aurora": projected(dtype=HALF, shared=True, dropout_p=0.3, dropout_on="rank"),
+        "one A, masks of x": projected("down", dtype=HALF, shared=True, rank=20, dropout_p=0.3),
+        "float32, x": projected("x", dropout_p=0.3, dropout_on="rank"),
+        "late, masks of z": projected("x", dtype=HALF, rank=12, shared=True, dropout_p=0.3, dropout_on="rank"),
+        "up": projected("up1", rank=20),
+    },
     "batched_lowrank_linear": {
         "float16": batched(dtype=HALF),
         "scales": batched("down", scale=None, inputs=72, outputs=72, rank=20),
@@ -170,6 +187,18 @@ def _lowrank_sweep() -> dict[str, Run]:
 
 SWEEP: dict[str, dict[str, Run]] = {
     "lowrank_linear": _lowrank_sweep(),
+    "lowrank_projections": {
+        f"{kind}-{place}-{needs}-{rank}": projected(
+            needs,
+            dtype=kind,
+            rank=rank,
+            shared="down" in needs.split(),
+            outputs=(264, 40, 132),
+            **({} if place is None else {"dropout_p": 0.3, "dropout_on": place}),
+        )
+        for kind, place, rank in product(_KINDS, (None, "input", "rank"), (8, 40))
+        for needs in ("x down0 up1", "x down", "up0 down", "x", "down2")
+    },
     "batched_lowrank_linear": {
         f"{kind}-{needs}-{rank}": batched(needs, dtype=kind, rank=rank, inputs=264, scale=1.7 if rank == 8 else None)
         for kind, needs, rank in product(_KINDS, _NEEDS["batched_lowrank_linear"], (8, 40))
