@@ -331,7 +331,7 @@ def test_strips_chunks_and_passes(shared, place, monkeypatch, device):
     def small(*args):
         config = choose(*args)
         tile = replace(config.up_bwd, rows=16, columns=16)
-        return replace(config, at_once=1, up_bwd=tile, down_bwd=replace(tile, columns=32), shrink=tile)
+        return replace(config, shrink_at_once=1, up_bwd=tile, down_bwd=replace(tile, columns=32), shrink=tile)
 
     monkeypatch.setattr(lowrank_linear_bwd, "strip_tiles", lambda *sizes: 2)
     monkeypatch.setattr(launchers, "projections_config", small)

@@ -73,7 +73,7 @@ def test_mutant_is_noticed(mutant, problem, monkeypatch, device):
 SCALE = "tl.load(_pick((scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr), j, J))"
 SHARED, HALF, LONG = TWO | {"shared": True}, TWO | {"dtype": torch.float16}, {"rows": 150, "outputs": (24, 8)}
 CHUNKED, HALF_CHUNKED = {"outputs": (136, 72)}, {"outputs": (264, 40), "dtype": torch.float16}
-KEPT = "load_rng(rng_ptr + 2 * part), rows, 0,"
+KEPT = "keep_input(rng, rows, 0, first_column"
 DX, PASS = "tl.where(kept, tl.dot(dz, down, input_precision=PRECISION), 0.0)", "pass"
 TRITON_MUTANTS = {
     "z: one mask for all": ("load_rng(rng_ptr + 2 * (first + m))", "load_rng(rng_ptr)", TWO | DROPPED),
@@ -96,18 +96,21 @@ TRITON_MUTANTS = {
     "dz: scale of the first": ("scale_ptr = _pick(scales, j, J)", "scale_ptr = scales[0]", TWO),
     "dz: z's mask of the first": ("mask_ptr += 2 * j", PASS, TWO | ON_RANK),
     "dz: the first alone, of a sum": ("in tl.static_range(J // PARTS)", "in tl.static_range(1)", SHARED),
-    "late dz: first chunk only": ("BLOCK_R, chunks[part + added],", "BLOCK_R, 1,", HALF_CHUNKED),
-    "late dz: chunks of the first": ("first += chunks[part + added]", PASS, HALF),
-    "late dz: scale of the first": ("scales[part + added]", "scales[0]", HALF),
-    "late dz: z's mask of the first": ("mask_ptr += 2 * (part + added)", PASS, HALF | ON_RANK),
+    "late dz: first chunk only": ("BLOCK_R, chunks[m + added],", "BLOCK_R, 1,", HALF_CHUNKED),
+    "late dz: chunks of the first": ("first += chunks[m + added]", PASS, HALF),
+    "late dz: scale of the first": ("scales[m + added]", "scales[0]", HALF),
+    "late dz: z's mask of the first": ("mask_ptr += 2 * (m + added)", PASS, HALF | ON_RANK),
     "late dz: the first alone, of a sum": ("in tl.static_range(J // PARTS)", "in tl.static_range(1)", HALF | SHARED),
     "another mask in backward": (KEPT, KEPT.replace("rows", "rows + 1"), TWO | DROPPED),
-    "one mask in backward": (KEPT, KEPT.replace(" + 2 * part", ""), TWO | DROPPED),
+    "one mask in backward": ("load_rng(rng_ptr + 2 * part)", "load_rng(rng_ptr)", TWO | DROPPED),
     "plain x in dA": ("dropped = tl.where(kept, x, 0.0)", PASS, TWO | DROPPED),
     "dx not masked": (DX, "tl.dot(dz, down)", TWO | DROPPED),
-    "dA: the last alone, of a sum": ("sums[0] if SHARED and part > 0 else", "accs[0] if SHARED else", SHARED | DROPPED),
-    "dA: all at one place": ("(strip * SUMS + j) * R", "(strip * SUMS) * R", TWO),
-    "dx: one A for all": ("tiles_of_down[0 if SHARED else part]", "tiles_of_down[0]", TWO),
+    "dA: the last alone, of a sum": ("sums[0] if SHARED and m > 0", "accs[0] if SHARED", HALF | SHARED | DROPPED),
+    "dA: all at one place": ("* SUMS + m", "* SUMS", TWO),
+    "dA: all passes at one place": ("(strip * PASSES + turn)", "(strip * PASSES)", TWO | DROPPED),
+    "dx: the last pass alone": ("mask & (turn > 0)", "mask & (turn < 0)", TWO | DROPPED),
+    "dx: one A for all passes": ("_pick(downs, turn + m, 1 if SHARED else J)", "downs[m]", TWO | DROPPED),
+    "dx: one A for all": ("tiles_of_down[0 if SHARED else m]", "tiles_of_down[0]", TWO),
 }
 CONTROLS = {repr(sizes): sizes for _, _, sizes in TRITON_MUTANTS.values()}
 

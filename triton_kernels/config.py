@@ -180,7 +180,8 @@ class ProjectionsConfig:
 
     dtype: torch.dtype  # the activations'
     block_r: int
-    at_once: int  # projections that shrink adds up at a time
+    shrink_at_once: int  # parts of z that are added up at a time: all, or one
+    down_at_once: int
     shrink: Tile
     expand: Tile
     up_bwd: Tile
@@ -189,13 +190,35 @@ class ProjectionsConfig:
 
 
 def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -> ProjectionsConfig:
-    """lowrank_linear's tiles, but smaller where several sums have to share the registers."""
+    """lowrank_linear's tiles, but smaller ones where the sums, or the masks, of several projections share registers.
+
+    Where these do not fit, one projection after the other.
+    """
     single = LowRankShape(shape.in_features, shape.out_features, shape.rank, dropout=shape.dropout)
     config = lowrank_linear_config(single, dtype, arch)
+    block_r, shrink, down_bwd = config.block_r, config.shrink, config.down_bwd
+    shrink_at_once = down_at_once = shape.parts
+    if shape.parts > 1 and dtype == torch.float32:
+        shrink_at_once = shape.parts if block_r == 16 and shape.parts <= 3 else 1
+        down_at_once = 1 if shape.dropout else shrink_at_once
+        down_bwd = replace(down_bwd, stages=1) if down_at_once > 1 else down_bwd
+    elif shape.parts > 1:
+        shrink, down_bwd = _half_projections(block_r, shape.dropout)
+    tiles = {"shrink": shrink, "expand": config.expand, "up_bwd": config.up_bwd, "hidden_bwd": config.hidden_bwd}
     return ProjectionsConfig(
-        dtype, config.block_r, shape.parts, config.shrink, config.expand, config.up_bwd, config.hidden_bwd,
-        config.down_bwd,
-    )  # fmt: skip
+        dtype, block_r, shrink_at_once, down_at_once, **_fitted(tiles | {"down_bwd": down_bwd}, arch)
+    )
+
+
+def _half_projections(block_r: int, dropout: bool) -> tuple[Tile, Tile]:
+    """shrink's and down_bwd's."""
+    if dropout:
+        shrink = {16: Tile(32, 128), 32: Tile(32, 64), 64: Tile(32, 64, warps=4)}[block_r]
+        down_bwd = Tile(32, 128) if block_r == 16 else Tile(32, 64, stages=2)
+    else:
+        shrink = Tile(64, 128, stages=2 if block_r == 64 else 3)
+        down_bwd = {16: Tile(64, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64)}[block_r]
+    return shrink, replace(down_bwd, resident=1)
 
 
 def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:

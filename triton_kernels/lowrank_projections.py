@@ -124,7 +124,7 @@ def _shrink(x: Tensor, downs: list[Tensor], parts: int, drop: Drop, config: Proj
         (triton.cdiv(rows, tile.rows),),
         (x, *_four(downs), z, rng, rows, columns, rank, x.stride(0), z.stride(0), threshold, keep_scale),
         {
-            "J": parts, "AT_ONCE": config.at_once, "SHARED": len(downs) == 1, "DROPOUT": place,
+            "J": parts, "AT_ONCE": config.shrink_at_once, "SHARED": len(downs) == 1, "DROPOUT": place,
             **dot_constants(x.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
         },
         tile,
@@ -222,7 +222,10 @@ def _down_bwd(
     column_tiles = triton.cdiv(columns, tile.columns)
     tiles, strips = row_strips(rows, tile, column_tiles, dz.device)
     dx = dz.new_empty(rows, columns, dtype=config.dtype) if needs_x else None
-    partials = dz.new_empty(strips, len(downs) * rank, columns, dtype=torch.float32) if needs_down else None
+    parts, partials = _parts(projections, drop), None
+    if needs_down:
+        passes = parts // config.down_at_once if len(downs) == 1 else 1
+        partials = dz.new_empty(strips * passes, len(downs) * rank, columns, dtype=torch.float32)
     chunks = _four(_chunks(projections.widths, config) if late else [], 0)
     rng, threshold, keep_scale, place = drop
     launch(
@@ -233,8 +236,8 @@ def _down_bwd(
             x.stride(0) if needs_down else 0, threshold, keep_scale, tiles,
         ),
         {
-            "J": len(ups), "PARTS": _parts(projections, drop), "SHARED": len(downs) == 1, "DROPOUT": place,
-            "NEEDS_X": needs_x, "NEEDS_DOWN": needs_down, "LATE": late,
+            "J": len(ups), "PARTS": parts, "AT_ONCE": config.down_at_once, "SHARED": len(downs) == 1,
+            "DROPOUT": place, "NEEDS_X": needs_x, "NEEDS_DOWN": needs_down, "LATE": late,
             **{f"CHUNKS{j}": count for j, count in enumerate(chunks)}, **dot_constants(config.dtype),
             **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
         },

@@ -235,20 +235,22 @@ def hidden_bwd_kernel(
 def down_bwd_kernel(
     x_ptr, dz_ptr, down0_ptr, down1_ptr, down2_ptr, down3_ptr, scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr,
     dx_ptr, d_down_ptr, rng_ptr, M, K, R, stride_xm, threshold, keep_scale, tiles,
-    J: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_X: tl.constexpr,
-    NEEDS_DOWN: tl.constexpr, LATE: tl.constexpr, CHUNKS0: tl.constexpr, CHUNKS1: tl.constexpr, CHUNKS2: tl.constexpr,
-    CHUNKS3: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    J: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, DROPOUT: tl.constexpr,
+    NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, LATE: tl.constexpr, CHUNKS0: tl.constexpr, CHUNKS1: tl.constexpr,
+    CHUNKS2: tl.constexpr, CHUNKS3: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One read of x: dz_jᵀ drop_j(x) over this strip of rows, and dx = Σ_j mask_j ∘ (dz_j A_j).
 
+    AT_ONCE: all PARTS of dz, or one: then x is read again for each, from the L2, and so is dx, which is float32.
     LATE: dz_ptr points to t's chunks, so many of each projection, and dz is made of them as hidden_bwd makes it.
-    SHARED: one A, whose gradient is one sum. d_down (strips, R of each A, K) holds float32 partial sums; grid (column
-    tiles, strips).
+    d_down (strips, R of each A, K) holds float32 partial sums; SHARED: of one A, as many sums as passes. grid (column
+    tiles, strips)
     """
     downs, scales = (down0_ptr, down1_ptr, down2_ptr, down3_ptr), (scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr)
     chunks = (CHUNKS0, CHUNKS1, CHUNKS2, CHUNKS3)
-    SUMS: tl.constexpr = 1 if SHARED else J
+    PASSES: tl.constexpr = PARTS // AT_ONCE
+    SUMS: tl.constexpr = 1 if SHARED else AT_ONCE  # in each pass
     # As in lowrank_linear's: sm_100 would multiply in tf32, and sm_90 spill.
     FLIPPED: tl.constexpr = BLOCK_R >= BLOCK_K and tl.float32 == DOT and PRECISION == "ieee"
     HALF: tl.constexpr = x_ptr.dtype.element_ty if NEEDS_DOWN else dx_ptr.dtype.element_ty
@@ -256,59 +258,68 @@ def down_bwd_kernel(
     strip = tl.program_id(1).to(tl.int64)
     offs_k, offs_r = first_column + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
-    tiles_of_down, accs = (), ()
-    for j in tl.static_range(SUMS):
-        if NEEDS_X:
-            tiles_of_down = tiles_of_down + (_load_down(downs[j], offs_k, K, R, DOT, BLOCK_R),)
-        accs = accs + (tl.zeros((BLOCK_K, BLOCK_R) if FLIPPED else (BLOCK_R, BLOCK_K), tl.float32),)
-    for tile in range(tiles):
-        rows = (strip * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = rows < M
-        mask = mask_m[:, None] & mask_k[None, :]
-        if NEEDS_DOWN:
-            x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(DOT)
-        dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        first, sums = 0, ()
-        for part in tl.static_range(PARTS):
-            if LATE:
-                total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                for added in tl.static_range(J // PARTS):
-                    mask_ptr = rng_ptr
-                    if DROPOUT == "rank":
-                        mask_ptr += 2 * (part + added)
-                    total += _load_dz(
-                        dz_ptr, scales[part + added], mask_ptr, rows, first, 0, M, R, threshold, keep_scale,
-                        DROPOUT, BLOCK_M, BLOCK_R, chunks[part + added],
-                    )  # fmt: skip
-                    first += chunks[part + added]
-                dz = total.to(HALF).to(DOT)
-            else:
-                pointers = dz_ptr + rows[:, None] * (PARTS * R) + part * R + offs_r[None, :]
-                dz = tl.load(pointers, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(DOT)
-            if DROPOUT == "input":
-                kept = keep_input(load_rng(rng_ptr + 2 * part), rows, 0, first_column, K, threshold, BLOCK_M, BLOCK_K)
-            if NEEDS_DOWN:
-                dropped = x
-                if DROPOUT == "input":
-                    dropped = tl.where(kept, x, 0.0)
-                acc = sums[0] if SHARED and part > 0 else accs[part]
-                if FLIPPED:
-                    acc = add_dot(acc, tl.trans(dropped), dz, PRECISION)
-                else:
-                    acc = add_dot(acc, tl.trans(dz), dropped, PRECISION)
-                sums = (acc,) if SHARED else sums + (acc,)
+    for turn in range(PASSES):
+        tiles_of_down, accs = (), ()
+        for m in tl.static_range(SUMS):
             if NEEDS_X:
-                down = tiles_of_down[0 if SHARED else part]
-                if DROPOUT == "input":
-                    dx += tl.where(kept, tl.dot(dz, down, input_precision=PRECISION), 0.0)
+                down_ptr = _pick(downs, turn + m, 1 if SHARED else J)
+                tiles_of_down = tiles_of_down + (_load_down(down_ptr, offs_k, K, R, DOT, BLOCK_R),)
+            accs = accs + (tl.zeros((BLOCK_K, BLOCK_R) if FLIPPED else (BLOCK_R, BLOCK_K), tl.float32),)
+        for tile in range(tiles):
+            rows = (strip * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask_m = rows < M
+            mask = mask_m[:, None] & mask_k[None, :]
+            if NEEDS_DOWN:
+                x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(DOT)
+            dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            if NEEDS_X and PASSES > 1:
+                dx = tl.load(dx_ptr + rows[:, None] * K + offs_k[None, :], mask=mask & (turn > 0), other=0.0)
+            first, sums = 0, ()
+            for m in tl.static_range(AT_ONCE):
+                part = turn + m
+                if LATE:
+                    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+                    for added in tl.static_range(J // PARTS):
+                        mask_ptr = rng_ptr
+                        if DROPOUT == "rank":
+                            mask_ptr += 2 * (m + added)
+                        total += _load_dz(
+                            dz_ptr, scales[m + added], mask_ptr, rows, first, 0, M, R, threshold, keep_scale,
+                            DROPOUT, BLOCK_M, BLOCK_R, chunks[m + added],
+                        )  # fmt: skip
+                        first += chunks[m + added]
+                    dz = total.to(HALF).to(DOT)
                 else:
-                    dx = add_dot(dx, dz, down, PRECISION)
+                    pointers = dz_ptr + rows[:, None] * (PARTS * R) + part * R + offs_r[None, :]
+                    dz = tl.load(pointers, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(DOT)
+                if DROPOUT == "input":
+                    rng = load_rng(rng_ptr + 2 * part)  # here: its 20 round keys would take registers all the time
+                    kept = keep_input(rng, rows, 0, first_column, K, threshold, BLOCK_M, BLOCK_K)
+                if NEEDS_DOWN:
+                    dropped = x
+                    if DROPOUT == "input":
+                        dropped = tl.where(kept, x, 0.0)
+                    acc = sums[0] if SHARED and m > 0 else accs[m]
+                    if FLIPPED:
+                        acc = add_dot(acc, tl.trans(dropped), dz, PRECISION)
+                    else:
+                        acc = add_dot(acc, tl.trans(dz), dropped, PRECISION)
+                    sums = (acc,) if SHARED else sums + (acc,)
+                if NEEDS_X:
+                    down = tiles_of_down[0 if SHARED else m]
+                    if DROPOUT == "input":
+                        dx += tl.where(kept, tl.dot(dz, down, input_precision=PRECISION), 0.0)
+                    else:
+                        dx = add_dot(dx, dz, down, PRECISION)
+            if NEEDS_DOWN:
+                accs = sums
+            if NEEDS_X:
+                tl.store(dx_ptr + rows[:, None] * K + offs_k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEEDS_DOWN:
-            accs = sums
-        if NEEDS_X:
-            tl.store(dx_ptr + rows[:, None] * K + offs_k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if NEEDS_DOWN:
-        for j in tl.static_range(SUMS):
-            acc = accs[j]
-            pointers = d_down_ptr + ((strip * SUMS + j) * R + offs_r[:, None]) * K + offs_k[None, :]
-            tl.store(pointers, tl.trans(acc) if FLIPPED else acc, mask=mask_r[:, None] & mask_k[None, :])
+            for m in tl.static_range(SUMS):
+                acc = accs[m]
+                part = (strip * PASSES + turn) * SUMS + m
+                pointers = d_down_ptr + (part * R + offs_r[:, None]) * K + offs_k[None, :]
+                tl.store(pointers, tl.trans(acc) if FLIPPED else acc, mask=mask_r[:, None] & mask_k[None, :])
+        if PASSES > 1:
+            tl.debug_barrier()  # what other threads wrote of dx is read in the next pass
