@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from peft_kernels.ops import lowrank_linear
+from peft_kernels.ops import lowrank_linear, lowrank_projections
 
 
 @contextmanager
@@ -14,7 +14,10 @@ def afresh() -> Iterator[None]:
 
     For whoever changes tiles, kernels or the driver under the operations.
     """
-    with mock.patch.dict(lowrank_linear._plans, clear=True):
+    with (
+        mock.patch.dict(lowrank_linear._plans, clear=True),
+        mock.patch.dict(lowrank_projections._plans, clear=True),
+    ):
         _forget_launches()
         try:
             yield

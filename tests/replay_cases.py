@@ -30,6 +30,7 @@ from peft_kernels import lowrank_linear, use_backend
 from peft_kernels.benchmarks.kept import afresh
 from peft_kernels.benchmarks.nothing import launching_nothing
 from peft_kernels.ops import lowrank_linear as op
+from peft_kernels.ops import lowrank_projections
 from peft_kernels.triton_kernels import replay
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -135,6 +136,7 @@ def launcher() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_kept() -> None:
     op._plans.clear()
+    lowrank_projections._plans.clear()
     replay.forget()
 
 

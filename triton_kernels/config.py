@@ -203,22 +203,30 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
         down_at_once = 1 if shape.dropout else shrink_at_once
         down_bwd = replace(down_bwd, stages=1) if down_at_once > 1 else down_bwd
     elif shape.parts > 1:
-        shrink, down_bwd = _half_projections(block_r, shape.dropout)
-    tiles = {"shrink": shrink, "expand": config.expand, "up_bwd": config.up_bwd, "hidden_bwd": config.hidden_bwd}
+        if block_r == 64 and (shape.dropout or shape.parts > 3):
+            shrink_at_once = 1
+        else:
+            shrink = _half_shrink(block_r, shape.dropout)
+        down_bwd = _half_down_bwd(block_r, shape.dropout, shape.parts > 3)
+    up_bwd = replace(config.up_bwd, resident=1) if arch >= 100 and block_r == 16 else config.up_bwd
+    tiles = {"shrink": shrink, "expand": config.expand, "up_bwd": up_bwd, "hidden_bwd": config.hidden_bwd}
     return ProjectionsConfig(
         dtype, block_r, shrink_at_once, down_at_once, **_fitted(tiles | {"down_bwd": down_bwd}, arch)
     )
 
 
-def _half_projections(block_r: int, dropout: bool) -> tuple[Tile, Tile]:
-    """shrink's and down_bwd's."""
+def _half_shrink(block_r: int, dropout: bool) -> Tile:
     if dropout:
-        shrink = {16: Tile(32, 128), 32: Tile(32, 64), 64: Tile(32, 64, warps=4)}[block_r]
-        down_bwd = Tile(32, 128) if block_r == 16 else Tile(32, 64, stages=2)
+        return Tile(32, 128 if block_r == 16 else 64)
+    return Tile(64, 128, stages=2 if block_r == 64 else 3)
+
+
+def _half_down_bwd(block_r: int, dropout: bool, many: bool) -> Tile:
+    if dropout:
+        tile = Tile(32, 128) if block_r == 16 else Tile(16 if many else 32, 64, stages=2)
     else:
-        shrink = Tile(64, 128, stages=2 if block_r == 64 else 3)
-        down_bwd = {16: Tile(64, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64)}[block_r]
-    return shrink, replace(down_bwd, resident=1)
+        tile = {16: Tile(64, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64)}[block_r]
+    return replace(tile, resident=1)
 
 
 def strip_tiles(rows: int, tile: Tile, column_tiles: int, arch: int) -> int:

@@ -40,7 +40,7 @@ def lowrank_projections_fwd(
     """-> y_j (M, N_j), and z at the end"""
     together = stacked(weights) is not None
     args = x, biases, projections, dropout, together
-    if memo is None:
+    if memo is None or not x.is_contiguous():
         *ys, z = _forward_again(*args)
     else:
         downs, ups, scales, _ = projections
@@ -67,7 +67,7 @@ def lowrank_projections_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """-> dx, d_down of all A_j one above the other, d_up of all B_j likewise, as `needs` says in that order"""
     args = dys, x, projections, dropout, needs
-    if memo is None or not all(map(Tensor.is_contiguous, dys)):
+    if memo is None or not all(map(Tensor.is_contiguous, dys if x is None else (x, *dys))):
         dx, d_down, d_up = _backward_again(*args)
     else:
         downs, ups, scales, z = projections

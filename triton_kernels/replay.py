@@ -50,7 +50,7 @@ def replayed(memo: Memo | None, key: Hashable, function: Callable[[], tuple], te
     if stream is None or reduce(or_, addresses) % ALIGNED:
         return function()
     if ties and any(addresses[second] - addresses[first] != offset for first, second, offset in ties):
-        return function()  # one tensor stood in several places, and another stands in some of them now
+        return _recorded(memo, key, function, tensors)  # one tensor stood where several stand now, which serves both
     for index, offset in parts:
         addresses.append(addresses[index] + offset)
     for run, grid, compiled, pick, rest in launches:

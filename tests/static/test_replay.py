@@ -99,7 +99,7 @@ def test_what_was_one_tensor_may_be_two_the_next_time(floats, second):
     memo, function, (first, other) = {}, Function(), (torch.zeros(64) for _ in range(2))
     calls = [(x, x if second == "the same" else x[32:]) for x in (first, other)]
     calls += [(first, calls[1][1]), (first, torch.zeros(len(calls[0][1]))), calls[0]]
-    for (x, y), made in zip(calls, (1, 1, 2, 3, 3)):
+    for (x, y), made in zip(calls, (1, 1, 2, 2, 2)):
         seen, _ = again(memo, function, x, y)
         assert seen.launches[0].args[0].address == x.data_ptr() + 8 * 4
         assert seen.launches[1].args[2].address == y.data_ptr()
