@@ -7,7 +7,7 @@ import torch
 from lowrank_cases import compare
 from torch import Tensor
 
-from peft_kernels import lowrank_projections
+from peft_kernels import lowrank_hidden, lowrank_projections
 from peft_kernels.ops.lowrank_linear import draw
 from peft_kernels.ops.lowrank_projections import lowrank_projections_reference
 from peft_kernels.records import Dropout, Factors, Needs
@@ -18,6 +18,7 @@ LAYOUTS = {
     "key and value": {"outputs": (24, 24), "biases": (False, False)},
     "aurora": {"shared": True, "core": "diagonal"},
     "aurora-released": {"shared": True, "core": "dense", "outputs": (24, 24)},
+    "aurora's context": {"shared": True, "core": "diagonal", "outputs": (24, 24), "precomputed_hidden": True},
     "four": {"outputs": (40, 24, 24, 8), "biases": (True, False, True, True), "core": "dense"},
 }
 
@@ -36,6 +37,7 @@ class Problem:
     factor_dtype: torch.dtype | None = None
     biases: tuple[bool, ...] = (True, False, True)
     stacked: bool = False  # the weights are slices of one memory
+    precomputed_hidden: bool = False  # x Aᵀ comes from `lowrank_hidden`
     dropout_p: float = 0.0
     dropout_on: str = "input"
 
@@ -89,10 +91,13 @@ def arguments(problem: Problem, tensors: dict[str, Tensor]) -> tuple:
 
 
 def call(problem: Problem, tensors: dict[str, Tensor], backend: str, *, seed: int = 7) -> tuple[Tensor, ...]:
+    hidden = None
+    if problem.precomputed_hidden:
+        hidden = lowrank_hidden(tensors["x"], tensors["down"], backend=backend)
     torch.manual_seed(seed)
     return lowrank_projections(
         *arguments(problem, tensors), scales=problem.scales, dropout_p=problem.dropout_p, dropout_on=problem.dropout_on,
-        backend=backend,
+        hidden=hidden, backend=backend,
     )  # fmt: skip
 
 

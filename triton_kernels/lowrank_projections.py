@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ..frozen_products import add_frozen, add_frozen_bwd, columns_of, stacked
-from ..records import MOST_PROJECTIONS, Dropout, Needs, Projections
+from ..records import MOST_PROJECTIONS, Dropout, ProjectionNeeds, Projections
 from .common import allows_tf32, architecture, dot_constants, launch, sum_partials
 from .config import ProjectionsConfig, ProjectionsShape, down_bwd_makes_dz, projections_config
 from .lowrank_linear_bwd import row_strips
@@ -37,65 +37,70 @@ def lowrank_projections_fwd(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], projections: Projections, dropout: Dropout,
     *, memo: Memo | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """-> y_j (M, N_j), and z at the end"""
+    """-> y_j (M, N_j), and z at the end unless it was given"""
     together = stacked(weights) is not None
     args = x, biases, projections, dropout, together
-    if memo is None or not x.is_contiguous():
+    downs, ups, scales, given = projections
+    if memo is None:
         *ys, z = _forward_again(*args)
     else:
-        downs, ups, scales, _ = projections
         key = "fwd", x.shape[0], together, x.dtype is torch.float32 and allows_tf32()
-        tensors = x, dropout.rng, *biases, *downs, *ups, *scales
+        tensors = x, given, dropout.rng, *biases, *downs, *ups, *scales
         *ys, z = replayed(memo, key, lambda: _forward(*args), tensors)
     outputs = (ys[0], columns_of(ys[0], projections.widths)) if together else (None, ys)
-    return [*add_frozen(outputs, x, weights), z]
+    ys = add_frozen(outputs, x, weights)
+    return [*ys, z] if given is None else ys
 
 
 def _forward(
     x: Tensor, biases: list[Tensor | None], projections: Projections, dropout: Dropout, together: bool
 ) -> tuple[Tensor, ...]:
-    """-> y_j without the frozen weights' part, or all of them in one (M, ΣN_j); z"""
-    drop = drop_of(dropout)
+    """-> y_j without the frozen weights' part, or all of them in one (M, ΣN_j); z, or None if it was given"""
+    drop, z = drop_of(dropout), projections.z
     config = _config(x.shape[1], projections, drop, x)
-    z = _shrink(x, projections.downs, _parts(projections, drop), drop, config)
-    return *_expand(z, biases, projections, drop, together, config), z
+    if z is None:
+        z = _shrink(x, projections.downs, _parts(projections, drop), drop, config)
+    ys = _expand(z, biases, projections, drop, together, config)
+    return *ys, z if projections.z is None else None
 
 
 def lowrank_projections_bwd(
     dys: list[Tensor], x: Tensor | None, weights: list[Tensor], projections: Projections, dropout: Dropout,
-    needs: Needs, *, memo: Memo | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> dx, d_down of all A_j one above the other, d_up of all B_j likewise, as `needs` says in that order"""
+    needs: ProjectionNeeds, *, memo: Memo | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """-> dx, d_down of all A_j one above the other, d_up of all B_j likewise, dz of a given z, as `needs` says
+
+    With a given z, which all share, dx has no part through it.
+    """
     args = dys, x, projections, dropout, needs
-    if memo is None or not all(map(Tensor.is_contiguous, dys if x is None else (x, *dys))):
-        dx, d_down, d_up = _backward_again(*args)
+    if memo is None or not all(map(Tensor.is_contiguous, dys)):
+        dx, d_down, d_up, dz = _backward_again(*args)
     else:
         downs, ups, scales, z = projections
         tf32 = dys[0].dtype is torch.float32 and allows_tf32()
         key = needs, dys[0].shape[0], *projections.widths, tf32
         tensors = *dys, x, dropout.rng, z, *downs, *ups, *scales
-        dx, d_down, d_up = replayed(memo, key, lambda: _backward(*args), tensors)
-    return add_frozen_bwd(dx, dys, weights) if needs.x else dx, d_down, d_up
+        dx, d_down, d_up, dz = replayed(memo, key, lambda: _backward(*args), tensors)
+    return add_frozen_bwd(dx, dys, weights) if needs.x else None, d_down, d_up, dz
 
 
 def _backward(
-    dys: list[Tensor], x: Tensor | None, projections: Projections, dropout: Dropout, needs: Needs
+    dys: list[Tensor], x: Tensor | None, projections: Projections, dropout: Dropout, needs: ProjectionNeeds
 ) -> tuple[Tensor | None, ...]:
-    """-> Σ_j mask_j ∘ (dz_j A_j), d_down, d_up"""
-    drop, widths = drop_of(dropout), projections.widths
-    config = _config(projections.downs[0].shape[1], projections, drop, dys[0])
-    needs_t = needs.x or needs.down
-    dx = d_down = None
-    t, d_up = _up_bwd(dys, projections, drop, (needs_t, needs.up), config)
-    if needs_t:
-        parts = _parts(projections, drop)
-        if down_bwd_makes_dz(config, projections.downs[0].shape[1], sum(widths)):
-            dz = t
-        else:
-            dz = _hidden_bwd(t, projections, parts, drop, config)
-        dx, d_down = _down_bwd(x, dz, projections, drop, (needs.x, needs.down), config)
-    d_down, d_up = sum_partials([(d_down, projections.downs[0]), (d_up, projections.ups[0])])
-    return dx, d_down, d_up
+    """-> Σ_j mask_j ∘ (dz_j A_j), d_down, d_up, dz of a given z"""
+    drop, (downs, ups, _, _) = drop_of(dropout), projections
+    columns, through_down = downs[0].shape[1] if downs else 0, (needs.x and bool(downs), needs.down)
+    config = _config(columns, projections, drop, dys[0])
+    dx = dz = d_down = t = d_up = None
+    needs_dz = needs.z or any(through_down)
+    if needs_dz or needs.up:
+        t, d_up = _up_bwd(dys, projections, drop, (needs_dz, needs.up), config)
+    if needs_dz and (needs.z or not down_bwd_makes_dz(config, columns, sum(projections.widths))):
+        dz = _hidden_bwd(t, projections, _parts(projections, drop), drop, config)
+    if any(through_down):
+        dx, d_down = _down_bwd(x, t if dz is None else dz, projections, drop, through_down, config)
+    d_down, d_up = sum_partials([(d_down, downs[0] if downs else None), (d_up, ups[0])])
+    return dx, d_down, d_up, dz if needs.z else None
 
 
 _forward_again, _backward_again = again(_forward), again(_backward)
@@ -103,7 +108,7 @@ _forward_again, _backward_again = again(_forward), again(_backward)
 
 def _parts(projections: Projections, drop: Drop) -> int:
     """Of z, and of dz: one where all share A and none masks x."""
-    return 1 if len(projections.downs) == 1 and drop.place != "input" else len(projections.ups)
+    return 1 if len(projections.downs) < 2 and drop.place != "input" else len(projections.ups)
 
 
 def _config(in_features: int, projections: Projections, drop: Drop, like: Tensor) -> ProjectionsConfig:

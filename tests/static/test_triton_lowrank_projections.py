@@ -21,7 +21,7 @@ from aot import (
     compile_launch,
 )
 
-from peft_kernels.records import KEEP_ALL, Dropout, Needs, Projections
+from peft_kernels.records import KEEP_ALL, Dropout, ProjectionNeeds, Projections
 from peft_kernels.triton_kernels import common, lowrank_linear_bwd, lowrank_projections
 from peft_kernels.triton_kernels.config import ProjectionsShape, projections_config
 
@@ -60,7 +60,7 @@ class Call:
             )
             dys = ys if self.stacked else [torch.empty_like(y) for y in ys]
             lowrank_projections.lowrank_projections_bwd(
-                dys, x, weights, Projections(downs, ups, scales, z), dropout, Needs(True, True, True)
+                dys, x, weights, Projections(downs, ups, scales, z), dropout, ProjectionNeeds(True, True, True)
             )
         return launches
 
