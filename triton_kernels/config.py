@@ -201,12 +201,11 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
     if shape.parts > 1 and dtype == torch.float32:
         shrink_at_once = shape.parts if block_r == 16 and shape.parts <= 3 else 1
         down_at_once = 1 if shape.dropout else shrink_at_once
+        shrink = replace(shrink, stages=2) if block_r == 32 else shrink
         down_bwd = replace(down_bwd, stages=1) if down_at_once > 1 else down_bwd
     elif shape.parts > 1:
-        if block_r == 64 and (shape.dropout or shape.parts > 3):
-            shrink_at_once = 1
-        else:
-            shrink = _half_shrink(block_r, shape.dropout)
+        shrink_at_once = 1 if block_r == 64 and (shape.dropout or shape.parts > 3) else shape.parts
+        shrink = _half_shrink(block_r, shape.dropout)
         down_bwd = _half_down_bwd(block_r, shape.dropout, shape.parts > 3)
     up_bwd = replace(config.up_bwd, resident=1) if arch >= 100 and block_r == 16 else config.up_bwd
     tiles = {"shrink": shrink, "expand": config.expand, "up_bwd": up_bwd, "hidden_bwd": config.hidden_bwd}
