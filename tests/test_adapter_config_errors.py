@@ -51,6 +51,7 @@ WRONG = {
     "released": FLAG,
     "group": FLAG,
     "stack": FLAG,
+    "recompute": FLAG,
     "rank_pattern": [*PATTERN, {"query": 0}, {"query": 2.5}],
     "alpha_pattern": [*PATTERN, {"query": float("nan")}],
     "scale_pattern": [*PATTERN, {"query": float("inf")}],

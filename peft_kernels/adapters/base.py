@@ -47,6 +47,7 @@ class Adapter(AdapterFiles):
         model.requires_grad_(False)
         for name, parent, attribute, _ in self._places:
             setattr(parent, attribute, parts.layers[name])
+            parts.layers[name].recompute = config.recompute
         for name, module in parts.modules.items():
             parent, _, attribute = name.rpartition(".")
             model.get_submodule(parent).add_module(attribute, module)

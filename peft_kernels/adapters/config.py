@@ -30,6 +30,7 @@ class AdapterConfig:
     group: do layers that read one tensor, as q, k and v do, run as one call?
     stack: are the frozen weights of such layers laid in one memory, for one product? While that is done, a layer's
         weights are there twice
+    recompute: do layers behind an activation, as fc2, make their input anew in the backward, instead of keeping it?
     """
 
     needs_targets: ClassVar[bool] = True
@@ -41,6 +42,7 @@ class AdapterConfig:
     backend: str = "auto"
     group: bool = True
     stack: bool = False
+    recompute: bool = True
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -49,6 +51,7 @@ class AdapterConfig:
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         check_flag("group", self.group)
         check_flag("stack", self.stack)
+        check_flag("recompute", self.recompute)
         check_choice("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         if not (isinstance(self.targets, str) and self.targets):
             object.__setattr__(self, "targets", _names("targets", self.targets, (str, Target)))

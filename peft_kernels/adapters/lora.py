@@ -115,11 +115,12 @@ class LoRA(Adapter):
         dropout: float | None = None,
         group: bool = True,
         stack: bool = False,
+        recompute: bool = True,
     ) -> "LoRA":
         """Adapt `model` by a LoRA checkpoint of the peft library, heads included.
 
         folder: a local one, with adapter_model.safetensors;  dropout: None: the checkpoint's
-        backend, adapter_dtype, group, stack: as in LoRAConfig
+        backend, adapter_dtype, group, stack, recompute: as in LoRAConfig
         Base weights that the checkpoint brings, of embeddings that were resized, go into the model, as in peft.
         Raises FileNotFoundError, ValueError or TypeError, naming the file and what in it is not a LoRA of nn.Linear
         layers (DoRA, trained biases, embeddings, initialisations that change the base, …); the model is unchanged then.
@@ -140,6 +141,7 @@ class LoRA(Adapter):
             adapter_dtype=adapter_dtype,
             group=group,
             stack=stack,
+            recompute=recompute,
         )
         adapter = cls._filled(model, config, cls.find(model, config), stock)
         with torch.no_grad():

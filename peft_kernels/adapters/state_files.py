@@ -25,7 +25,7 @@ from peft_kernels.adapters.targets import Match
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 
 Self = TypeVar("Self", bound="AdapterFiles")
-HOW_IT_RUNS = ("backend", "group", "stack")  # fields of a configuration that are not part of what an adapter is
+HOW_IT_RUNS = ("backend", "group", "stack", "recompute")  # fields of a configuration that are not part of what an adapter is
 
 
 class Parts(NamedTuple):
@@ -100,17 +100,18 @@ class AdapterFiles(ABC):
         backend: str = "auto",
         group: bool = True,
         stack: bool = False,
+        recompute: bool = True,
     ) -> Self:
         """Adapt `model` as a folder written by `save_pretrained` says, with its values.
 
         check_base: compare the model's weights with the ones that the adapter was trained on
-        backend, group, stack: as in the configuration, whose files leave them out
+        backend, group, stack, recompute: as in the configuration, whose files leave them out
         Raises FileNotFoundError, ValueError or TypeError, naming the file and what is wrong in it; the model is
         unchanged then.
         """
         cls._check(model, None)
         checkpoint = Checkpoint(folder)
-        how_it_runs = dict(zip(HOW_IT_RUNS, (backend, group, stack), strict=True))
+        how_it_runs = dict(zip(HOW_IT_RUNS, (backend, group, stack, recompute), strict=True))
         path, values = Path(folder) / CONFIG_FILE, {**checkpoint.config, **how_it_runs}
         method, saved = values.pop("method", None), values.pop("fingerprint", {})
         if method != cls.method:

@@ -24,9 +24,11 @@ class AdaptedLinear(nn.Linear):
     It runs `linear`'s hooks, too. A subclass says by `factors` what is added to the weight, and by `adapted_bias` what
     the bias becomes, if anything. While merged, `weight` and `bias` (in the state dict too) hold the sums.
 
+    recompute: as in `lowrank_linear`
     group: the LinearGroup that it is a member of, and its number there; None for a layer that runs by itself
     """
 
+    recompute = True
     group: tuple[LinearGroup, int] | None = None
     why_alone = ""
 
@@ -173,6 +175,7 @@ class AdaptedLinear(nn.Linear):
             hidden=hidden,
             backend=self.backend,
             design=self.design,
+            recompute=self.recompute,
         )
 
     def _wide_factors(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,8 +13,9 @@ Backward, with G = ∂L/∂y:
     dB = s Σ_o G_oᵀ S_o;   dS_o = s G_o B;   dc[o, i] = Σ_rows dS_o ∘ z_i   or   dK[o, i] = dS_oᵀ z_i
     dz_i = Σ_o dS_o ∘ c[o, i]   or   Σ_o dS_o K[o, i];   dA = Σ_i dz_iᵀ drop(x_i);   dx_i = G W[:, i] + dz_i A
 
-Kept for the backward: x itself (not a copy), z, and the random seed. Uses: LoRA (arXiv 2106.09685), MoIL's adapters
-(doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation (arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
+Kept for the backward: x itself (not a copy; or what it is made of, peft_kernels/recomputed.py), z, and the random seed.
+Uses: LoRA (arXiv 2106.09685), MoIL's adapters (doi 10.1109/TPAMI.2024.3435790), Aurora's mode approximation
+(arXiv 2305.08381), LoRA-XS (arXiv 2405.17604).
 """
 
 from typing import NamedTuple
@@ -42,6 +43,7 @@ from peft_kernels.checks import (
 )
 from peft_kernels.operator import Operator, composed
 from peft_kernels.quantized import QuantizedWeight, dense
+from peft_kernels.recomputed import made, recipe_of
 from peft_kernels.records import KEEP_ALL, Dropout, Factors, Needs
 from peft_kernels.remembered import MOST, remembered
 from peft_kernels.rows import contiguous, rows, shaped
@@ -88,7 +90,7 @@ class _Plan(NamedTuple):
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, core, scale, z, dropout, plan):
+    def forward(ctx, x, weight, bias, down, up, core, scale, z, dropout, plan, recipe):
         needs_x, needs_weight, _, needs_down, needs_up, needs_core, *_ = ctx.needs_input_grad
         factors = Factors(None if z is not None else down, up, core, scale, z)
         if z is not None and (z.ndim != 2 or not z.is_contiguous()):
@@ -102,8 +104,10 @@ class _LowRankLinear(torch.autograd.Function):
             stored, x_rows = weight, x if x.ndim == 2 else rows(x)
             y, own_z = lowrank_linear_fwd.direct(backend, memo, x_rows, weight, bias, factors, dropout, plan.design)
         is_number, is_stored = type(scale) is float, stored is weight
+        keeps_x = needs_weight or (needs_down and z is None)
+        ctx.make_x, made_of = (None, ()) if recipe is None or not keeps_x else recipe
         ctx.save_for_backward(
-            x if needs_weight or (needs_down and z is None) else None,
+            x if keeps_x and ctx.make_x is None else None,
             weight if needs_x and is_stored else None,
             factors.down,
             up,
@@ -111,6 +115,7 @@ class _LowRankLinear(torch.autograd.Function):
             None if is_number else scale,
             (own_z if z is None else z) if needs_up or needs_core else None,
             dropout.rng,
+            *made_of,
         )
         ctx.scale, ctx.quantized = scale if is_number else None, None if is_stored else weight
         ctx.x_shape, ctx.z_shape = x.shape, None if z is None else z.shape
@@ -121,12 +126,14 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             refuse_second_derivative("lowrank_linear")
-        x, weight, down, up, core, scale, z, rng = ctx.saved_tensors
+        x, weight, down, up, core, scale, z, rng, *made_of = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_down, needs_up, needs_core, _, needs_z, *_ = ctx.needs_input_grad
         needs = Needs(needs_x, needs_down and down is not None, needs_up, needs_core, needs_z)
         plan, dy = ctx.plan, rows(dy)
         if needs_x and ctx.quantized is not None:
             weight = dense(ctx.quantized, dy.dtype)
+        if made_of:
+            x = made(ctx.make_x, made_of)
         if x is not None and (plan.memo is None or x.ndim != 2):
             x = rows(x)
         dx = d_down = d_up = d_core = d_z = d_weight = d_bias = None
@@ -145,7 +152,7 @@ class _LowRankLinear(torch.autograd.Function):
                 d_bias = dy.sum(0) if needs_bias else None
         dx = dx if dx is None or len(ctx.x_shape) == 2 else dx.view(ctx.x_shape)
         d_z = None if d_z is None else d_z.view(ctx.z_shape)
-        return dx, d_weight, d_bias, d_down, d_up, d_core, None, d_z, None, None
+        return dx, d_weight, d_bias, d_down, d_up, d_core, None, d_z, None, None, None
 
 
 class _LowRankHidden(torch.autograd.Function):
@@ -197,6 +204,7 @@ def lowrank_linear(
     hidden: Tensor | None = None,
     backend: str = "auto",
     design: str | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """y = x Wᵀ + b + scale · (the low-rank update of x), differentiable in every tensor but `scale`.
 
@@ -211,6 +219,8 @@ def lowrank_linear(
     dropout_on: "input" (x before A, as in PEFT's LoRA), "rank" (z) or "core" (S, a mask per output block)
     hidden: z (..., I·R) from `lowrank_hidden`, computed once for several calls; `down` gets its gradient through it
     backend: "auto" | "cuda" | "triton" | "torch";  design: None (chosen by shape) | "passes" | "fused" (triton)
+    recompute: where x is an activation's result (GELU, SiLU, or a product, as in gated MLPs), may the backward make it
+        anew from what autograd keeps for the activation, instead of keeping x, too? No bit of any gradient changes.
     returns y: (..., out_features) in x's dtype
 
     Under autocast, x, weight, bias and hidden are cast as `torch.nn.functional.linear` would; the factors are not.
@@ -256,7 +266,8 @@ def lowrank_linear(
         dropout = tuple.__new__(Dropout, (draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on))
     apply = _LowRankLinear.apply if plan.memo is None else _apply
     down = down if hidden is None else down.detach()
-    return apply(x, weight, bias, down, up, core, scale, hidden, dropout, plan)
+    recipe = recipe_of(x) if recompute else None
+    return apply(x, weight, bias, down, up, core, scale, hidden, dropout, plan, recipe)
 
 
 _plans: dict[tuple, _Plan] = {}

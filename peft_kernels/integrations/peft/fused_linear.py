@@ -151,8 +151,10 @@ class FusedLinear(StockLinear):
     """PEFT's lora.Linear with a fused forward; `accelerate` and `fast` make it of one by changing its class.
 
     group, why_alone: as in layers/group.py; `accelerate` finds the groups
+    recompute: as in `lowrank_linear`
     """
 
+    recompute = True
     group: tuple[LinearGroup, int] | None = None
     why_alone = ""
 
@@ -186,6 +188,7 @@ class FusedLinear(StockLinear):
             scale=scaling.tensors[adapter] if graph else scaling[adapter],
             dropout_p=dropout.p if type(dropout) is nn.Dropout else 0.0,
             training=dropout.training,
+            recompute=self.recompute,
         )
 
     def _fusible(self, x: Tensor) -> str | None:

@@ -32,12 +32,13 @@ class Report:
         return "\n".join([head, *(f"  left {name}: {why}" for name, why in self.left.items() if name in others)])
 
 
-def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False) -> Report:
+def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False, recompute: bool = True) -> Report:
     """Fuse the LoRA linears of a model that PEFT built, in place. `restore` undoes it; doing it again adds new layers.
 
     peft_model: from get_peft_model, PeftModel.from_pretrained, or anything else with PEFT's layers inside
     group: do layers that read one tensor, as q, k and v do, run as one call? `peft_kernels.explain` tells which do
     stack: are the frozen weights of such layers laid in one memory, for one product?
+    recompute: do layers behind an activation make their input anew in the backward, instead of keeping it?
     returns report: which layers are fused, and why the others are left as they were; print it
     Raises TypeError for a model without any layer of PEFT's.
     """
@@ -51,6 +52,8 @@ def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False) -
     fused = [(name, layer) for name, layer in _adapter_layers(peft_model) if type(layer) is FusedLinear]
     members = ((name, layer, guess_target("", name, layer.base_layer)) for name, layer in fused)
     form_groups(peft_model, members, group, stack)
+    for _, layer in fused:
+        layer.recompute = recompute
     return Report(tuple(swapped), left)
 
 
@@ -62,7 +65,7 @@ def restore(peft_model: nn.Module) -> tuple[str, ...]:
     fused = [(name, layer) for name, layer in _adapter_layers(peft_model) if type(layer) is FusedLinear]
     for _, layer in fused:
         scaling = layer.__dict__.pop("_scaling")
-        for attribute in ("group", "why_alone"):
+        for attribute in ("group", "why_alone", "recompute"):
             layer.__dict__.pop(attribute, None)
         layer.__class__ = StockLinear
         layer.scaling = dict(scaling)
