@@ -44,7 +44,7 @@ def recipe_of(a: Tensor) -> Recipe | None:
     except RuntimeError:  # changed in place since, or a backward has freed it
         return None
     for t in of:
-        if type(t) not in _PLAIN or t.shape != a.shape or t.dtype != a.dtype or t.device != a.device:
+        if type(t) not in _PLAIN or t.shape != a.shape or t.dtype != a.dtype:
             return None
     if options:
         operation = functools.partial(operation, **{name: getattr(node, f"_saved_{name}") for name in options})
