@@ -21,6 +21,8 @@ from peft_kernels.adapters import (
     UniAdapterConfig,
 )
 from peft_kernels.backend import BackendUnavailableError, Choice, explain, resolve, use_backend
+from peft_kernels.blocks.linears import MlpLinear
+from peft_kernels.blocks.mlp import adapted_mlp
 from peft_kernels.cores import cp_core, tucker_core
 from peft_kernels.imitation import ImitationGroup, Transform, hybrid_factors, imitation_step
 from peft_kernels.ops.batched_lowrank_linear import (
@@ -53,11 +55,13 @@ __all__ = [
     "ImitationGroup",
     "LoRA",
     "LoRAConfig",
+    "MlpLinear",
     "MoIL",
     "MoILConfig",
     "Transform",
     "UniAdapter",
     "UniAdapterConfig",
+    "adapted_mlp",
     "adapter_segments",
     "batched_lowrank_linear",
     "cp_core",

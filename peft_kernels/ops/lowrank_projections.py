@@ -242,7 +242,7 @@ def lowrank_projections(
         if cores is not None:
             ups = [_with_core(up, core) for up, core in zip(ups, cores)]
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        scales = tuple([_scale(scale, wide, x.device) for scale in scales])
+        scales = tuple([scale_tensor(scale, wide, x.device) for scale in scales])
         biases, downs, ups = ([contiguous(t) for t in each] for each in (biases, downs, ups))
     if plan.memo is None and transformed():
         chosen = Projections(downs, ups, scales, hidden)
@@ -285,7 +285,7 @@ def _with_core(up: Tensor, core: Tensor) -> Tensor:
         return up * core if core.dim() == 1 else up @ core
 
 
-def _scale(scale: Scale, dtype: torch.dtype, device: torch.device) -> Tensor:
+def scale_tensor(scale: Scale, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(scale, Tensor):
         return scale.to(dtype)
     if torch.compiler.is_compiling():
