@@ -126,17 +126,25 @@ def _eager(case: Case, t: Tensors) -> Built:
 
 def _peft(case: Case, t: Tensors) -> Built:
     """Its forward is PEFT's layer."""
+    layer, down, up = peft_layer(t.weight, t.bias, t.down, t.up, case.dropout)
+    return Built(layer, {"d_down": down, "d_up": up})
+
+
+def peft_layer(
+    weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, dropout: float
+) -> tuple[nn.Module, nn.Parameter, nn.Parameter]:
+    """PEFT's layer in the memory of these tensors, and its factors."""
     import peft
 
-    base = nn.Linear(1, 1, device=t.x.device, dtype=t.x.dtype)
-    base.in_features, base.out_features = case.K, case.N
-    base.weight, base.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (t.weight, t.bias))
-    alpha = int(SCALE * case.R)
-    config = peft.LoraConfig(r=case.R, lora_alpha=alpha, lora_dropout=case.dropout, target_modules=["linear"])
+    base = nn.Linear(1, 1, device=weight.device, dtype=weight.dtype)
+    base.out_features, base.in_features = weight.shape
+    base.weight, base.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    rank = len(down)
+    config = peft.LoraConfig(r=rank, lora_alpha=int(SCALE * rank), lora_dropout=dropout, target_modules=["linear"])
     layer = peft.inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"].train()
-    down, up = nn.Parameter(t.down.detach()), nn.Parameter(t.up.detach())  # the same memory
+    down, up = nn.Parameter(down.detach()), nn.Parameter(up.detach())
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = down, up
-    return Built(layer, {"d_down": down, "d_up": up})
+    return layer, down, up
 
 
 def _compiled(build: Callable[[Case, Tensors], Built]) -> Callable[[Case, Tensors], Built]:
@@ -148,7 +156,7 @@ def _compiled(build: Callable[[Case, Tensors], Built]) -> Callable[[Case, Tensor
     return build_compiled
 
 
-def _peer(module: str) -> ModuleType:
+def peer(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:  # of many kinds, where there is no GPU
@@ -160,7 +168,7 @@ def _fast_lora(module: str) -> Callable[[Case, Tensors], Built]:
     weights, and x (batch, rows, K)."""
 
     def build(case: Case, t: Tensors) -> Built:
-        apply = _peer(module).apply_lora_o
+        apply = peer(module).apply_lora_o
         built = _peft(case, t)
         block = SimpleNamespace(o_proj=built.forward, training=True)
         return built._replace(forward=lambda x: apply(block, x[None])[0])
@@ -169,7 +177,7 @@ def _fast_lora(module: str) -> Callable[[Case, Tensors], Built]:
 
 
 def _lorafusion(case: Case, t: Tensors) -> Built:
-    call = _peer("lorafusion.ops.lora_v1").fused_linear_lora
+    call = peer("lorafusion.ops.lora_v1").fused_linear_lora
 
     def forward(x: Tensor) -> Tensor:
         seed = int(torch.randint(2**20, ()))  # its own would come from Python's random
@@ -183,7 +191,7 @@ def _chalk(fused: bool) -> Callable[[Case, Tensors], Built]:
     torch's; fused: its Triton kernels, which add to that result, and are picked where it has nothing better."""
 
     def build(case: Case, t: Tensors) -> Built:
-        lora = _peer("chalk.ops.lora")
+        lora = peer("chalk.ops.lora")
         if case.dropout:
             raise Absent("no dropout")
         update = None if fused else lora.load_lora()  # after a test on the GPU, which it prints

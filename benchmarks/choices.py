@@ -16,6 +16,10 @@ GAIN = 1.02  # times as fast as Triton: less is no reason to leave it
 CORES = {"none": None, "diagonal": 1, "dense": 2}
 KINDS: dict[str, Callable[[dict], tuple[str, str]]] = {  # of a case: the operation as `resolve` knows it, and its kind
     "lowrank_linear": lambda case: ("lowrank_linear", kinds.linear(case["K"], case["N"], case["dropout"] > 0)),
+    "lowrank_projections": lambda case: (
+        "lowrank_projections",
+        kinds.linear(case["K"], max(case["N"], case["others"]), case["dropout"] > 0),
+    ),
     "batched_lowrank_linear": lambda case: ("batched_lowrank_linear", kinds.linear(case["K"], case["N"], False)),
     "reconstruct": lambda case: ("reconstruct", kinds.core(CORES[case["core"]])),
     "weight_distance": lambda case: ("imitation_step" if "step" in case["kind"] else "weight_distance", ""),

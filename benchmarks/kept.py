@@ -14,10 +14,8 @@ def afresh() -> Iterator[None]:
 
     For whoever changes tiles, kernels or the driver under the operations.
     """
-    with (
-        mock.patch.dict(lowrank_linear._plans, clear=True),
-        mock.patch.dict(lowrank_projections._plans, clear=True),
-    ):
+    plans = lowrank_linear._plans, lowrank_projections._plans
+    with mock.patch.dict(plans[0], clear=True), mock.patch.dict(plans[1], clear=True):
         _forget_launches()
         try:
             yield

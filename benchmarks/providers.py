@@ -12,7 +12,8 @@ from peft_kernels import BackendUnavailableError
 from . import cases, floor
 from .cases import Case, converted
 
-Input = tuple[Tensor | None, Tensor]  # what the forward takes, and the gradient of its result
+Results = Tensor | tuple[Tensor, ...]  # y, or several of them
+Input = tuple[Tensor | None, Results]  # what the forward takes, and the gradients of its results
 
 
 class Absent(Exception):
@@ -34,7 +35,7 @@ def first_line(error: Exception) -> str:
 class Built(NamedTuple):
     """A provider ready to run: its forward, and by name of their gradients the factors that it takes some for."""
 
-    forward: Callable[[Tensor | None], Tensor]
+    forward: Callable[[Tensor | None], Results]
     factors: dict[str, Tensor]
     found: Callable[[], dict[str, Tensor]] | None = None  # of a whole step, gradients included: what else it wrote
     loss: Callable[[], Tensor] | None = None  # of a whole step: its forward without the backward, where they are apart
@@ -92,17 +93,24 @@ def providers_on(bench: Bench, device_type: str, compiled: bool = True) -> list[
 
 
 def results(built: Built, given: Input, backward: bool = True) -> dict[str, Tensor]:
-    """y; with backward also the gradient of the input, if it takes one, and of every factor. Of a whole step y."""
+    """y, or y, y1, y2, …; with backward also the gradient of the input, if it takes one, and of every factor.
+
+    Of a whole step y.
+    """
     x, dy = given
     if built.found:
         return {"y": built.forward(x)}
     if not backward:
         with torch.no_grad():
-            return {"y": built.forward(x)}
+            return _named(built.forward(x))
     wanted = {"dx": x, **built.factors} if x is not None and x.requires_grad else built.factors
     y = built.forward(x)
     grads = torch.autograd.grad(y, tuple(wanted.values()), dy)
-    return {"y": y.detach(), **dict(zip(wanted, grads))}
+    return {**{name: each.detach() for name, each in _named(y).items()}, **dict(zip(wanted, grads))}
+
+
+def _named(y: Results) -> dict[str, Tensor]:
+    return {"y": y} if isinstance(y, Tensor) else {f"y{place or ''}": each for place, each in enumerate(y)}
 
 
 def verify(bench: Bench, name: str, problem: Problem, built: Built, seed: int = 1) -> dict[str, tuple[float, float]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import cases, floor, timing
 from .cases import Case
@@ -159,7 +160,7 @@ def _saved(case: Case, built: Built, problem: Problem, x: Tensor | None) -> int 
 def compulsory_bytes(bench: Bench, problem: Problem) -> int:
     """Bytes of the inputs that change from call to call; without any, bytes of all that is read and written."""
     case = problem.case
-    given = problem.tensors.input[: 2 if case.backward else 1]
+    given = tree_leaves(problem.tensors.input[: 2 if case.backward else 1])
     return sum(t.nbytes for t in given if t is not None) or floor.total(_chosen(case, bench.least(case, None))).bytes
 
 
@@ -205,7 +206,7 @@ def _chosen(case: Case, parts: Sequence) -> Sequence:
 
 
 def _another(given: Input) -> Input:
-    return tuple(None if t is None else torch.randn_like(t).requires_grad_(t.requires_grad) for t in given)
+    return tree_map(lambda t: None if t is None else torch.randn_like(t).requires_grad_(t.requires_grad), given)
 
 
 # ---- pytest-benchmark, whose tests in bench_<op>.py call these -------------------------------------------------------

@@ -8,6 +8,7 @@ from .markdown import figures, markdown, number, speed
 SHOWN = ("floor ms", "GB/s", "TFLOP/s", "% of floor", "launches", "MB saved", "MB peak")  # of markdown.FIGURES
 VERSUS = {  # each operation's peers by short names: the first that was measured is the one in a ratio
     "lowrank_linear": {"PEFT": "PEFT", "PEFT compiled": "PEFT compiled"},
+    "lowrank_projections": {"PEFT": "PEFT", "one by one": "one by one, triton"},
     "reconstruct": {
         "einsum": "torch einsum",
         "bmm": "torch bmm",

@@ -9,8 +9,8 @@ from peft_kernels.benchmarks.gpu import work as gpu_work
 
 # One shape for each operation, and the providers that need no compiler.
 TINY = gpu_work.SMALL
-EAGER = {"frozen linear", "PEFT", "torch einsum", "torch bmm", "loop of lowrank_linear", "ours, torch"}
-EAGER |= {"authors' formula", "W0 + B A shared", "low-rank form, autograd", "formula, eager"}
+EAGER = {"frozen linear", "frozen linears", "one by one, torch", "PEFT", "torch einsum", "torch bmm", "ours, torch"}
+EAGER |= {"loop of lowrank_linear", "authors' formula", "W0 + B A shared", "low-rank form, autograd", "formula, eager"}
 
 
 def tiny(bench):

@@ -89,7 +89,7 @@ def test_dropout_and_quick():
     assert {case.dropout for case in plan["lowrank_linear"][1]} == {0.3, 0.2}
     assert len(plan["lowrank_linear"][1]) == 2 * len(bench_lowrank_linear.CPU_SHAPES)
     assert plan["reconstruct"] == planned("--dtype", "float32")["reconstruct"]
-    assert [len(cases) for _, cases in planned("--quick", "--dtype", "float32").values()] == [2] * 5
+    assert [len(cases) for _, cases in planned("--quick", "--dtype", "float32").values()] == [2] * len(bench.BENCHES)
 
 
 def test_compiled_peers_are_last_and_in_a_quick_run_only_by_name():
@@ -115,13 +115,14 @@ def test_width_4096_comes_last():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("lowrank_liner", "operation: got 'lowrank_liner' (nearest: lowrank_linear, batched_lowrank_linear)"),
+        ("lowrank_liner", "operation: got 'lowrank_liner' (nearest: lowrank_linear, "),
         ("--against peft,unsolth", "--against: got 'unsolth' (nearest: unsloth"),
         ("--against none,peft", "--against: got 'none'"),
         ("--shapes blp", "--shapes: got 'blp' (nearest: blip)"),
         ("gated_query --shapes llm", "gated_query has blip"),
         ("--shapes 24,16,40", "sizes of one operation"),
         ("lowrank_linear --shapes 24,16", "lowrank_linear takes M,K,N[,R], got 24,16"),
+        ("lowrank_projections --shapes 24,16", "lowrank_projections takes M,K,N[,J,R,OTHERS], got 24,16"),
         ("lowrank_linear --shapes 24,16,40,4,4", "lowrank_linear takes M,K,N[,R], got 24,16,40,4,4"),
         ("lowrank_linear --shapes 24,x,40", "or numbers like 24,16,40, got 24,x,40"),
         ("lowrank_linear --shapes 24,0,40", "or numbers like 24,16,40, got 24,0,40"),

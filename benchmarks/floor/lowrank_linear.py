@@ -110,7 +110,7 @@ def passes(design: str, M: int, K: int, N: int, R: int, size: int, dropout: bool
             "fused": [Pass("fused", gemm + thin_x * tiles + thin_y, x + weight + down + up + y + z)],
         }[design]
         backward = [Pass("up_bwd: dy B, dB", 2 * thin_y, y + z + up), Pass("sums of dB and dA", 0, up + down)]
-        if design == "tail" or not _down_bwd_makes_dz(K, N, R, size, dropout):
+        if design == "tail" or not dz_in_down_bwd(K, N, R, size, dropout):
             backward.insert(1, Pass("hidden_bwd: dz", M * R, z))
             z_read = z
         else:
@@ -128,8 +128,8 @@ def passes(design: str, M: int, K: int, N: int, R: int, size: int, dropout: bool
     raise ValueError(f"design: expected one of {DESIGNS}, got {design!r}")
 
 
-def _down_bwd_makes_dz(K: int, N: int, R: int, size: int, dropout: bool) -> bool:
-    """On an H200, whose tiles the model takes for every GPU."""
+def dz_in_down_bwd(K: int, N: int, R: int, size: int, dropout: bool) -> bool:
+    """No launch makes dz alone: on an H200, whose tiles the model takes for every GPU."""
     if R > MAX_RANK:
         return False
     dtype = torch.float32 if size == 4 else torch.bfloat16

@@ -26,7 +26,8 @@ from .. import results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHON = (sys.executable, "-m")
-OPS = ("lowrank_linear", "weight_distance", "batched_lowrank_linear", "reconstruct", "gated_query")  # first the most
+OPS = ("lowrank_linear", "lowrank_projections", "weight_distance")  # first the most
+OPS += ("batched_lowrank_linear", "reconstruct", "gated_query")
 RECORD = "record "
 JOINED = ("cases", "foreign")  # records that are printed again whenever there is more of them
 KEPT = 100_000  # characters of a process's output in the log: a run's files stay small

@@ -38,6 +38,7 @@ class Place(NamedTuple):
 
 PLACES = {
     "lowrank_linear": Place("lowrank_linear_config", ("lowrank_linear",)),
+    "lowrank_projections": Place("projections_config", ("lowrank_projections",)),
     "reconstruct": Place("reconstruct_tile", ("reconstruct",)),
     "batched_lowrank_linear": Place("batched_config", ("batched_lowrank_linear",)),
     "weight_distance": Place("weight_distance_config", ("weight_distance",)),

@@ -32,6 +32,7 @@ from .process import line_of
 # One small shape of each operation, as the bench's --shapes takes it: seconds in an interpreter.
 SMALL = {
     "lowrank_linear": (24, 16, 40, 4),
+    "lowrank_projections": (24, 16, 40, 3, 4, 24),
     "reconstruct": (3, 24, 40, 5),
     "batched_lowrank_linear": (4, 6, 24, 40, 3, 4),
     "weight_distance": (3, 24, 5, 3),
@@ -40,6 +41,7 @@ SMALL = {
 # One row or little more, and sizes and ranks that no tile divides.
 EDGES = {
     "lowrank_linear": (1, 760, 63, 3),
+    "lowrank_projections": (1, 760, 63, 3, 3, 65),
     "reconstruct": (2, 63, 760, 3),
     "batched_lowrank_linear": (1, 1, 63, 760, 1, 3),
     "weight_distance": (1, 63, 3, 2),
@@ -50,6 +52,7 @@ EDGES = {
 # queries walk through 16 rows and 1024 columns at a time.
 LOOPS = {
     "lowrank_linear": (130, 264, 264, 40),
+    "lowrank_projections": (130, 264, 264, 2, 40, 130),
     "reconstruct": (2, 130, 264, 40),
     "batched_lowrank_linear": (4, 130, 264, 264, 2, 40),
     "weight_distance": (2, 264, 40, 40),
