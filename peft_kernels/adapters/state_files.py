@@ -25,7 +25,7 @@ from peft_kernels.adapters.targets import Match
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 
 Self = TypeVar("Self", bound="AdapterFiles")
-HOW_IT_RUNS = ("backend", "group", "stack", "recompute")  # fields of a configuration that are not part of what an adapter is
+HOW_IT_RUNS = ("backend", "group", "stack", "recompute")  # fields of a configuration: not what an adapter is
 
 
 class Parts(NamedTuple):
