@@ -35,6 +35,8 @@ def stacked(weights: Sequence[Tensor]) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling() or _thread.apart:
         return None
     place, rows = first.data_ptr(), 0
+    if len(weights) > 1 and weights[1].data_ptr() - place != first.shape[0] * first.shape[1] * first.itemsize:
+        return None
     for weight in weights:
         if weight.data_ptr() != place or not weight.is_contiguous():
             return None
@@ -73,7 +75,7 @@ def add_frozen(outputs: tuple[Tensor | None, list[Tensor]], x: Tensor, weights: 
         y.addmm_(x, stacked(weights).t())
         return ys
     for each, weight in zip(ys, weights):
-        each.addmm_(x, weight.t())
+        each.addmm_(x, weight.mT)
     return ys
 
 

@@ -305,7 +305,7 @@ def test_stacked_weights(kind):
 
 
 def weights_of(model: nn.Module) -> list[torch.Tensor]:
-    return [layer.reads()[0] for layer in (model.query, model.key, model.value)]
+    return [layer.reads()["weight"] for layer in (model.query, model.key, model.value)]
 
 
 @pytest.mark.parametrize("how", ["moved", "one cast", "assigned", "copied", "replaced"])
@@ -386,7 +386,7 @@ def test_every_group_of_a_models_preset_is_used(kind, method, calls):
         found.append([value.detach(), *(p.grad for p in adapter.parameters() if p.grad is not None)])
         groups = {layer.group[0] for layer in adapter.layers.values() if layer.group is not None}
         assert bool(groups) is wanted and bool(calls["together"]) is wanted
-        assert not any(group.wasted or group._pass is not None for group in groups)
+        assert not any(group.wasted or group._here.current is not None for group in groups)
         calls["together"].clear()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

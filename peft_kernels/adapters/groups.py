@@ -48,7 +48,7 @@ def form_groups(
                 made = LinearGroup([layer for _, layer in group[:MOST_PROJECTIONS]], names)
                 for member, layer in enumerate(made.layers):
                     layer.group = made, member
-                if stack and all(_can_be_stacked(layer.reads()[0], users) for layer in made.layers):
+                if stack and all(_can_be_stacked(layer.reads()["weight"], users) for layer in made.layers):
                     made.stack()
             for _, layer in group if len(group) == 1 else group[MOST_PROJECTIONS:]:
                 layer.why_alone = "by itself: no neighbour reads the same tensor with an adapter like its own"

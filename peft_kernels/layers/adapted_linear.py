@@ -1,7 +1,5 @@
 """What every adapter's layer is: an nn.Linear in another's place, with a low-rank update that merges and unmerges."""
 
-from types import EllipsisType
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,8 +66,8 @@ class AdaptedLinear(nn.Linear):
             raise ValueError(f"train: the layer is offloaded by hooks of accelerate and cannot learn; {HOOKS_OFF}")
         return super().train(mode)
 
-    def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(down, up, core) of the update, as `lowrank_linear` takes them.  state: as in PerPass.get, if it is known"""
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(down, up, core) of the update, as `lowrank_linear` takes them."""
         raise NotImplementedError("a subclass says what its update is")  # nn.Module is no abstract base class
 
     def updated_weight(self) -> Tensor:
@@ -126,24 +124,25 @@ class AdaptedLinear(nn.Linear):
                 return y
         return self._adapted(x, self.factors(), hidden)
 
-    def reads(self) -> tuple[Tensor | None, ...]:
-        """The parameters that the output depends on."""
-        return tuple(self._parameters.values())
+    def reads(self) -> dict[str, Tensor | None]:
+        """The parameters that the output depends on, by name."""
+        return self._parameters
 
-    def projection(self, x: Tensor, state: tuple | EllipsisType | None = ...) -> Projection | None:
-        """What a group's call on x takes; None for a layer that has to run by itself.  state: as in PerPass.get"""
+    def projection(self, x: Tensor, factors: tuple[Tensor, Tensor, Tensor | None] | None = None) -> Projection | None:
+        """What a group's call on x takes; None for a layer that has to run by itself.  factors: if they are known"""
         own = self._parameters
         if self._original is not None or "weight" not in own or "bias" not in own:
             return None
         if type(own["weight"]) is not nn.Parameter:
             return None
-        down, up, core = self.factors(state)
+        down, up, core = self.factors() if factors is None else factors
         place = self.dropout_on
         if core is not None:
             core = core.view(core.shape[2:])
             place = "rank" if place == "core" and core.dim() == 1 else place  # a diagonal core lets masks through
         options = self.dropout_p, place, self.training, self.backend
-        return Projection(own["weight"], own["bias"], down, up, core, self._buffers["scale"], options)
+        scale = self._buffers["scale"]
+        return tuple.__new__(Projection, (own["weight"], own["bias"], down, up, core, scale, options, None))
 
     def group_kind(self) -> tuple[tuple | None, str]:
         """As layers/group.py's Member: one call takes blockless updates of one rank and dropout."""

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels.autocast import linear_dtype
 from peft_kernels.frozen_products import stacked
-from peft_kernels.layers.per_pass import ender
 from peft_kernels.ops.lowrank_projections import lowrank_projections
 from peft_kernels.records import MOST_PROJECTIONS
 
 PATIENCE = 3  # passes in a row that left some member unasked, after which a group is none
+
+
+Reads = dict[str, Tensor | None]
 
 
 class Projection(NamedTuple):
@@ -40,11 +42,15 @@ class Member(Protocol):
     def group_kind(self) -> tuple[tuple | None, str]:
         """Equal for layers whose adapters one call takes, and ""; or None, and why no call takes it with others."""
 
-    def reads(self) -> tuple[Tensor | None, ...]:
-        """The parameters that its output depends on."""
+    def reads(self) -> Reads:
+        """The parameters that its output depends on, by name."""
 
-    def projection(self, x: Tensor, state: tuple) -> Projection | None:
-        """None where the layer has to run by itself now.  state: `sharing_state` of x"""
+    def projection(self, x: Tensor) -> Projection | None:
+        """None where the layer has to run by itself now."""
+
+
+class _ThisThread(threading.local):
+    current: "_Pass | None" = None
 
 
 class LinearGroup:
@@ -66,52 +72,45 @@ class LinearGroup:
         self.layers, self.names = list(layers), list(names)
         self.wasted = self.not_recomputed = 0
         self.dissolved = False
-        self._pass: _Pass | None = None
+        self.count, self._here = len(layers), _ThisThread()
 
     def get(self, member: int, layer: Member, x: Tensor) -> Tensor | None:
         """The output of that member for x, or None where it has to run by itself."""
         if _in_graph() or self.dissolved:
             return None
-        autocast = linear_dtype(x) if _any_autocast() else None
-        state, current = (_thread(), _grad_enabled(), autocast, _hooks(True)), self._pass
+        autocast, current = linear_dtype(x) if _any_autocast() else None, self._here.current
+        state = _grad_enabled(), autocast, _hooks(True)
         if current is not None and current.state == state and current.x() is x:
-            y, reads = current.ys[member], current.reads[member]
+            y = current.ys[member]
             if y is not None and current.version == x._version and current.required == x.requires_grad:
-                if layer is not self.layers[member] or not _unchanged(layer.reads(), reads):
+                if layer is not self.layers[member] or not _unchanged(layer.reads(), current.reads[member]):
                     return None
                 current.ys[member] = None
-                current.left -= 1
-                if not current.left:
-                    self._pass = None
+                current.asked += 1
+                if current.asked == self.count:
+                    self._here.current = None
                 return y
         return self._begin(member, layer, x, state)
 
     def _begin(self, member: int, layer: Member, x: Tensor, state: tuple) -> Tensor | None:
         """Another pass, or None where the layer has to run by itself."""
-        if layer is not self.layers[member] or x.is_inference() or torch.compiler.is_compiling():
+        if layer is not self.layers[member] or type(x) not in _PLAIN or x.is_inference():
             return None
-        again, before = _graph_task() != -1, self._pass
+        again, before = _graph_task() != -1, self._here.current
         if again:
             self.not_recomputed = max(0, self.not_recomputed - 1)
         else:
             self.wasted = 0 if before is None or before.again else self.wasted + 1
             self.dissolved = self.wasted >= PATIENCE and self.not_recomputed == 0
-            if state[3] is not None or (layer.training and not state[1]):
+            if state[2] is not None or (layer.training and not state[0]):
                 self.not_recomputed += 1
-        self._pass = None
-        parts = None if self.dissolved else [each.projection(x, state) for each in self.layers]
+        self._here.current = None
+        parts = None if self.dissolved else [each.projection(x) for each in self.layers]
         if parts is None or not _alike(parts, x):
             return None
-        current = self._pass = _Pass(x, state, self._computed(x, parts), again)
-        current.reads = [_versions(each.reads()) for each in self.layers]
-        y, current.ys[member] = current.ys[member], None
-        return y
-
-    @staticmethod
-    def _computed(x: Tensor, parts: list[Projection]) -> list[Tensor]:
         weights, biases, downs, ups, cores, scales, (options, *_), (hidden, *_) = zip(*parts)
         dropout_p, dropout_on, training, backend = options
-        return lowrank_projections(
+        ys = lowrank_projections(
             x,
             weights,
             biases,
@@ -125,6 +124,10 @@ class LinearGroup:
             hidden=hidden,
             backend=backend,
         )
+        reads = [{} if each is layer else each.reads() for each in self.layers]
+        current = self._here.current = _Pass(x, state, ys, reads, again)
+        y, current.ys[member] = ys[member], None
+        return y
 
     @torch.no_grad()
     def stack(self) -> None:
@@ -133,14 +136,14 @@ class LinearGroup:
         They stay the same Parameters. A weight that is moved, cast, assigned or sharded later leaves the others, whose
         products are then made one by one.
         """
-        weights = [layer.reads()[0] for layer in self.layers]
+        weights = [layer.reads()["weight"] for layer in self.layers]
         together = torch.cat([weight.detach() for weight in weights])
         for weight, rows in zip(weights, together.split([len(weight) for weight in weights])):
             weight.data = rows
 
     @property
     def stacked(self) -> bool:
-        return stacked([layer.reads()[0] for layer in self.layers]) is not None
+        return stacked([layer.reads()["weight"] for layer in self.layers]) is not None
 
     def explain(self, member: int) -> str:
         """Which layers a member forms one call with, or why it does not."""
@@ -160,16 +163,21 @@ class LinearGroup:
 class _Pass:
     """What one call has computed, and for what; `state` is None once it may serve no more."""
 
-    def __init__(self, x: Tensor, state: tuple, ys: tuple[Tensor, ...], again: bool):
-        self.state, self.ys, self.left, self.again = state, list(ys), len(ys) - 1, again
-        self.reads: list[list[tuple]] = []
-        end = ender(weakref.ref(self))
-        self.x, self.version, self.required = weakref.ref(x, end), x._version, x.requires_grad
-        if (node := ys[0].grad_fn) is not None:
-            node.register_prehook(end)  # a backward frees the graph that later members would join
+    def __init__(self, x: Tensor, state: tuple, ys: tuple[Tensor, ...], reads: list[Reads], again: bool):
+        self.state, self.ys, self.asked, self.again = state, [*ys], 1, again
+        self.reads = _versions(reads)
+        this = weakref.ref(self)
 
-    def end(self) -> None:
-        self.state, self.ys = None, [None] * len(self.ys)
+        def end(*_) -> None:  # keeps nothing alive
+            if (alive := this()) is not None:
+                alive.state, alive.ys = None, [None] * len(alive.ys)
+
+        self.x, self.version, self.required = weakref.ref(x, end), x._version, x.requires_grad
+        if (node := ys[0].grad_fn) is not None:  # a backward frees the graph that later members would join
+            try:
+                node.begins_backward = end
+            except AttributeError:  # a node of torch's own
+                node.register_prehook(end)
 
 
 def _alike(parts: list[Projection | None], x: Tensor) -> bool:
@@ -186,21 +194,29 @@ def _alike(parts: list[Projection | None], x: Tensor) -> bool:
     return True
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[tuple]:
-    """What a layer reads, and how often that was changed in place; None where torch does not count."""
+def _versions(reads: list[Reads]) -> list[dict]:
+    """What each layer reads, and how often that was changed in place; None where torch does not count."""
+    found = []
+    for own in reads:
+        try:
+            found += [{name: (own[name], None if own[name] is None else own[name]._version) for name in own}]
+        except RuntimeError:  # tensors of inference mode
+            found += [{name: (own[name], None) for name in own}]
+    return found
+
+
+def _unchanged(now: Reads, before: dict[str, tuple[Tensor | None, int | None]]) -> bool:
     try:
-        return [(t, None if t is None else t._version) for t in tensors]
-    except RuntimeError:  # tensors of inference mode
-        return [(t, None) for t in tensors]
-
-
-def _unchanged(tensors: tuple[Tensor | None, ...], before: list[tuple]) -> bool:
-    for t, (other, version) in zip(tensors, before):
-        if t is not other or (version is not None and t._version != version):
-            return False
+        for name in now:
+            t, version = before[name]
+            if now[name] is not t or (version is not None and t._version != version):
+                return False
+    except KeyError:  # another adapter is active
+        return False
     return True
 
 
-_in_graph, _thread, _grad_enabled = torch.compiler.is_dynamo_compiling, threading.get_ident, torch.is_grad_enabled
+_PLAIN = (Tensor, nn.Parameter)
+_in_graph, _grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 _any_autocast, _graph_task = torch._C._is_any_autocast_enabled, torch._C._current_graph_task_id
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks

@@ -9,7 +9,6 @@ With placement "output" the transform acts on the result instead. Source: docs/m
 
 import math
 from collections.abc import Sequence
-from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -212,10 +211,11 @@ class ImitationLinear(AdaptedLinear):
             transform.shared.needed_by(y)
         return y
 
-    def reads(self) -> tuple[Tensor | None, ...]:
-        return self.base_weight, self.base_bias, *self.down, *self.up
+    def reads(self) -> dict[str, Tensor | None]:
+        factors = {"down": self.down[0], "up": self.up[0]} if self.rank is not None else {}
+        return {"weight": self.base_weight, "bias": self.base_bias, **factors}
 
-    def projection(self, x: Tensor, state: tuple | EllipsisType | None = ...) -> Projection | None:
+    def projection(self, x: Tensor) -> Projection | None:
         """Of the student, whose adapters take no gradient."""
         if self.mode_now != "student" or self.merged:
             return None
@@ -242,7 +242,7 @@ class ImitationLinear(AdaptedLinear):
             ]
 
     @torch.no_grad()
-    def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, None]:
+    def factors(self) -> tuple[Tensor, Tensor, None]:
         """The student as W0 + F C: C and F, of rank R + r_d, or P · R + r_d for P fused projections."""
         hybrid = self._hybrid()
         if self.projections == 1:

@@ -1,7 +1,6 @@
 """A drop-in nn.Linear with a low-rank update of its frozen weight."""
 
 import math
-from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from peft_kernels.layers.adapted_linear import (
     check_blocks,
     check_linear_module,
 )
+from peft_kernels.layers.group import Projection
 
 CORES = (None, "diagonal", "dense")
 INITS = ("kaiming", "gaussian")
@@ -81,11 +81,16 @@ class LowRankLinear(AdaptedLinear):
         self.rank, self.out_blocks, self.in_blocks, self.init = rank, out_blocks, in_blocks, init
         self.reset_adapter()
 
-    def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, Tensor | None]:
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         own = self._parameters  # past nn.Module's slow way to them, unless they are parametrised
         if "down" not in own or "up" not in own:
             return self.down, self.up, self.core
         return own["down"], own["up"], self.core
+
+    def projection(self, x: Tensor) -> Projection | None:
+        own = self._parameters
+        known = "down" in own and "up" in own  # unless they are parametrised
+        return super().projection(x, (own["down"], own["up"], self.core) if known else None)
 
     def group_kind(self) -> tuple[tuple | None, str]:
         core = None if self.core is None else "diagonal" if self.core.dim() == 3 else "dense"

@@ -173,6 +173,7 @@ class ModeLinear(AdaptedLinear):
         return self._cores.decomposition.rank
 
     def factors(self, state: tuple | EllipsisType | None = ...) -> tuple[Tensor, Tensor, Tensor]:
+        """As AdaptedLinear's;  state: as in PerPass.get"""
         decomposition = self._cores.decomposition
         core = self._cores.get(self._core_member, state)
         if core.ndim == 3:
@@ -180,9 +181,10 @@ class ModeLinear(AdaptedLinear):
         down, up = decomposition.factors(self._pair)
         return down, up, core.reshape(self.out_blocks, self.in_blocks, *core.shape[1:])
 
-    def reads(self) -> tuple[Tensor | None, ...]:
-        decomposition = self._cores.decomposition
-        return *super().reads(), *decomposition.factors(self._pair), *decomposition.core_parameters()
+    def reads(self) -> dict[str, Tensor | None]:
+        of = self._cores.decomposition
+        shared = zip(("down", "up", "slots", "small"), (*of.factors(self._pair), *of.core_parameters()))
+        return {**self._parameters, **dict(shared)}
 
     def group_kind(self) -> tuple[tuple | None, str]:
         core = "diagonal" if self._cores.decomposition.core == "cp" else "dense"
@@ -221,9 +223,10 @@ class ModeLinear(AdaptedLinear):
             self._hidden_member, (x, down), lambda: lowrank_hidden(x, down, self.in_blocks, self.backend), state
         )
 
-    def projection(self, x: Tensor, state: tuple | EllipsisType | None = ...) -> Projection | None:
+    def projection(self, x: Tensor) -> Projection | None:
         """As AdaptedLinear's, with the x U that layers of other groups share."""
-        own = super().projection(x, state)
+        state = sharing_state(x)
+        own = super().projection(x, self.factors(state))
         if own is None or self._hidden.members <= len(self.group[0].layers):
             return own
         return own._replace(hidden=self._shared_hidden(x, own.down, state))

@@ -35,14 +35,11 @@ class _Pass:
 
     def __init__(self, state: tuple, of: Sequence[Tensor], value: Any, member: int):
         self.state, self.value, self.asked = state, value, {member}
-        self.ender = ender(weakref.ref(self))
-        self.of = [(weakref.ref(t, self.ender), t._version, t.requires_grad) for t in of]
+        self.end = _ender(weakref.ref(self))
+        self.of = [(weakref.ref(t, self.end), t._version, t.requires_grad) for t in of]
         node = (value if isinstance(value, Tensor) else value[0]).grad_fn
         if node is not None:
-            node.register_prehook(self.ender)  # a backward frees the graph that later members would join
-
-    def end(self) -> None:
-        self.state = self.value = None  # a checkpointed region's hooks in the state hold its inputs
+            node.register_prehook(self.end)  # a backward frees the graph that later members would join
 
     def serves(self, member: int, state: tuple, of: Sequence[Tensor]) -> bool:
         if self.state != state or member in self.asked:
@@ -56,15 +53,15 @@ class _Pass:
         """The value's graph holds a whole model's activations: let go of it with the last result that needs it."""
         node = result.grad_fn
         if isinstance(node, FunctionCtx):  # torch's own nodes cannot be referred to weakly
-            self.node = weakref.ref(node, self.ender)
+            self.node = weakref.ref(node, self.end)
 
 
-def ender(this: weakref.ref) -> Callable[..., None]:
-    """Ends a pass, if it is still there: hooks and callbacks keep no value alive."""
+def _ender(this: weakref.ref[_Pass]) -> Callable[..., None]:
+    """Ends the pass, if it is still there: hooks and callbacks keep no value alive."""
 
     def end(*_) -> None:
         if (alive := this()) is not None:
-            alive.end()
+            alive.state = alive.value = None  # a checkpointed region's hooks in the state hold its inputs
 
     return end
 

@@ -94,7 +94,8 @@ class _LowRankProjections(torch.autograd.Function):
         downs, ups = tensors[2 * count : -count], tensors[-count:]
         needs_weights, needs_downs = True in needs[_FIRST : _FIRST + count], True in needs[_FIRST + 2 * count : -count]
         z = None if hidden is None else rows(hidden)
-        args = rows(x), weights, biases, tuple.__new__(Projections, (downs, ups, scales, z)), dropout
+        x_rows = rows(x) if plan.memo is None else x if x.ndim == 2 else x.view(-1, x.shape[-1])
+        args = x_rows, weights, biases, tuple.__new__(Projections, (downs, ups, scales, z)), dropout
         if plan.memo is None:
             ys = lowrank_projections_fwd(plan.backend, *args)
         else:
@@ -112,7 +113,7 @@ class _LowRankProjections(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.x_shape, ctx.z_shape = x.shape, None if hidden is None else hidden.shape
-        ctx.dropout, ctx.plan = dropout[1:], plan
+        ctx.dropout, ctx.plan, ctx.begins_backward = dropout[1:], plan, None  # who shares the outputs may set the last
         if x.ndim == 2:
             return tuple(ys)
         leading = x.shape[:-1]
@@ -122,6 +123,8 @@ class _LowRankProjections(torch.autograd.Function):
     def backward(ctx, *dys):
         if torch.is_grad_enabled():
             refuse_second_derivative("lowrank_projections")
+        if ctx.begins_backward is not None:
+            ctx.begins_backward()
         x, z, rng, *tensors = ctx.saved_tensors
         plan, count = ctx.plan, ctx.plan.count
         weights, downs, ups, scales = (
@@ -224,7 +227,7 @@ def lowrank_projections(
     if not torch.compiler.is_dynamo_compiling():
         try:
             tensors = hidden, *weights, *biases, *downs, *ups, *(cores or ())
-            key = _signature(x, tensors, scales, (len(weights), len(biases), shared, cores is None), options)
+            key = _signature(x, tensors, scales, (len(weights), shared, cores is None), options)
             plan = _plans[key]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             pass  # another kind of call, or an argument that the checks will name
@@ -239,11 +242,11 @@ def lowrank_projections(
     if not plan.ready:
         x, hidden, *cast = _cast((x, hidden, *weights, *biases), plan.dtype)
         weights, biases = cast[: plan.count], cast[plan.count :]
-        if cores is not None:
-            ups = [_with_core(up, core) for up, core in zip(ups, cores)]
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         scales = tuple([scale_tensor(scale, wide, x.device) for scale in scales])
         biases, downs, ups = ([contiguous(t) for t in each] for each in (biases, downs, ups))
+    if cores is not None:
+        ups = [_with_core(up, core) for up, core in zip(ups, cores)]
     if plan.memo is None and transformed():
         chosen = Projections(downs, ups, scales, hidden)
         args = x, weights, biases, chosen, float(dropout_p), dropout_on if plan.drops else "none"
@@ -257,7 +260,7 @@ def lowrank_projections(
 
 
 _plans: dict[tuple, _Plan] = {}
-_shaped = torch.ops.aten._unsafe_view.default  # a tensor of its own, as `rows.shaped` says
+_shaped = torch.ops.aten._unsafe_view.default._op  # a tensor of its own, as `rows.shaped` says
 _apply = super(torch.autograd.Function, _LowRankProjections).apply  # without unwrapping what functorch left
 
 
@@ -279,10 +282,12 @@ def _cast(tensors: Sequence[Tensor | None], dtype: torch.dtype | None) -> list[T
 
 def _with_core(up: Tensor, core: Tensor) -> Tensor:
     """B diag(c) or B K, in float32 where they are half precision: it becomes half once, in the kernels."""
+    if up.dtype is not core.dtype or up.dtype in (torch.bfloat16, torch.float16):
+        up, core = up.float(), core.float()
+    if core.ndim == 1:
+        return up * core
     with autocast_off(up):
-        wide = torch.promote_types(up.dtype, torch.float32)
-        up, core = up.to(wide), core.to(wide)
-        return up * core if core.dim() == 1 else up @ core
+        return up @ core
 
 
 def scale_tensor(scale: Scale, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -373,7 +378,7 @@ def _checked(x, weights, biases, downs, ups, cores, scales, hidden, options: tup
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
     columns = x.shape[-1] if dropout_on == "input" else rank
     dtype, wide = linear_dtype(given) if autocasts(given) else None, torch.promote_types(x.dtype, torch.float32)
-    ready = dtype is None and cores is None and all(isinstance(s, Tensor) and s.dtype is wide for s in scales)
+    ready = dtype is None and all(isinstance(s, Tensor) and s.dtype is wide for s in scales)
     tensors = (given, hidden, *biases, *downs, *ups)
     ready = ready and all(t is None or t.is_contiguous() for t in tensors)
     return _Plan(run, dtype, count, columns if drops else 0, ready)

@@ -205,20 +205,21 @@ class FusedLinear(StockLinear):
             _remember(looks)
         return self._present()[0]
 
-    def reads(self) -> tuple[Tensor | None, ...]:
-        """The parameters that the output depends on."""
-        own = self._modules["base_layer"]._parameters
-        factors = [self._modules[name]._modules.get(self._active()) for name in ("lora_A", "lora_B")]
-        return own.get("weight"), own.get("bias"), *(each and each._parameters["weight"] for each in factors)
+    def reads(self) -> dict[str, Tensor | None]:
+        """The parameters that the output depends on, by name."""
+        modules, adapter = self._modules, self._active()
+        own, down, up = modules["base_layer"]._parameters, modules["lora_A"]._modules, modules["lora_B"]._modules
+        factors = (down[adapter]._parameters["weight"], up[adapter]._parameters["weight"]) if adapter in down else ()
+        return {"weight": own["weight"], "bias": own["bias"], **dict(zip(("down", "up"), factors))}
 
-    def projection(self, x: Tensor, state: tuple) -> Projection | None:
+    def projection(self, x: Tensor) -> Projection | None:
         """What a group's call on x takes, as layers/group.py says."""
         if (adapter := self._fusible(x)) is None:
             return None
-        modules, (weight, bias, down, up) = self._modules, self.reads()
+        modules, reads = self._modules, self.reads()
         dropout = modules["lora_dropout"]._modules[adapter]
         options = dropout.p if type(dropout) is nn.Dropout else 0.0, "input", dropout.training, "auto"
-        return Projection(weight, bias, down, up, None, self._scaling.tensors[adapter], options)
+        return Projection(*reads.values(), None, self._scaling.tensors[adapter], options)
 
     def group_kind(self) -> tuple[tuple | None, str]:
         """Of layers with the adapters that are active now; whether they are alike is looked at in each pass, too."""
