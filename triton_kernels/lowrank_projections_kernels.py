@@ -191,12 +191,28 @@ def _load_dz(
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dz_j of the chunks of t from number `first` on; CHUNKS: how many, or 0 where only the program knows."""
-    t_ptr += tl.cast(first, tl.int64) * M * R
+    t_ptr += tl.cast(M, tl.int64) * R * first
     total = load_d_mixed(
         t_ptr, rng_ptr, scale_ptr, 1.0, rows, 0, 0, M, R, chunks, threshold, keep_scale,
         1, DROPOUT, BLOCK_M, BLOCK_R, BLOCK_R, CHUNKS,
     )  # fmt: skip
     return drop_hidden(total, rng_ptr, rows, 0, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R)
+
+
+@triton.jit
+def _load_late_dz(
+    t_ptr, scale_ptr, rng_ptr, rows, M, R, threshold, keep_scale,
+    j: tl.constexpr, CHUNKS0: tl.constexpr, CHUNKS1: tl.constexpr, CHUNKS2: tl.constexpr, CHUNKS3: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dz_j, where the program is compiled for the number of everybody's chunks."""
+    CHUNKS: tl.constexpr = CHUNKS0 if j == 0 else CHUNKS1 if j == 1 else CHUNKS2 if j == 2 else CHUNKS3
+    first = CHUNKS0 * (j > 0) + CHUNKS1 * (j > 1) + CHUNKS2 * (j > 2)
+    if DROPOUT == "rank":
+        rng_ptr += 2 * j
+    return _load_dz(
+        t_ptr, scale_ptr, rng_ptr, rows, first, 0, M, R, threshold, keep_scale, DROPOUT, BLOCK_M, BLOCK_R, CHUNKS
+    )
 
 
 @triton.jit(do_not_specialize=["M", "R", "chunks0", "chunks1", "chunks2", "chunks3", "threshold"])
@@ -248,7 +264,6 @@ def down_bwd_kernel(
     tiles, strips)
     """
     downs, scales = (down0_ptr, down1_ptr, down2_ptr, down3_ptr), (scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr)
-    chunks = (CHUNKS0, CHUNKS1, CHUNKS2, CHUNKS3)
     PASSES: tl.constexpr = PARTS // AT_ONCE
     SUMS: tl.constexpr = 1 if SHARED else AT_ONCE  # in each pass
     # As in lowrank_linear's: sm_100 would multiply in tf32, and sm_90 spill.
@@ -274,20 +289,16 @@ def down_bwd_kernel(
             dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             if NEEDS_X and PASSES > 1:
                 dx = tl.load(dx_ptr + rows[:, None] * K + offs_k[None, :], mask=mask & (turn > 0), other=0.0)
-            first, sums = 0, ()
+            sums = ()
             for m in tl.static_range(AT_ONCE):
                 part = turn + m
                 if LATE:
                     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                    for added in tl.static_range(J // PARTS):
-                        mask_ptr = rng_ptr
-                        if DROPOUT == "rank":
-                            mask_ptr += 2 * (m + added)
-                        total += _load_dz(
-                            dz_ptr, scales[m + added], mask_ptr, rows, first, 0, M, R, threshold, keep_scale,
-                            DROPOUT, BLOCK_M, BLOCK_R, chunks[m + added],
+                    for j in tl.static_range(m, m + J // PARTS):
+                        total += _load_late_dz(
+                            dz_ptr, scales[j], rng_ptr, rows, M, R, threshold, keep_scale,
+                            j, CHUNKS0, CHUNKS1, CHUNKS2, CHUNKS3, DROPOUT, BLOCK_M, BLOCK_R,
                         )  # fmt: skip
-                        first += chunks[m + added]
                     dz = total.to(HALF).to(DOT)
                 else:
                     pointers = dz_ptr + rows[:, None] * (PARTS * R) + part * R + offs_r[None, :]
