@@ -201,28 +201,31 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
     if shape.parts > 1 and dtype == torch.float32:
         shrink_at_once = shape.parts if block_r == 16 and shape.parts <= 3 else 1
         down_at_once = 1 if shape.dropout else shrink_at_once
-        shrink = replace(shrink, stages=2) if block_r == 32 else shrink
+        shrink = replace(shrink, stages=2) if block_r == 32 and not shape.dropout else shrink
         down_bwd = replace(down_bwd, stages=1) if down_at_once > 1 else down_bwd
     elif shape.parts > 1:
         shrink_at_once = 1 if block_r == 64 and (shape.dropout or shape.parts > 3) else shape.parts
-        shrink = _half_shrink(block_r, shape.dropout)
+        shrink = _half_shrink(block_r, shape.dropout, shape.parts > 3)
         down_bwd = _half_down_bwd(block_r, shape.dropout, shape.parts > 3)
     up_bwd = replace(config.up_bwd, resident=1) if arch >= 100 and block_r == 16 else config.up_bwd
+    if dtype == torch.float32 and (arch >= 100 or block_r == 32):  # z through its mask in 64 columns: tf32 on sm_100
+        up_bwd = Tile(32, 32 if arch >= 100 else 64, stages=1, resident=1)
     tiles = {"shrink": shrink, "expand": config.expand, "up_bwd": up_bwd, "hidden_bwd": config.hidden_bwd}
     return ProjectionsConfig(
         dtype, block_r, shrink_at_once, down_at_once, **_fitted(tiles | {"down_bwd": down_bwd}, arch)
     )
 
 
-def _half_shrink(block_r: int, dropout: bool) -> Tile:
+def _half_shrink(block_r: int, dropout: bool, many: bool) -> Tile:
     if dropout:
-        return Tile(32, 128 if block_r == 16 else 64)
+        return Tile(32, 128 if block_r == 16 and not many else 64)
     return Tile(64, 128, stages=2 if block_r == 64 else 3)
 
 
 def _half_down_bwd(block_r: int, dropout: bool, many: bool) -> Tile:
     if dropout:
-        tile = Tile(32, 128) if block_r == 16 else Tile(16 if many else 32, 64, stages=2)
+        wide = block_r == 16 and not many
+        tile = Tile(32, 128) if wide else Tile(16 if many and block_r == 64 else 32, 64, stages=2)
     else:
         tile = {16: Tile(64, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64)}[block_r]
     return replace(tile, resident=1)

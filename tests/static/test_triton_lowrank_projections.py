@@ -33,7 +33,7 @@ class Call:
     dtype: torch.dtype = BF16
     factor_dtype: torch.dtype = FP32
     rank: int = 16
-    rows: int = 512
+    rows: int = 64
     width: int = 768
     outputs: tuple[int, ...] = (768, 768, 768)
     shared: bool = False
