@@ -3,7 +3,8 @@
     python -m peft_kernels bench --host [layer qkv imitation blip vilt] [--rounds N] [--save FILE.json]
 
 layer       one layer of rank 16, bfloat16, 4 × 64 -> 64, so that there is next to nothing to compute
-qkv         three layers that read one x, all three together; Aurora's share cores and x U
+qkv         three layers that read one x, all three together, one by one and as one call, "in a group"; Aurora's share
+            cores and x U
 imitation   MoIL's step, and a plain weight distance, for 36 projections of 64 × 64
 blip, vilt  a training step of BLIP-base or ViLT-B with all their layers, 32 wide, AdamW's step included
 
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from peft_kernels import use_backend
 from peft_kernels.backend import BACKENDS, status
 from peft_kernels.layers import LowRankLinear
+from peft_kernels.layers.group import LinearGroup
 from peft_kernels.layers.mode_linear import Decomposition, ModeLinear, SharedCores
 from peft_kernels.layers.per_pass import PerPass
 
@@ -46,6 +49,7 @@ ROWS, WIDTH, RANK, DTYPE = 4, 64, 16, torch.bfloat16
 DROPOUTS = (0.0, 0.1)
 ROUNDS, LONG_ROUNDS = 30, 12
 QUESTIONS, WHOLE = ("layer", "qkv", "imitation"), tuple(MODELS)
+GROUPED = " in a group"
 WARM = 3  # calls before one is counted: kernels are compiled, plans made, caches filled
 STEP_SIZE, STEP_DROPOUT = Size(32, SIZES["base"].layers, 2, 32, 100, 10, (RANK, RANK, RANK)), 0.1
 IMITATED = {"layers": 12, "width": WIDTH, "R": RANK}
@@ -80,17 +84,18 @@ def providers(
 
     On a CPU, kernels run inside of `launching_nothing()` alone.
     """
-    backends = available() if backends is None else backends
+    backends, ways = available() if backends is None else backends, ("", GROUPED) if count > 1 else ("",)
     found = {"frozen linear": _layers(_linears(count, device))}
     if "PEFT" not in absent():
         found["PEFT"] = _layers(_peft(p, count, device))
-        for backend in backends:
-            found[f"PEFT accelerated, {backend}"] = _layers(_accelerated(p, count, device), backend)
-    for backend in backends:
+        for grouped, backend in product(ways, backends):
+            found[f"PEFT accelerated{grouped}, {backend}"] = _layers(_accelerated(p, count, device, grouped), backend)
+    for grouped, backend in product(ways, backends):
         ours = [LowRankLinear(linear, RANK, dropout_p=p) for linear in _linears(count, device)]
-        found[f"LowRankLinear, {backend}"] = _layers(ours, backend)
-    for backend in backends:
-        found[f"Aurora, {backend}"] = _layers(*_aurora(p, count, device, backend))
+        found[f"LowRankLinear{grouped}, {backend}"] = _layers(_together(ours) if grouped else ours, backend)
+    for grouped, backend in product(ways, backends):
+        layers, *others = _aurora(p, count, device, backend)
+        found[f"Aurora{grouped}, {backend}"] = _layers(_together(layers) if grouped else layers, *others)
         if count == 1:
             found[f"Aurora, one of three, {backend}"] = _layers(*_aurora(p, 3, device, backend), shared_by=3)
     return found
@@ -121,11 +126,18 @@ def _peft(p: float, count: int, device: torch.device | str) -> list[nn.Module]:
     return list(peft.get_peft_model(nn.Sequential(*_linears(count, device)), config).base_model.model.to(DTYPE))
 
 
-def _accelerated(p: float, count: int, device: torch.device | str) -> list[nn.Module]:
+def _accelerated(p: float, count: int, device: torch.device | str, grouped: str) -> list[nn.Module]:
     from peft_kernels.integrations.peft import accelerate
 
     layers = _peft(p, count, device)
-    accelerate(nn.ModuleList(layers))
+    accelerate(nn.ModuleDict(zip("qkv", layers)), group=bool(grouped))
+    return layers
+
+
+def _together(layers: list[nn.Module]) -> list[nn.Module]:
+    group = LinearGroup(layers, "qkv")
+    for member, layer in enumerate(layers):
+        layer.group = group, member
     return layers
 
 

@@ -27,7 +27,8 @@ with host.stage(device := torch.device("cpu")) as launches:
     for name, provider in host.providers(0.0).items():
         with provider.running():
             plain.append({"provider": name, "forward_calls": host.counted_calls(provider.forward) / provider.shared_by})
-    print(json.dumps([*measured, plain]))
+    three = host.measure(host.providers(0.1, 3), "PEFT", launches, 1, device)
+    print(json.dumps([*measured, plain, three]))
 """
 # The most calls of functions of Python and of C that a layer's forward may take, at p = 0 and at 0.1; or whose calls.
 BUDGETS = {f"{name}, {backend}": 50 for name in ("LowRankLinear", "Aurora") for backend in ("triton", "cuda")}
@@ -43,7 +44,7 @@ INTERPRETED = "triton" in KERNELS and os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture(scope="module")
 def counted():
     """{provider: its record} of one layer with dropout, two times, of an imitation step and of a weight distance; then
-    calls alone, of a layer without dropout."""
+    calls alone, of a layer without dropout; and of three layers."""
     if importlib.util.find_spec("peft") is None:  # not imported: that takes seconds, and would not be used here
         pytest.skip("peft is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -79,6 +80,19 @@ def test_launches_are_the_kernels_of_the_backend(counted):
         ending = endings.get(record["backend"])
         assert bool(record["kernels"]) == bool(record["launches"]) == (ending is not None), record
         assert all(name.endswith(ending) for name in record["kernels"])
+
+
+def test_three_layers_in_a_group_are_one_call(counted):
+    """Each kernel is launched once, where three layers launch theirs three times."""
+    one, three = counted[0], counted[5]
+    alone = [name for name in one if "one of three" not in name]
+    together = {name: name.replace(" in a group", "") for name in three if " in a group" in name}
+    assert three.keys() == {*alone, *together} and {*together.values()} == {name for name in alone if ", " in name}
+    for name, by_themselves in together.items():
+        group, others = three[name]["kernels"], three[by_themselves]["kernels"]
+        if not name.endswith("torch"):
+            assert 0 < sum(group.values()) <= sum(others.values()) / 3 and set(group.values()) == {1}
+        assert three[name]["step_calls"] > three[name]["forward_calls"] > 0
 
 
 @pytest.mark.parametrize("name", BUDGETS)
