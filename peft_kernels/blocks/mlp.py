@@ -128,7 +128,8 @@ class _AdaptedMlp(torch.autograd.Function):
             del a
             if not gives_dh:
                 return (*[None] * (len(ctx.needs_input_grad) - len(own)), *own)
-            dhs = activated_bwd(ctx.activation, da, hs, [needs_x or True in each for each in needs[:-1]])
+            wanted = [needs_x or any(True in each for each in need) for *_, need in calls[:-1] for _ in need]
+            dhs = activated_bwd(ctx.activation, da, hs, wanted)
             del da
             for (backend, layer, of, need), dys in zip(calls[:-1], ctx.plan.split([*dhs, None])):
                 part, found = linears_bwd(backend, dys, x, layer, of, (needs_x, need))
