@@ -32,7 +32,7 @@ def recipe_of(a: Tensor) -> Recipe | None:
     it was made of changed in place since, and in compiled graphs. Writes that torch does not count, through .data, are
     not seen: the backward then has `a` as the activation gave it.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(a) is not Tensor:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
     node = a.grad_fn
     found = _MADE_BY.get(type(node).__name__)

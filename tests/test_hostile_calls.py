@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peft_kernels
-from peft_kernels import ImitationGroup, Transform
+from peft_kernels import ImitationGroup, MlpLinear, Transform
 from peft_kernels.distance_plan import DistancePlan
 from peft_kernels.imitation.plan import Plan
 from peft_kernels.operator import Operator
@@ -44,6 +44,11 @@ class Bytes(torch.nn.Parameter):
 
 def linear():
     return {"x": ONES(5, 12), "weight": ONES(8, 12), "bias": ONES(8), "down": ONES(2, 12), "up": ONES(8, 2)}
+
+
+def mlp():
+    layers = [MlpLinear(ONES(n, k), ONES(n), ONES(2, k), ONES(n, 2)) for n, k in ((8, 12), (8, 12), (6, 8))]
+    return {"x": ONES(5, 12), **dict(zip(("gate", "fc1", "fc2"), layers))}
 
 
 def batched():
@@ -83,6 +88,7 @@ def group(**change):
 
 GOOD = {
     "lowrank_linear": lambda: linear() | {"core": ONES(1, 1, 2), "hidden": ONES(5, 2)},
+    "adapted_mlp": mlp,
     "lowrank_hidden": lambda: {"x": ONES(5, 12), "down": ONES(2, 12)},
     "lowrank_projections": projections,
     "batched_lowrank_linear": batched,
@@ -144,6 +150,7 @@ RIGHT = {
     "weights.1": ("five dimensions",),
 }
 MEMBERS = [f"{name}.1" for name in ("weights", "biases", "downs", "ups", "cores")]
+LAYERS = [f"{layer}.{field}" for layer in ("gate", "fc1", "fc2") for field in ("weight", "bias", "down", "up")]
 LISTS = [f"groups.{name}" for name in ("live", "teacher", "weight0", "down", "up")]
 RIGHT_CALLS = {
     ("imitation_step", "groups.weight0", "meta"),
@@ -170,6 +177,9 @@ WRONG = {
     "adapters": [*COUNTS, 10**30, 2**31],
     "decay": DECAYS,
     **dict.fromkeys(("training", "validate", "update_teacher", "return_errors"), FLAGS),
+    "activation": WORDS,
+    **{layer: [None, 3, "fc1", (ONES(8, 12),), ONES(8, 12), {}] for layer in ("fc1", "fc2")},
+    "gate": [3, "gate", (ONES(8, 12),), ONES(8, 12), {}],
     "model": [None, "model", {}, torch.nn.Linear, ONES(2)],
     "op": [None, 3, ONES(2)],
     "tensors": [None, [], [None], ["x"], "x", 3, ONES(2)],
@@ -188,8 +198,8 @@ GATED_SCALE = [1.0, "0.1", None, ONES(2), numpy.ones(2)]
 def hostile(function):
     """(argument, what is wrong, the argument made of the right one)"""
     tensors = [name for name, value in GOOD[function]().items() if isinstance(value, torch.Tensor)]
-    listed = {"imitation_step": LISTS, "stack_adapters": ["factors.0"], "lowrank_projections": MEMBERS}
-    tensors += listed.get(function, [])
+    listed = {"adapted_mlp": LAYERS, "imitation_step": LISTS, "stack_adapters": ["factors.0"]}
+    tensors += (listed | {"lowrank_projections": MEMBERS}).get(function, [])
     for name in tensors:
         for what, made in TENSORS.items():
             if what not in RIGHT.get(name, ()) and (function, name, what) not in RIGHT_CALLS:
@@ -197,6 +207,9 @@ def hostile(function):
     for name in inspect.signature(getattr(peft_kernels, function)).parameters:
         for value in WRONG.get(name, ()):
             yield name, type(value).__name__, lambda _, value=value: value
+    if function == "adapted_mlp":
+        for value in SCALES:
+            yield "fc2.scale", type(value).__name__, lambda _, value=value: value
 
 
 def changed(function, argument, made):
@@ -207,6 +220,8 @@ def changed(function, argument, made):
         arguments["groups"] = [group(**{inner: [made(getattr(group(), inner)[0])]})]
     elif function == "lowrank_projections" and inner:
         arguments[name] = [arguments[name][0], made(arguments[name][1])]
+    elif name in ("gate", "fc1", "fc2") and inner:
+        arguments[name] = arguments[name]._replace(**{inner: made(getattr(arguments[name], inner))})
     elif inner:
         arguments["factors"] = [(made(ONES(2, 12)), ONES(8, 2))]
     else:
@@ -266,7 +281,7 @@ def test_what_the_rows_change_is_right(function):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "function", ["lowrank_linear", "lowrank_hidden", "gated_query", "reconstruct", "weight_distance"]
+    "function", ["lowrank_linear", "lowrank_hidden", "adapted_mlp", "gated_query", "reconstruct", "weight_distance"]
 )
 def test_what_is_remembered_of_right_calls_serves_no_other_layout(function):
     """The same shapes and dtypes, contiguous or not, have passed the checks just before."""

@@ -57,6 +57,7 @@ KEPT_ITSELF = {
     "times a number": lambda h: F.gelu(h) * 2,
     "times a vector": lambda h: F.gelu(h) * torch.linspace(0, 1, WIDE, requires_grad=True),
     "times a constant": lambda h: F.gelu(h) * torch.linspace(0, 1, ROWS * WIDE).view(ROWS, WIDE),
+    "two dtypes": lambda h: F.gelu(h.bfloat16()) * h,
     "dropout": lambda h: F.dropout(F.gelu(h), 0.5),
     "another view": lambda h: F.gelu(h).view(2, ROWS // 2, WIDE),
     "its own": torch.tanh,
