@@ -14,6 +14,7 @@ from peft_kernels import (
     imitation_step,
     lowrank_hidden,
     lowrank_linear,
+    lowrank_projections,
     momentum_weight_distance,
     reconstruct,
     reconstruct_stack,
@@ -25,6 +26,7 @@ from peft_kernels.layers.gated_query import GatedQuery
 from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear_reference
 from peft_kernels.ops.gated_query import gated_query_reference
 from peft_kernels.ops.lowrank_linear import lowrank_linear_reference
+from peft_kernels.ops.lowrank_projections import lowrank_projections_reference
 from peft_kernels.ops.reconstruct import reconstruct_reference
 from peft_kernels.ops.weight_distance import weight_distance_reference
 
@@ -53,6 +55,16 @@ def through_hidden(x, weight, bias, down, up):
     return lowrank_linear(x, weight, bias, down, up, hidden=lowrank_hidden(x, down), scale=S)
 
 
+def together(function):
+    """q and k of one x as one tensor, through cores; the second weight is half the first."""
+
+    def both(x, weight, bias, down, up, core):
+        lists = [weight, weight / 2], [bias, None], [down, -down], [up, up * 2], [core, core + 1]
+        return torch.cat(function(x, *lists, scales=[S, S]), -1)
+
+    return both
+
+
 def stack_reference(down, up, core, base):
     return torch.stack([reconstruct_reference(down, up, each, base=base) for each in core])
 
@@ -76,6 +88,7 @@ CASES = {
         linear(**update((3, 2, 2), (2, 2), (5, 2)), weight=randn(15, 4), bias=randn(15)),
     ),
     "dense": (lowrank_linear, lowrank_linear_reference, linear(**update((2, 2)))),
+    "projections": (together(lowrank_projections), together(lowrank_projections_reference), linear(**update((2,)))),
     "batched": (
         lambda **t: batched_lowrank_linear(**t, adapter_index=INDEX, scale=torch.tensor([2.0, 3.0])),
         lambda **t: batched_lowrank_linear_reference(**t, adapter_index=INDEX, scale=torch.tensor([2.0, 3.0])),

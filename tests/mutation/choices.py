@@ -24,6 +24,7 @@ LAUNCHES = ("static/test_replay", "static/test_replay_calls")
 CHOICES = {
     "peft_kernels/ops/lowrank_linear.py": (*ERRORS[:1], *OPERATION, "test_*_dropout", *LAYERS),
     "peft_kernels/ops/batched_lowrank_linear.py": (*ERRORS[1:2], *OPERATION, "test_integrations_peft_lora_mixed"),
+    "peft_kernels/ops/lowrank_projections.py": (*HOSTILE, *OPERATION, "test_groups", "test_adapted_mlp"),
     "peft_kernels/ops/gated_query.py": (*ERRORS[2:], *OPERATION, "test_*_compile", "test_gates"),
     "peft_kernels/ops/reconstruct.py": (*OPERATION, "test_adapter_merging", "test_layers"),
     "peft_kernels/ops/weight_distance.py": (*OPERATION, "test_*_plans"),
@@ -49,6 +50,7 @@ CHOICES = {
     "peft_kernels/torch_kernels/support.py": ("test_backend",),
     "peft_kernels/torch_kernels/lowrank_linear.py": ("test_*", "test_*_dropout", "test_transforms", *LAYERS),
     "peft_kernels/torch_kernels/weight_distance.py": ("test_*", "test_transforms", *DISTANCES),
+    "peft_kernels/torch_kernels/lowrank_projections.py": ("test_*", "test_transforms", "test_groups"),
     "peft_kernels/torch_kernels/*.py": ("test_*", "test_transforms", "test_layers", "test_gates"),
     "peft_kernels/cuda_kernels/support.py": ("test_backend", *CUDA),
     "peft_kernels/cuda_kernels/lowrank_linear.py": ("test_*_cuda",),
@@ -69,6 +71,7 @@ CHOICES = {
         *FILES,
     ),
     "peft_kernels/adapters/gates.py": ("test_gates", *ADAPTERS),
+    "peft_kernels/adapters/groups.py": ("test_groups", *ADAPTERS),
     "peft_kernels/adapters/heads.py": ("test_presets", "test_towers", "test_moil_models", *ADAPTERS, *FILES),
     "peft_kernels/adapters/lora.py": ("test_lora", "test_lora_files", *ADAPTERS),
     "peft_kernels/adapters/lora_files.py": (*FILES[3:], "test_lora", *FILES),
