@@ -9,14 +9,14 @@ from .gpu.speed import COUNTERS
 from .gpu.tuning import FOREIGN
 from .markdown import NOTHING, figures, filled, markdown, number, speed
 from .predictions import KERNELS, MISS, PREDICTIONS, fastest
-from .steps_methods import AUTHORS, LORA, MOIL, PEFT
+from .steps_methods import AUTHORS, LORA, LORA_ALL, MOIL, PEFT, PEFT_ALL
 from .steps_table import inference_table, steps_table
 
 NEVER = "Not yet run on a GPU."
 CLOCKS = {"eager": ("ms", "spread_ms"), "graph": ("graph_ms", "graph_spread_ms")}
 BOUNDS = ("frozen linear", "foreach lerp")  # who computes less than the operation: no peers
 SHOWN = ("% of floor", "% of copy", "launches", "MB moved", "MB saved", "MB peak")
-MATCHED = {LORA: PEFT, MOIL: AUTHORS}  # who trains the same by other means
+MATCHED = {LORA: PEFT, LORA_ALL: PEFT_ALL, MOIL: AUTHORS}  # who trains the same by other means
 HEAD = """# Measured
 
 Made by `make tables` from the files in `benchmarks/results/`, whatever they say. Every provider is verified against

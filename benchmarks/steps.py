@@ -1,7 +1,8 @@
 """One training step of BLIP-base and ViLT-B by every method: verified first, then timed.
 
     python -m peft_kernels.benchmarks.steps [--model blip vilt] [--method MoIL …] [--mode graph eager compiled]
-        [--size tiny] [--batch N] [--dtype float32] [--dropout 0.1] [--rounds N] [--seconds N] [--save FILE.json]
+        [--size tiny] [--batch N] [--dtype float32] [--dropout 0.1 …] [--rounds N] [--seconds N] [--save FILE.json]
+    python -m peft_kernels.benchmarks.steps --adds          instead, what adapters on all linears add to a frozen model
     python -m peft_kernels.benchmarks.steps --inference     instead, what the adapted models cost to run and to store
 
 A step is forward, loss, backward, MoIL's own step where there is one, and AdamW's, on one batch in the device's memory.
@@ -17,7 +18,9 @@ weights, gradients, optimizer, activations. Launches are counted where the host 
 of a step each record has the seconds that went before it: build_s for the model and verify_s for the tiny one by which
 all methods are verified, both shared by a model's records; expect_s for the eager steps that the losses are compared
 with, first_s for the first steps, in which kernels are compiled and graphs captured; and measure_s for timing itself.
-steps_inference.py says what --inference measures.
+steps_inference.py says what --inference measures. --adds measures a step of the frozen model, whose heads train and in
+which gradients flow through all frozen linears, and those of LoRA on all linears, peft's and ours, with and without
+dropout: what adapters add is the rest, and a line below the table compares ours with peft's.
 """
 
 import argparse
@@ -33,10 +36,12 @@ from peft_kernels.checks import check_choice
 
 from . import results, steps_inference
 from .cases import WrongResult
-from .steps_methods import AUTHORS, METHODS, MODES, MOIL, PEFT, RIVALS
+from .steps_methods import ADDING, FROZEN, LORA_ALL, METHODS, MODES, PEFT, PEFT_ALL, RIVALS, RIVALS_OF_FEW
 from .steps_models import MODELS, SIZES
 from .steps_session import BATCH, CPU_BATCH, CPU_ROUNDS, GPU_SECONDS, ROUNDING, Absent, Faulted, Options, Session, free
 from .steps_table import inference_table, steps_table
+
+KNOWN = (*METHODS, *ADDING)
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
@@ -49,16 +54,17 @@ def measure(
     modes: Sequence[str] = MODES,
     report: Callable[[], None] = lambda: None,
 ) -> None:
-    """Adds run["steps"] and run["absent_steps"], and calls `report` before the first and after each: graphs come first.
+    """Adds to run["steps"] and run["absent_steps"], and calls `report` before the first and after each: graphs first.
 
     Raises ValueError on a name that there is not, before anything is built, and WrongResult after all others have been
     measured, if something was wrong: it is absent. After a fault of the GPU nothing more is measured.
     """
-    for name, given, known in (("model", models, MODELS), ("method", methods, METHODS), ("mode", modes, MODES)):
+    for name, given, known in (("model", models, MODELS), ("method", methods, KNOWN), ("mode", modes, MODES)):
         for each in given:
             check_choice(name, each, tuple(known))
     models, methods = list(dict.fromkeys(models)), list(dict.fromkeys(methods))
-    run["steps"], run["absent_steps"] = [], []
+    for key in ("steps", "absent_steps"):
+        run.setdefault(key, [])
 
     def absent(reason: str, model: str | None = None, method: str | None = None, mode: str | None = None) -> dict:
         run["absent_steps"].append({"model": model, "method": method, "mode": mode, "reason": reason})
@@ -67,9 +73,9 @@ def measure(
     if importlib.util.find_spec("transformers") is None:
         absent("transformers, which has the models, is not installed")
         return
-    if PEFT in methods and importlib.util.find_spec("peft") is None:
-        absent("peft is not installed", method=PEFT)
-        methods.remove(PEFT)
+    for method in {PEFT, PEFT_ALL} & {*methods} if importlib.util.find_spec("peft") is None else ():
+        absent("peft is not installed", method=method)
+        methods.remove(method)
     if "graph" in modes and options.device.type == "cpu":
         absent("a CUDA graph needs a GPU", mode="graph")
         modes = [mode for mode in modes if mode != "graph"]
@@ -133,12 +139,15 @@ def measure_inference(
 
 
 def compare_speeds(records: Sequence[dict]) -> None:
-    """How many times as fast as the rivals in the same mode; the authors' formula is MoIL's alone."""
+    """How many times as fast as the rivals in the same mode; and what adapters add, as a part of what PEFT's add."""
     same = ("model", "size", "mode", "batch", "dtype", "dropout")
     for record in records:
         alike = {other["method"]: other["ms"] for other in records if all(other[k] == record[k] for k in same)}
-        rivals = [name for name in RIVALS.values() if name != AUTHORS or record["method"] in (MOIL, AUTHORS)]
+        method = record["method"]
+        rivals = [name for name in RIVALS.values() if method in RIVALS_OF_FEW.get(name, (method,))]
         record["speed_vs"] = {rival: alike[rival] / record["ms"] for rival in rivals if rival in alike}
+        if method == LORA_ALL and {FROZEN, PEFT_ALL} <= alike.keys():
+            record["adds_ms"], record["peft_adds_ms"] = (alike[name] - alike[FROZEN] for name in (LORA_ALL, PEFT_ALL))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -147,16 +156,17 @@ def compare_speeds(records: Sequence[dict]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inference", action="store_true", help="of the base, adapted and merged models")
+    parser.add_argument("--adds", action="store_true", help=f"the methods {'; '.join(ADDING)}, dropout 0.1 and 0")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    named = {"nargs": "+", "choices": METHODS, "metavar": "NAME"}
-    parser.add_argument("--method", help="; ".join(METHODS), **named)
+    named = {"nargs": "+", "choices": KNOWN, "metavar": "NAME"}
+    parser.add_argument("--method", help=f"{'; '.join(METHODS)}; or, only by name: {'; '.join(ADDING)}", **named)
     parser.add_argument("--mode", nargs="+", choices=MODES, help="all on a GPU, eager on a CPU")
     parser.add_argument("--size", choices=SIZES, default="base")
     batches = f"on a GPU {BATCH['blip']} and {BATCH['vilt']}, on a CPU {CPU_BATCH}; of --inference"
     batches += f" {steps_inference.GPU_BATCH}, on a CPU {steps_inference.CPU_BATCH}, beside 1"
     parser.add_argument("--batch", type=int, help=batches)
     parser.add_argument("--dtype", choices=ROUNDING, help="bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of LoRA and Aurora: 0.1")
+    parser.add_argument("--dropout", type=float, nargs="+", metavar="P", help="of LoRA and Aurora: 0.1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=CPU_ROUNDS, help=f"on a CPU: {CPU_ROUNDS}")
     parser.add_argument("--seconds", type=float, help=f"of timing: begin nothing after that; on a GPU {GPU_SECONDS:g}")
@@ -166,8 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_cpu = device.type == "cpu"
     dtype = given.dtype or ("float32" if on_cpu else "bfloat16")
     seconds = given.seconds if given.seconds is not None or on_cpu else GPU_SECONDS
+    dropouts, methods = given.dropout or ([0.1, 0.0] if given.adds else [0.1]), ADDING if given.adds else METHODS
     try:
-        options = Options(device, given.size, given.batch, dtype, given.dropout, given.rounds, seconds)
+        several = [Options(device, given.size, given.batch, dtype, p, given.rounds, seconds) for p in dropouts]
+        if given.adds and (given.inference or given.method):
+            raise ValueError("--adds: goes without --inference and --method")
         if given.inference:
             inferred = steps_inference.chosen(given.method)
             if given.mode or given.seconds:
@@ -179,10 +192,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = partial(results.save, run, given.save) if given.save else lambda: None
     try:
         if given.inference:
-            measure_inference(run, options, given.model, inferred, report)
+            measure_inference(run, several[0], given.model, inferred, report)
         else:
             modes = given.mode or (("eager",) if on_cpu else MODES)
-            measure(run, options, given.model, given.method or METHODS, modes, report)
+            for options in several:
+                measure(run, options, given.model, given.method or methods, modes, report)
     finally:
         report()
         print(inference_table(run) if given.inference else steps_table(run))

@@ -1,7 +1,8 @@
 """How steps.py trains: full tuning, LoRA by peft and by us, Aurora, MoIL by us and by its authors' formula.
 
 LoRA and MoIL adapt the queries, keys and values of all attention, Aurora what its release does, with gates on BLIP;
-each model's heads train with every method.
+each model's heads train with every method. Three more show what adapters add: LoRA by peft and by us on all linears of
+the towers, and a frozen model. In these gradients flow on to what the embeddings give, through every frozen linear.
 """
 
 import copy
@@ -29,22 +30,34 @@ if TYPE_CHECKING:
 FULL, PEFT, LORA, AURORA = "full tuning", "PEFT LoRA", "our LoRA", "Aurora"
 MOIL, AUTHORS = "MoIL", "MoIL, authors' formula"
 METHODS = (FULL, PEFT, LORA, MOIL, AUTHORS, AURORA)
-RIVALS = {"PEFT LoRA": PEFT, "full tuning": FULL, "authors' formula": AUTHORS}
+FROZEN, PEFT_ALL, LORA_ALL = "frozen", "PEFT LoRA, all linears", "our LoRA, all linears"
+ADDING = (FROZEN, PEFT_ALL, LORA_ALL)  # measured only where they are asked for
+RIVALS = {"PEFT LoRA": PEFT, "full tuning": FULL, "authors' formula": AUTHORS, "PEFT on all": PEFT_ALL}
+RIVALS_OF_FEW = {AUTHORS: (MOIL, AUTHORS), PEFT_ALL: ADDING}  # those that train the same, or nothing
 MODES = ("graph", "eager", "compiled")  # in which each is measured: what a graph shows is no host's doing
-_KINDS = {FULL: FullTuning, LORA: LoRA, AURORA: Aurora, MOIL: MoIL, AUTHORS: MoIL}
+_KINDS = {FULL: FullTuning, LORA: LoRA, LORA_ALL: LoRA, AURORA: Aurora, MOIL: MoIL, AUTHORS: MoIL}
 WEIGHT_DECAY = 0.05
 DRIFT, VERIFIED_DECAY = 0.1, 0.9  # what is verified moves far enough to be seen; relative to the live weights' size
 ALIKE = 2e-3  # of the largest value: two ways to compute one thing in float32; 1e-6 on a CPU, 3e-4 of tf32 products
 
 
-def wrap(method: str, model: nn.Module, of: Model, size: Size, dropout: float) -> "Adapter | peft.PeftModel":
+def wrap(method: str, model: nn.Module, of: Model, size: Size, dropout: float) -> "Adapter | peft.PeftModel | None":
     """Adapt the model in place; what is to train requires grad."""
     lora, aurora, moil = size.ranks
-    if method == PEFT:
-        return _peft_lora(model, of, lora, dropout)
+    every = _linears(model, of) if method in ADDING else None
+    if method in ADDING:
+        for name in of.embeddings:
+            model.get_submodule(name).register_forward_hook(_let_gradients_flow)
+    if method == FROZEN:
+        model.requires_grad_(False)
+        return _let_heads_train(model, of)
+    if method in (PEFT, PEFT_ALL):
+        return _peft_lora(model, of, every, lora, dropout)
+    scaled = {"rank": lora, "alpha": SCALE * lora, "dropout": dropout}
     options = {
         FULL: {},
-        LORA: {"preset": of.preset, "rank": lora, "alpha": SCALE * lora, "dropout": dropout},
+        LORA: {"preset": of.preset, **scaled},
+        LORA_ALL: {"targets": every, **scaled},
         AURORA: {**of.aurora, "rank": aurora, "dropout": dropout},
     }.get(method, {"preset": of.preset, "rank": moil, "transform_rank": moil})
     if method != FULL:
@@ -53,18 +66,34 @@ def wrap(method: str, model: nn.Module, of: Model, size: Size, dropout: float) -
     return kind.wrap(model, kind.config_class(**options))
 
 
-def _peft_lora(model: nn.Module, of: Model, rank: int, dropout: float) -> "peft.PeftModel":
+def _linears(model: nn.Module, of: Model) -> list[str]:
+    """The names of all linears of the towers, those of attention and of the MLPs."""
+    layers = [f"{name}." for name, module in model.named_modules() if type(module).__name__ in of.layers]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linears if name.startswith(tuple(layers))]
+
+
+def _let_gradients_flow(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    (output if isinstance(output, Tensor) else output[0]).requires_grad_()
+
+
+def _let_heads_train(model: nn.Module, of: Model) -> None:
+    for name, p in model.named_parameters():
+        if any(f".{head}." in f".{name}" for head in of.heads):
+            p.requires_grad_(True)
+
+
+def _peft_lora(model: nn.Module, of: Model, names: list[str] | None, rank: int, dropout: float) -> "peft.PeftModel":
+    """names: of linears, None for those of the preset"""
     import peft
 
-    names = [match.name for match in find_targets(model, LoRAConfig(preset=of.preset))]
+    names = names or [match.name for match in find_targets(model, LoRAConfig(preset=of.preset))]
     targets = "|".join(map(re.escape, names))
     config = peft.LoraConfig(r=rank, lora_alpha=int(SCALE * rank), lora_dropout=dropout, target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it reads what transformers deprecates
         adapter = peft.get_peft_model(model, config)  # unlike inject_adapter_in_model it makes factors float32
-    for name, p in model.named_parameters():
-        if any(f".{head}." in f".{name}" for head in of.heads):
-            p.requires_grad_(True)
+    _let_heads_train(model, of)
     return adapter
 
 
@@ -181,9 +210,9 @@ def verify(of: Model, methods: Sequence[str], device: torch.device) -> dict[str,
     size = SIZES["tiny"]
     batch = of.batch(size, 3, device, torch.float32)
     checks = [
-        (_check_forward, METHODS, METHODS),
-        (_check_peft, (PEFT,), (PEFT, LORA)),
-        *((partial(_check_merged, method), (method,), (method,)) for method in (LORA, AURORA)),
+        (_check_forward, (*METHODS, *ADDING), (*METHODS, *ADDING)),
+        *((partial(_check_peft, pair), pair[:1], pair) for pair in ((PEFT, LORA), (PEFT_ALL, LORA_ALL))),
+        *((partial(_check_merged, method), (method,), (method,)) for method in (LORA, LORA_ALL, AURORA)),
         (_check_imitation, (MOIL, AUTHORS), (MOIL, AUTHORS)),
     ]
     wrong = {}
@@ -234,10 +263,10 @@ def _check_forward(of: Model, size: Size, batch: Batch) -> None:
         _check({"y": of.logits(base, batch)}, {"y": own_logits(base, batch)})
 
 
-def _check_peft(of: Model, size: Size, batch: Batch) -> None:
+def _check_peft(pair: tuple[str, str], of: Model, size: Size, batch: Batch) -> None:
     """PEFT's loss and gradients against ours, with equal factors."""
     found = []
-    for method in (LORA, PEFT):
+    for method in pair[::-1]:
         model, _ = wrapped(method, of, size, batch.pixels)
         trained = {_our_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         loss = of.loss(model, batch)

@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 class Model:
     """preset: of LoRA and MoIL;  aurora: Aurora's preset and gates;  heads: modules that train whole, with every method
     lr: of adapters, and of methods that train whole weights: four steps shall change the loss, and not end at 0
-    layers: the classes of what is compiled
+    layers: the classes of what is compiled;  embeddings: what gives the first of them their input
     """
 
     title: str
@@ -62,6 +62,7 @@ class Model:
     aurora: dict[str, Any]
     heads: tuple[str, ...]
     layers: tuple[str, ...]
+    embeddings: tuple[str, ...]
     tokens: int
     lr: tuple[float, float]
     configured: Callable[[Size], nn.Module]
@@ -158,6 +159,7 @@ MODELS = {
         aurora={"preset": "blip-retrieval", "gates": "additive"},
         heads=("itm_head",),
         layers=("BlipEncoderLayer", "BlipTextLayer"),
+        embeddings=("vision_model.embeddings", "text_encoder.embeddings"),
         tokens=35,
         lr=(1e-5, 1e-6),
         configured=_blip,
@@ -171,6 +173,7 @@ MODELS = {
         aurora={"preset": "vilt"},
         heads=("classifier",),
         layers=("ViltLayer",),
+        embeddings=("vilt.embeddings",),
         tokens=40,
         lr=(1e-4, 1e-4),
         configured=_vilt,

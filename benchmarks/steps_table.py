@@ -3,25 +3,51 @@
 from collections.abc import Sequence
 
 from .markdown import NOTHING, filled, number
-from .steps_methods import METHODS, MODES, RIVALS
+from .steps_methods import ADDING, METHODS, MODES, PEFT_ALL, RIVALS
 from .steps_models import MODELS
 
 TURNS = 'The base took turns with every method: shown is its time beside the first, "vs base" is by that beside each.'
 
 
 def steps_table(run: dict) -> str:
-    """Every step that was measured, and below what is absent and why; "" for a run without steps."""
-    heads = ("model", "batch", "dtype", "mode", "method", "trained, M", "ms", "±", "MB peak", "launches")
+    """Every step that was measured; below what adapters add, and what is absent and why; "" for a run without steps."""
+    heads = ("model", "batch", "dtype", "dropout", "mode", "method", "trained, M", "ms", "±", "MB peak", "launches")
     heads += tuple(f"vs {name}" for name in RIVALS)
-    rows = []
-    order = {"model": tuple(MODELS), "mode": MODES, "method": METHODS}
-    for r in sorted(run.get("steps", ()), key=lambda r: [names.index(r[key]) for key, names in order.items()]):
-        cells = [_title(r), str(r["batch"]), r["dtype"], r["mode"], r["method"], f"{r['trained'] / 1e6:.2f}"]
+    rows, steps = [], run.get("steps", ())
+    order = {"model": tuple(MODELS), "mode": MODES, "method": (*METHODS, *ADDING)}
+    several = len({r["dropout"] for r in steps}) > 1
+    for r in sorted(steps, key=lambda r: [names.index(r[key]) for key, names in order.items()]):
+        cells = [
+            _title(r),
+            str(r["batch"]),
+            r["dtype"],
+            f"{r['dropout']:g}" if several else "",
+            r["mode"],
+            r["method"],
+            f"{r['trained'] / 1e6:.2f}",
+        ]
         cells += [f"{r['ms']:.1f}", f"{r['spread_ms']:.1f}", f"{r['peak_bytes'] / 1e6:.0f}"]
         cells.append(number(r["launches"], 0))
         speeds = [r["speed_vs"].get(rival) for rival in RIVALS.values()]
         rows.append(cells + [_times(speed) for speed in speeds])
-    return "\n\n".join(filter(None, (filled(heads, rows), _absent(run.get("absent_steps", ())))))
+    return "\n\n".join(filter(None, (filled(heads, rows), adds(steps), _absent(run.get("absent_steps", ())))))
+
+
+def adds(steps: Sequence[dict]) -> str:
+    """A line for each step in which it is known: what our adapters, and PEFT's, add to a frozen model's step."""
+    told = []
+    for r in (r for r in steps if "adds_ms" in r):
+        same = ("model", "size", "mode", "batch", "dtype", "dropout")
+        other = next(o for o in steps if o["method"] == PEFT_ALL and all(o[key] == r[key] for key in same))
+        ours, theirs, frozen = r["adds_ms"], r["peft_adds_ms"], r["ms"] - r["adds_ms"]
+        ratio = f", ours / PEFT's {ours / theirs:.2f}" if theirs > 0 else ""
+        peaks = [each["peak_bytes"] / 1e6 for each in (r, other)]
+        told.append(
+            f"- {_title(r)}, {r['mode']}, {r['dtype']}, dropout {r['dropout']:g}: to a frozen step of {frozen:.1f} ms "
+            f"adapters on all linears add {ours:.1f} ms, PEFT's {theirs:.1f} ms{ratio}; peak {peaks[0]:.0f} MB, "
+            f"PEFT's {peaks[1]:.0f} MB, ours / PEFT's {peaks[0] / peaks[1]:.2f}"
+        )
+    return "\n".join(told)
 
 
 def inference_table(run: dict) -> str:

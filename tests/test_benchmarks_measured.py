@@ -45,7 +45,7 @@ def test_case_without_a_kernel_of_ours_is_the_worst():
 
 def test_losing_steps_are_listed_too():
     step = {"model": "vilt", "size": "base", "title": "ViLT-B", "batch": 32, "dtype": "bfloat16", "ms": 12.3}
-    step |= {"spread_ms": 0.1, "peak_bytes": 5e9, "launches": 70, "trained": 7e6, "mode": "graph"}
+    step |= {"spread_ms": 0.1, "peak_bytes": 5e9, "launches": 70, "trained": 7e6, "mode": "graph", "dropout": 0.1}
     lost = {**step, "method": "our LoRA", "speed_vs": {"PEFT LoRA": 0.5, "full tuning": 0.4}}
     won = {**step, "method": "MoIL", "speed_vs": {"PEFT LoRA": 0.5, "MoIL, authors' formula": 1.5}}
     device = device_of(steps=[lost, won])

@@ -10,10 +10,12 @@ from torch.utils._pytree import tree_leaves
 
 from peft_kernels.benchmarks import steps, steps_methods, steps_models, steps_session, timing
 from peft_kernels.benchmarks.cases import WrongResult
-from peft_kernels.benchmarks.steps_methods import AURORA, AUTHORS, FULL, LORA, METHODS, MOIL, PEFT
+from peft_kernels.benchmarks.steps_methods import ADDING, AURORA, AUTHORS, FULL, LORA, METHODS, MOIL, PEFT
 from peft_kernels.benchmarks.steps_models import MODELS, SIZES
 from peft_kernels.layers.adapted_linear import AdaptedLinear
+from peft_kernels.layers.group import LinearGroup
 
+FROZEN, PEFT_ALL, LORA_ALL = ADDING
 CPU, META, TINY = torch.device("cpu"), torch.device("meta"), SIZES["tiny"]
 OPTIONS = steps_session.Options(CPU, "tiny", rounds=1)
 
@@ -112,6 +114,62 @@ def test_seconds_before_a_step_s_time_have_fields_of_their_own(run, monkeypatch)
         session.measure("vilt", PEFT, "eager")
 
 
+# ---- what adapters add ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adding(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adding") / "cpu.json"
+    where = ["--device", "cpu", "--size", "tiny", "--model", "vilt", "--rounds", "1", "--save", str(path)]
+    steps.main(["--adds", *where])
+    return json.loads(path.read_text())
+
+
+def test_what_adapters_add_is_asked_for_by_one_word(adding):
+    asked = [(r["method"], r["dropout"]) for r in adding["steps"]]
+    assert asked == [(method, p) for p in (0.1, 0.0) for method in ADDING] and adding["absent_steps"] == []
+    for p in (0.1, 0.0):
+        frozen, theirs, ours = (r for r in adding["steps"] if r["dropout"] == p)
+        assert ours["adds_ms"] == ours["ms"] - frozen["ms"] and ours["peft_adds_ms"] == theirs["ms"] - frozen["ms"]
+        assert frozen["trained"] < ours["trained"] == theirs["trained"] and frozen["peak_bytes"] < ours["peak_bytes"]
+        assert "adds_ms" not in {**frozen, **theirs} and PEFT_ALL in ours["speed_vs"]
+        assert all(r["losses"] == sorted(r["losses"], reverse=True) for r in (frozen, theirs, ours))
+    assert not {*ADDING} & {*METHODS}
+
+
+def test_a_line_says_what_adapters_add(adding):
+    same = {**adding["steps"][1], "size": "base"}
+    frozen, theirs = {**same, "method": FROZEN, "ms": 10.0}, {**same, "method": PEFT_ALL, "ms": 18.0}
+    ours = {**same, "method": LORA_ALL, "ms": 12.0, "peak_bytes": 3e6}
+    records = [frozen, {**theirs, "peak_bytes": 4e6}, ours, {**theirs, "dropout": 0.0, "peak_bytes": 9e6}]
+    steps.compare_speeds(records)
+    lines = steps.steps_table({"steps": records}).splitlines()
+    assert lines[-1] == (
+        "- ViLT-B, eager, float32, dropout 0.1: to a frozen step of 10.0 ms adapters on all linears add 2.0 ms, PEFT's "
+        "8.0 ms, ours / PEFT's 0.25; peak 3 MB, PEFT's 4 MB, ours / PEFT's 0.75"
+    )
+    assert "dropout" in lines[0] and "dropout" not in steps.steps_table({"steps": records[:3]}).splitlines()[0]
+    for missing in (frozen, theirs):
+        rest = [{**r} for r in (frozen, theirs, {**theirs, "method": LORA_ALL}) if r["method"] != missing["method"]]
+        steps.compare_speeds(rest)
+        assert "add " not in steps.steps_table({"steps": rest})
+    records[1]["ms"] = 9.0  # of noise
+    steps.compare_speeds(records)
+    assert "PEFT's -1.0 ms; peak" in steps.steps_table({"steps": records})
+
+
+def test_adapters_that_differ_from_pefts_add_nothing(monkeypatch):
+    monkeypatch.setattr(AdaptedLinear, "_adapted", _unadapted)  # those in no group
+    assert steps_methods.verify(MODELS["vilt"], ADDING, CPU).keys() == {PEFT_ALL, LORA_ALL}
+
+
+@pytest.mark.parametrize("other", [["--inference"], ["--method", LORA]])
+def test_one_question_at_a_time(other, capsys):
+    with pytest.raises(SystemExit):
+        steps.main(["--adds", "--device", "cpu", *other])
+    assert "--adds: goes without" in capsys.readouterr().err
+
+
 def test_layers_compile_once_for_all():
     session = steps_session.Session(OPTIONS, [])
     counts = torch._dynamo.utils.counters["stats"]
@@ -144,6 +202,9 @@ HEADS = {"blip": 768 * 2 + 2, "vilt": 1536 * 769 + 2 * 1536 + 3129 * 1537}
         (PEFT, "vilt", 36 * 16 * 2 * 768),
         (AURORA, "vilt", 64 * (768 + 768 + 1 + 36)),
         (MOIL, "vilt", 7_088_256 + 36 * 768 * 769),  # of adapters as many as published
+        (LORA_ALL, "vilt", 12 * 16 * (4 * 1536 + 2 * 3840)),
+        (PEFT_ALL, "blip", 12 * 16 * ((768 + 2304 + 1536 + 2 * 3840) + (8 * 1536 + 2 * 3840))),
+        (LORA_ALL, "blip", 12 * 16 * ((768 + 2304 + 1536 + 2 * 3840) + (8 * 1536 + 2 * 3840))),
     ],
 )
 def test_as_many_parameters_train_as_the_published_sizes_have(method, model, adapters):
@@ -194,7 +255,7 @@ class Waits(TorchDispatchMode):
 def test_nothing_waits_for_the_device(model):
     of = MODELS[model]
     batch = of.batch(TINY, 2, META, torch.bfloat16)
-    for method in METHODS:
+    for method in (*METHODS, *ADDING):
         built, adapter = wrapped(method, model, TINY)
         with Waits() as waits:
             loss = of.loss(built, batch)
@@ -211,6 +272,26 @@ def test_every_second_text_is_shorter():
     batch = MODELS["blip"].batch(TINY, 3, CPU, torch.float32)
     assert batch.mask.sum(1).tolist() == [35, 30, 35]
     assert torch.equal(batch.padding[:, 0, 0] == 0, batch.mask == 1) and batch.padding[1, 0, 0, -1] < -1e30
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", ADDING)
+def test_gradients_reach_the_embeddings_through_all_linears(method, model):
+    each, given, reached = training(method, model), [], []
+    for name in MODELS[model].embeddings:
+        each.model.get_submodule(name).register_forward_hook(
+            lambda module, args, output: given.append(output if isinstance(output, torch.Tensor) else output[0])
+        )
+    linears = list(map(each.model.get_submodule, steps_methods._linears(each.model, each.of)))
+    for module in linears if method == FROZEN else ():
+        module.register_full_backward_hook(lambda module, dx, dy: reached.append((module, dx[0] is not None)))
+    each.run()
+    assert len(given) == len(MODELS[model].embeddings) and all(states.grad.any() for states in given)
+    if method == FROZEN:
+        assert {module for module, arrived in reached if arrived} == {*linears} and len(linears) > 10
+        trained = {name for name, p in each.model.named_parameters() if p.grad is not None}
+        assert trained and all(name.startswith(MODELS[model].heads) for name in trained)
+        assert len(trained) == len(each.trained)
 
 
 @pytest.mark.parametrize("method", [MOIL, AUTHORS])
@@ -260,6 +341,7 @@ def _without_padding(logits):
     ],
 )
 def test_what_differs_is_found(monkeypatch, owner, name, mutant, wrong):
+    monkeypatch.setattr(LinearGroup, "get", lambda *_: None)  # each layer runs by itself
     monkeypatch.setattr(owner, name, mutant)
     assert steps_methods.verify(MODELS["vilt"], METHODS, CPU).keys() == wrong
 
