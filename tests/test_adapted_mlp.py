@@ -24,6 +24,7 @@ RANKS = {
     "gated, apart": (2, 4, 3),
     "gated, gate": (2, 0, 3),
     "gated, fc1": (0, 2, 0),
+    "gated, fc2": (0, 0, 3),
 }
 HALF = {"dtype": torch.bfloat16, "factor_dtype": torch.float32}
 
@@ -110,17 +111,18 @@ def test_leading_dimensions_and_empty_batches(ranks, shape):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-12, msg=name)
 
 
-def test_strides_and_scales_of_any_kind():
-    case = Mlp(dtype=torch.float64, shape=(6,))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_strides_and_scales_of_any_kind(backend):
+    case = Mlp(shape=(6,))
     tensors = case.tensors()
-    expected = results(case, ours(case), tensors)
+    expected = results(case, ours(case, backend), tensors)
     for name in tensors:
         turned = tensors[name].detach().t().contiguous().t() if tensors[name].ndim == 2 else tensors[name].detach()
         tensors[name] = turned.requires_grad_()
     for scale in (1.7, torch.tensor(1.7), torch.tensor(1.7, dtype=torch.float64)):
-        found = results(dataclasses.replace(case, scale=scale), ours(case), tensors)
+        found = results(dataclasses.replace(case, scale=scale), ours(case, backend), tensors)
         for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
     assert not torch.equal(results(dataclasses.replace(case, scale=1), ours(case), tensors)["y"], expected["y"])
 
 
@@ -171,6 +173,27 @@ def test_each_gradient_alone(ranks):
         assert [each is not None for each in gradients] == list(y.grad_fn.needs_input_grad)
 
 
+def test_no_derivative_is_computed_in_vain(monkeypatch):
+    """Where only fc1 trains, none through the gate; where only fc2 does, none through the activation."""
+    for trained, backwards in (("gate", 1), ("fc1", 0), ("fc2", 0)):
+        case, calls = Mlp(RANKS["gated, apart"], "silu"), []
+        own = ACTIVATIONS["silu"]
+        counted = own._replace(bwd=lambda *args, calls=calls, own=own: (calls.append(1), own.bwd(*args))[1])
+        with monkeypatch.context() as patch:
+            patch.setitem(ACTIVATIONS, "silu", counted)
+            tensors = case.tensors()
+            for name, t in tensors.items():
+                t.requires_grad_(name.startswith(trained))
+            results(case, ours(case, "torch"), tensors)
+        assert len(calls) == backwards, trained
+
+
+def weights_kept(y, tensors):
+    """By name. Who keeps one watches it, and it may change in place if nothing needs it."""
+    own = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+    return [name for name, t in tensors.items() if name.endswith("weight") and t.data_ptr() in own]
+
+
 def test_nothing_is_kept_without_need():
     """Factors of fc2 alone: neither x nor fc1's z; without any gradient no graph."""
     case = Mlp(shape=(18,))
@@ -179,6 +202,10 @@ def test_nothing_is_kept_without_need():
         t.requires_grad_(name == "fc2.up")
     y = ours(case, "torch")(tensors["x"], **case.layers(tensors))
     assert kept(y, nn.ParameterList([*tensors.values()])) == [18 * 4 * 3]
+    assert not weights_kept(y, tensors)
+    tensors["fc1.down"].requires_grad_()  # whose gradient comes through fc2's weight
+    y = ours(case, "torch")(tensors["x"], **case.layers(tensors))
+    assert weights_kept(y, tensors) == ["fc2.weight"]
     with torch.no_grad():
         assert not ours(case)(tensors["x"], **case.layers(tensors)).requires_grad
 
@@ -201,6 +228,16 @@ def test_autocast(activation, ranks, inside):
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             found.append([y, *torch.autograd.grad(y, [*tensors.values()], case.gradient(y))])
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("ranks", ["both", "none", "gated, fc1"])
+def test_a_backward_under_autocast_of_a_forward_outside(ranks):
+    case = Mlp(RANKS[ranks], "silu")
+    expected, tensors = results(case, ours(case)), case.tensors()
+    y = ours(case)(tensors["x"], **case.layers(tensors))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, [*tensors.values()], case.gradient(y))
+    equal({"y": y, **dict(zip(tensors, found))}, expected)
 
 
 @pytest.mark.parametrize("ranks", ["both", "gated, alike", "gated, fc1"])
@@ -227,6 +264,21 @@ def test_torch_func(ranks):
     with forward_ad.dual_level():
         y = ours(case)(forward_ad.make_dual(tensors["x"], direction), **own)
         torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, pairs[0][1])
+
+
+def test_torch_func_drops_too():
+    case = Mlp(dtype=torch.float64, dropout_p=0.5)
+    tensors = {name: t.detach() for name, t in case.tensors().items()}
+
+    def loss(x, training=True):
+        return adapted_mlp(x, **case.layers(tensors), dropout_p=0.5, training=training).square().sum()
+
+    found = []
+    for seed, training in ((1, True), (1, True), (2, True), (1, False)):
+        torch.manual_seed(seed)
+        found.append(grad(loss)(tensors["x"], training))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(found[3], grad(lambda x: ours(Mlp())(x, **case.layers(tensors)).square().sum())(tensors["x"]))
 
 
 class Block(nn.Module):

@@ -126,8 +126,6 @@ class _AdaptedMlp(torch.autograd.Function):
             a = activated(ctx.activation, hs) if needs[-1].input else None
             da, own = linears_bwd(backend, [rows(dy)], a, layer, of, (gives_dh, need))
             del a
-            if not gives_dh:
-                return (*[None] * (len(ctx.needs_input_grad) - len(own)), *own)
             wanted = [needs_x or any(True in each for each in need) for *_, need in calls[:-1] for _ in need]
             dhs = activated_bwd(ctx.activation, da, hs, wanted)
             del da
