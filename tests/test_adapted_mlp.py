@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import peft_kernels
 from peft_kernels import MlpLinear, adapted_mlp, use_backend
+from peft_kernels.blocks import mlp
 from peft_kernels.blocks.activations import ACTIVATIONS
 
 RANKS = {
@@ -109,6 +110,14 @@ def test_leading_dimensions_and_empty_batches(ranks, shape):
     assert found["y"].shape == (*shape, 17)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-12, msg=name)
+
+
+def test_no_kernel_is_launched_for_no_rows():
+    case = Mlp(shape=(0,))
+    tensors = case.tensors()
+    plan = mlp._checked(tensors["x"], *case.layers(tensors).values(), None, "gelu", "triton", False)
+    assert [backend for backend, _ in plan.calls] == ["torch", "torch"]
+    assert results(case, ours(case, "triton"))["fc1.down"].abs().sum() == 0
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
