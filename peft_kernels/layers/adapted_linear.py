@@ -135,7 +135,10 @@ class AdaptedLinear(nn.Linear):
             return None
         if type(own["weight"]) is not nn.Parameter:
             return None
-        down, up, core = self.factors() if factors is None else factors
+        if factors is None and "down" in own and "up" in own:  # past nn.Module's slow way to them
+            down, up, core = own["down"], own["up"], own.get("core", None)
+        else:
+            down, up, core = self.factors() if factors is None else factors
         place = self.dropout_on
         if core is not None:
             core = core.view(core.shape[2:])

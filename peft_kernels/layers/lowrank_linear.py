@@ -12,7 +12,6 @@ from peft_kernels.layers.adapted_linear import (
     check_blocks,
     check_linear_module,
 )
-from peft_kernels.layers.group import Projection
 
 CORES = (None, "diagonal", "dense")
 INITS = ("kaiming", "gaussian")
@@ -86,11 +85,6 @@ class LowRankLinear(AdaptedLinear):
         if "down" not in own or "up" not in own:
             return self.down, self.up, self.core
         return own["down"], own["up"], self.core
-
-    def projection(self, x: Tensor) -> Projection | None:
-        own = self._parameters
-        known = "down" in own and "up" in own  # unless they are parametrised
-        return super().projection(x, (own["down"], own["up"], self.core) if known else None)
 
     def group_kind(self) -> tuple[tuple | None, str]:
         core = None if self.core is None else "diagonal" if self.core.dim() == 3 else "dense"
