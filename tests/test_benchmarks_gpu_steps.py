@@ -331,6 +331,12 @@ def test_the_watched_shapes_are_wider_than_any_tile(dtype):
     for tile in (tiles.shrink, tiles.expand, tiles.up_bwd, tiles.down_bwd):
         assert rows > tile.rows and rows % tile.rows and inner > tile.columns and inner % tile.columns
     assert rank > tiles.chunk_r and rank % tiles.block_r
+    rows, inner, outer, count, rank, others = gpu_work.LOOPS["lowrank_projections"]
+    shape = config.ProjectionsShape(inner, max(outer, others), rank, count, count, dropout=True)
+    tiles = config.projections_config(shape, dtype, 90)
+    for tile in (tiles.shrink, tiles.expand, tiles.up_bwd, tiles.down_bwd):
+        assert rows > tile.rows and rows % tile.rows and inner > tile.columns and inner % tile.columns
+        assert min(outer, others) > tile.columns / 2 and others % tile.columns
     queries = config.gated_query_config(gpu_work.LOOPS["gated_query"][2])
     assert gpu_work.LOOPS["gated_query"][1] > queries.gated_fwd.rows
     assert gpu_work.LOOPS["gated_query"][2] > queries.gated_fwd.columns > queries.additive.columns
