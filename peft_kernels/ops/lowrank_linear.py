@@ -266,7 +266,7 @@ def lowrank_linear(
         dropout = tuple.__new__(Dropout, (draw(x, plan.backend, dropout_p, plan.drops), dropout_p, dropout_on))
     apply = _LowRankLinear.apply if plan.memo is None else _apply
     down = down if hidden is None else down.detach()
-    recipe = recipe_of(x) if recompute else None
+    recipe = recipe_of(x) if recompute and key is not None and x.grad_fn is not None else None  # no key: in a graph
     return apply(x, weight, bias, down, up, core, scale, hidden, dropout, plan, recipe)
 
 
