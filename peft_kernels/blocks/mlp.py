@@ -81,14 +81,17 @@ class _AdaptedMlp(torch.autograd.Function):
     def forward(ctx, x, activation, scales, dropouts, plan, *tensors):
         *first, last = calls = plan.split(_layers(tensors, scales))
         backends, read, hs, zs = [backend for backend, _ in plan.calls], rows(x), [], []
+        needs_x, gives_dh, needs = _needs(ctx.needs_input_grad)
         for call in zip(backends, [read] * len(first), first, dropouts):
             ys, z = linears_fwd(*call)
             hs, zs = hs + ys, [*zs, z]
-        (y,), z = linears_fwd(backends[-1], activated(activation, hs), last, dropouts[-1])
-        needs_x, gives_dh, needs = _needs(ctx.needs_input_grad)
+        a = activated(activation, hs)
+        if not (gives_dh or needs[-1].input):
+            hs = [None] * len(hs)
+        (y,), z = linears_fwd(backends[-1], a, last, dropouts[-1])
         keeps = {
             "x": [x if any(each.input for each in needs[:-1]) else None],
-            "hs": hs if gives_dh or needs[-1].input else [None] * len(hs),
+            "hs": hs,
             "zs": [z if any(n.up for n in each) else None for z, each in zip([*zs, z], plan.split(needs))],
             "rngs": [dropout.rng for dropout in dropouts],
             "weights": [
