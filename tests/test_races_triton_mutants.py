@@ -15,7 +15,7 @@ if not common.INTERPRETED:
     pytest.skip("the order of programs is the interpreter's to choose", allow_module_level=True)
 
 from imitation_cases import Layer
-from race_cases import MODULES, batched, gated, imitated, lowrank, reconstructed, small_tiles
+from race_cases import MODULES, batched, gated, imitated, lowrank, projected, reconstructed, small_tiles
 from triton_census import KERNELS
 from triton_mutants import load
 from triton_races import Fault, checked_launches
@@ -25,6 +25,7 @@ from peft_kernels.triton_kernels import (
     gated_query_kernels,
     lowrank_linear_bwd,
     lowrank_linear_fwd,
+    lowrank_projections_kernels,
     weight_distance,
     weight_distance_product,
 )
@@ -40,6 +41,7 @@ GRID = lowrank(dtype=torch.float16, columns_in=40, columns_out=40, rank=5, core=
 DENSE = lowrank("core", rows=40, dtype=torch.float16, columns_in=24, columns_out=24, core="flat dense")
 COLUMNS = lowrank("x down", rows=40, columns_in=136, columns_out=136, rank=12, dtype=torch.float16)
 ONE_KERNEL = lowrank("x", design="fused", rows=70, columns_in=40, columns_out=72, rank=20)
+PASSES = projected("x down0 down1 up0", rows=40, inputs=40, outputs=(40, 40), rank=20)  # float32: one after another
 BATCH = batched("up", inputs=24, outputs=40, rank=5)
 ADDITIVE, GATED = gated("additive", "text beta"), gated("gated", "hidden text beta", batch=2)
 BLOCKS = reconstructed(rows=40, columns=136, rank=5, core="diagonal", out_blocks=2)
@@ -76,6 +78,15 @@ MUTANTS = {
         "sums beyond the end": ("mask=offsets < size)", "mask=offsets >= 0)", GRID, OUTSIDE),
         "two sums in one": ("_add_parts(b_ptr, b_out_ptr,", "_add_parts(b_ptr, a_out_ptr,", GRID, BOTH_WRITE),
         "sums overlap": (".to(tl.int64) * BLOCK + ", ".to(tl.int64) * (BLOCK - 1) + ", COLUMNS, BOTH_WRITE),
+    },
+    lowrank_projections_kernels: {
+        "no barrier between passes over dx": (
+            "            tl.debug_barrier()  # what other threads wrote of dx is read in the next pass\n",
+            "            pass\n",
+            PASSES,
+            NO_BARRIER,
+        ),
+        "y of the first projection": ("y_ptr = _pick((y0_ptr, y1_ptr,", "y_ptr = _pick((y0_ptr, y0_ptr,", PASSES, None),
     },
     batched_lowrank_linear: {
         "the next adapter's first row": (

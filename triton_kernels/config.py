@@ -201,7 +201,7 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
     if shape.parts > 1 and dtype == torch.float32:
         shrink_at_once = shape.parts if block_r == 16 and shape.parts <= 3 else 1
         down_at_once = 1 if shape.dropout else shrink_at_once
-        shrink = replace(shrink, stages=2) if block_r == 32 and not shape.dropout else shrink
+        shrink = replace(shrink, stages=2) if block_r == 32 and (arch < 90 or not shape.dropout) else shrink
         down_bwd = replace(down_bwd, stages=1) if down_at_once > 1 else down_bwd
     elif shape.parts > 1:
         shrink_at_once = 1 if block_r == 64 and (shape.dropout or shape.parts > 3) else shape.parts
@@ -225,7 +225,7 @@ def _half_shrink(block_r: int, dropout: bool, many: bool) -> Tile:
 def _half_down_bwd(block_r: int, dropout: bool, many: bool) -> Tile:
     if dropout:
         wide = block_r == 16 and not many
-        tile = Tile(32, 128) if wide else Tile(16 if many and block_r == 64 else 32, 64, stages=2)
+        tile = Tile(32, 128) if wide else Tile(16 if many else 32, 64, stages=2)
     else:
         tile = {16: Tile(64, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64)}[block_r]
     return replace(tile, resident=1)

@@ -82,7 +82,8 @@ class _Plan(NamedTuple):
     dtype: torch.dtype | None  # that autocast asks for
     count: int  # J
     drops: int  # columns of each mask; 0: nothing is dropped
-    ready: bool  # nothing has to be cast, copied, multiplied or reshaped before kernels can take it
+    ready: bool  # nothing has to be cast, copied or reshaped before kernels can take it
+    wide_scales: bool  # they are tensors of the dtype that kernels take
     memo: dict | None = None  # where the backend keeps its own: if it is ready, no graph is made and autocast is off
 
 
@@ -242,9 +243,10 @@ def lowrank_projections(
     if not plan.ready:
         x, hidden, *cast = _cast((x, hidden, *weights, *biases), plan.dtype)
         weights, biases = cast[: plan.count], cast[plan.count :]
+        biases, downs, ups = ([contiguous(t) for t in each] for each in (biases, downs, ups))
+    if not plan.wide_scales:
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         scales = tuple([scale_tensor(scale, wide, x.device) for scale in scales])
-        biases, downs, ups = ([contiguous(t) for t in each] for each in (biases, downs, ups))
     if cores is not None:
         ups = [_with_core(up, core) for up, core in zip(ups, cores)]
     if plan.memo is None and transformed():
@@ -378,7 +380,7 @@ def _checked(x, weights, biases, downs, ups, cores, scales, hidden, options: tup
     run = choice.name if x.numel() else "torch"  # no rows: nothing to launch
     columns = x.shape[-1] if dropout_on == "input" else rank
     dtype, wide = linear_dtype(given) if autocasts(given) else None, torch.promote_types(x.dtype, torch.float32)
-    ready = dtype is None and all(isinstance(s, Tensor) and s.dtype is wide for s in scales)
     tensors = (given, hidden, *biases, *downs, *ups)
-    ready = ready and all(t is None or t.is_contiguous() for t in tensors)
-    return _Plan(run, dtype, count, columns if drops else 0, ready)
+    ready = dtype is None and all(t is None or t.is_contiguous() for t in tensors)
+    wide_scales = all(isinstance(s, Tensor) and s.dtype is wide for s in scales)
+    return _Plan(run, dtype, count, columns if drops else 0, ready, wide_scales)

@@ -64,7 +64,8 @@ def checked(given: dict) -> tuple[list, bool]:
     for leaf in leaves:
         leaf.requires_grad_()
     t = {f"{name}{j}": each for name, ts in (*parts.items(), ("bias", biases)) for j, each in enumerate(ts)}
-    t |= {f"scale{j}": op._scale(scale, torch.float32, x.device) for j, scale in enumerate(scales)}  # numbers', too
+    wide = [op.scale_tensor(scale, torch.float32, x.device) for scale in scales]  # numbers', too
+    t |= {f"scale{j}": scale for j, scale in enumerate(wide)}
     for j in given["used"]:
         shape = given["rows"], widths[j]
         one = given["dys"] == "expanded"
