@@ -42,7 +42,7 @@ def test_a_group_gives_what_its_layers_give_one_by_one(kind, dropout, calls):
 
 
 def test_only_what_reads_one_tensor_is_together(calls):
-    """Of a cross-attention, keys and values; the query reads another tensor, and nothing is computed for nothing."""
+    """Cross-attention's keys and values are; its query reads another tensor, and nothing is computed for nothing."""
     model = make("lora", crossing=True)
     gradients(model)
     assert calls == {"together": [2], "alone": 2}

@@ -10,8 +10,8 @@ PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
 LONGEST_CHAIN = 64  # float32 products that are added one after another; csrc is compiled with it
 # All column tiles of down_bwd read each row of up_bwd's chunks; above so many, hidden_bwd costs less. So too for csrc.
 MOST_CHUNK_READS = 64
-# Of the masks' generator. 7 are the fewest with which Philox-4x32 passes BigCrush, in Salmon et al.'s own tests (doi
-# 10.1145/2063384.2063405, section 5); 10, its authors' default, are a margin that dropping elements has no use for.
+# The masks' generator has so many: the fewest with which Philox-4x32 passes BigCrush in Salmon et al.'s own tests (doi
+# 10.1145/2063384.2063405, section 5). 10, its authors' default, are a margin that dropping elements has no use for.
 PHILOX_ROUNDS = 7  # csrc is compiled with it
 LONGEST_RUN = 128  # tiles that one program adds up: 512 of 16 rows err more than torch, whose sums are sliced
 SEGMENT_ROWS = 64  # rows of one tile of a batch sorted by adapter; csrc is compiled with it
@@ -206,7 +206,7 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
     elif shape.parts > 1:
         shrink_at_once = 1 if block_r == 64 and (shape.dropout or shape.parts > 3) else shape.parts
         shrink = _half_shrink(block_r, shape.dropout, shape.parts > 3)
-        down_bwd = _half_down_bwd(block_r, shape.dropout, shape.parts > 3)
+        down_bwd = _half_down_bwd(block_r, shape.dropout, shape.parts > 3, arch)
     up_bwd = replace(config.up_bwd, resident=1) if arch >= 100 and block_r == 16 else config.up_bwd
     if dtype == torch.float32 and (arch >= 100 or block_r == 32):  # z through its mask in 64 columns: tf32 on sm_100
         up_bwd = Tile(32, 32 if arch >= 100 else 64, stages=1, resident=1)
@@ -222,12 +222,13 @@ def _half_shrink(block_r: int, dropout: bool, many: bool) -> Tile:
     return Tile(64, 128, stages=2 if block_r == 64 else 3)
 
 
-def _half_down_bwd(block_r: int, dropout: bool, many: bool) -> Tile:
+def _half_down_bwd(block_r: int, dropout: bool, many: bool, arch: int) -> Tile:
     if dropout:
         wide = block_r == 16 and not many
-        tile = Tile(32, 128) if wide else Tile(16 if many else 32, 64, stages=2)
+        tile = Tile(16 if arch >= 100 else 32, 128) if wide else Tile(16 if many else 32, 64, stages=2)
     else:
-        tile = {16: Tile(64, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64)}[block_r]
+        rows = 32 if many and arch >= 100 else 64
+        tile = {16: Tile(rows, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64)}[block_r]
     return replace(tile, resident=1)
 
 

@@ -107,7 +107,7 @@ _forward_again, _backward_again = again(_forward), again(_backward)
 
 
 def _parts(projections: Projections, drop: Drop) -> int:
-    """Of z, and of dz: one where all share A and none masks x."""
+    """How many parts z and dz have: one where all share A and none masks x."""
     return 1 if len(projections.downs) < 2 and drop.place != "input" else len(projections.ups)
 
 

@@ -71,7 +71,7 @@ class _Plan(NamedTuple):
     calls: tuple[tuple[str | None, int], ...]  # in the order gate, fc1, fc2: a backend, and how many layers at once
 
     def split(self, values: Sequence) -> list[list]:
-        """Of the layers, in calls."""
+        """One value for each layer -> a list for each call."""
         remaining = iter(values)
         return [[next(remaining) for _ in range(count)] for _, count in self.calls]
 

@@ -216,7 +216,7 @@ class ImitationLinear(AdaptedLinear):
         return {"weight": self.base_weight, "bias": self.base_bias, **factors}
 
     def projection(self, x: Tensor) -> Projection | None:
-        """Of the student, whose adapters take no gradient."""
+        """The student's part of a group's call; its adapters take no gradient."""
         if self.mode_now != "student" or self.merged:
             return None
         options = 0.0, "input", False, self.backend

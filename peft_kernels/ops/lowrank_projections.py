@@ -172,7 +172,7 @@ _FIRST = 5  # arguments before weights, biases, downs and ups
 
 
 def _parts(tensors: Sequence, count: int) -> tuple[list, list, list, list]:
-    """Of weights, biases, downs and ups; there may be one down for all, or none."""
+    """-> those of weights, biases, downs and ups; there may be one down for all, or none"""
     tensors = list(tensors)
     return tensors[:count], tensors[count : 2 * count], tensors[2 * count : -count], tensors[-count:]
 
@@ -264,12 +264,6 @@ def lowrank_projections(
 _plans: dict[tuple, _Plan] = {}
 _shaped = torch.ops.aten._unsafe_view.default._op  # a tensor of its own, as `rows.shaped` says
 _apply = super(torch.autograd.Function, _LowRankProjections).apply  # without unwrapping what functorch left
-
-
-def _listed(name: str, values: object) -> list:
-    if not isinstance(values, list | tuple):
-        raise TypeError(f"{name}: expected a list or tuple, one entry for each projection, got {kind_of(values)}")
-    return list(values)
 
 
 def _listed_scales(scales: object, weights: object) -> tuple:

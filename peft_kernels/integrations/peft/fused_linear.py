@@ -222,7 +222,7 @@ class FusedLinear(StockLinear):
         return Projection(*reads.values(), None, self._scaling.tensors[adapter], options)
 
     def group_kind(self) -> tuple[tuple | None, str]:
-        """Of layers with the adapters that are active now; whether they are alike is looked at in each pass, too."""
+        """As layers/group.py's Member, for the adapter that is active now: each pass compares the active ones again."""
         if (adapter := next(iter(self._present()), None)) is None:
             return None, "by itself: no active adapter is on this layer"
         weight = self.base_layer.weight
