@@ -35,7 +35,7 @@ def stacked(weights: Sequence[Tensor]) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling() or _thread.apart:
         return None
     place, rows = first.data_ptr(), 0
-    if len(weights) > 1 and weights[1].data_ptr() - place != first.shape[0] * first.shape[1] * first.itemsize:
+    if weights[1:] and weights[1].data_ptr() - place != first.shape[0] * first.shape[1] * first.itemsize:
         return None
     for weight in weights:
         if weight.data_ptr() != place or not weight.is_contiguous():
@@ -52,9 +52,9 @@ def empty_outputs(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor | None, 
 
     The columns are no views to autograd, which forbids to write into several views that one function returns.
     """
-    widths = [weight.shape[0] for weight in weights]
     if stacked(weights) is None:
-        return None, [x.new_empty(x.shape[0], width) for width in widths]
+        return None, [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    widths = [weight.shape[0] for weight in weights]
     y = x.new_empty(x.shape[0], sum(widths))
     return y, columns_of(y, widths)
 

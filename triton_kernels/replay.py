@@ -6,6 +6,7 @@ the first call of a kind is watched: which tensors it makes, and what it launche
 those tensors and launches the compiled kernels on the new addresses.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
@@ -53,8 +54,8 @@ def replayed(memo: Memo | None, key: Hashable, function: Callable[[], tuple], te
         return _recorded(memo, key, function, tensors)  # one tensor stood where several stand now, which serves both
     for index, offset in parts:
         addresses.append(addresses[index] + offset)
-    for run, grid, compiled, pick, rest in launches:
-        run(*grid, stream, *compiled, *pick(addresses), *rest)
+    for launch, grid, how, pick, rest in launches:
+        launch(*grid, stream, *how, (*pick(addresses), *rest))
     return results((*made, None))
 
 
@@ -194,8 +195,25 @@ def _step(launched: common.Launch, compiled: CompiledKernel, places: dict[int, i
     count = max(index for index, arg in enumerate(args) if arg is None or isinstance(arg, Tensor)) + 1
     pick = _getter([0 if arg is None else places[id(arg)] for arg in args[:count]])
     rest = (*args[count:], *(constants[name] for name in names[len(args) :]))
-    compiled_as = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
-    return compiled.run, (*grid, 1, 1)[:3], compiled_as, pick, rest
+    launch, how = _launcher(compiled)
+    return launch, (*grid, 1, 1)[:3], how, pick, rest
+
+
+def _launcher(compiled: CompiledKernel) -> tuple[Callable, tuple]:
+    """-> what launches it with (*grid, stream, *the second result, a tuple of the kernel's arguments)
+
+    Triton's launcher looks for scratch memory, of which our kernels have none, and then calls a compiled function. What
+    it passes to that is seen here once; where it is anything else than expected, the launcher itself is called.
+    """
+    run, grid_and_stream, passed = compiled.run, (1, 1, 1, 0), []
+    how = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
+    if getattr(run, "global_scratch_size", None) == getattr(run, "profile_scratch_size", None) == 0:
+        watched = copy.copy(run)
+        watched.launch = lambda *args: passed.append(args)
+        watched(*grid_and_stream, *how)
+    if len(passed) == 1 and passed[0][:4] == grid_and_stream and passed[0][-1] == ():  # no arguments
+        return run.launch, passed[0][4:-1]
+    return lambda *args: run(*args[:-1], *args[-1]), how
 
 
 def _span(t: Tensor) -> tuple[int, int]:

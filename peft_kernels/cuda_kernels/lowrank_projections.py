@@ -9,6 +9,8 @@ As for the low-rank linear, what depends on neither rows nor addresses is worked
 """
 
 import functools
+from collections.abc import Iterable
+from itertools import repeat
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -36,9 +38,9 @@ def lowrank_projections_fwd(
     kind, rows, rng = memo[key], x.shape[0], dropout.rng
     outputs, z = empty_outputs(x, weights), x.new_empty(rows, kind.z_columns) if given is None else given
     numbers = [*map(Tensor.data_ptr, (x, z, NULL if rng is None else rng)), x.stride(0), z.stride(0)]
-    for down, up, bias, scale, y in zip(_each(downs, len(ups)), ups, biases, scales, outputs[1]):
-        bias = NULL if bias is None else bias
-        numbers += (*map(Tensor.data_ptr, (down, up, bias, scale, y)), y.stride(0))
+    for down, up, bias, scale, y in zip(_each(downs), ups, biases, scales, outputs[1]):
+        bias, row = NULL if bias is None else bias, y if outputs[0] is None else outputs[0]
+        numbers += (*map(Tensor.data_ptr, (down, up, bias, scale, y)), row.shape[1])
     launch(kind.module.lowrank_projections_fwd, kind.params, x, rows, numbers)
     ys = add_frozen(outputs, x, weights)
     return [*ys, z] if given is None else ys
@@ -68,7 +70,7 @@ def lowrank_projections_bwd(
     tensors = NULL if x is None else x, NULL if z is None else z, NULL if rng is None else rng
     numbers = [*map(Tensor.data_ptr, tensors), *(0 if t is None else t.stride(0) for t in (x, z))]
     numbers += map(Tensor.data_ptr, (dx, d_down, d_up, dz))
-    for down, up, scale, dy in zip(_each(downs, len(ups)), ups, scales, dys):
+    for down, up, scale, dy in zip(_each(downs), ups, scales, dys):
         numbers += (*map(Tensor.data_ptr, (down, up, scale, dy)), dy.stride(0))
     launch(kind.module.lowrank_projections_bwd, kind.params, like, rows, numbers, workspace.data_ptr())
     return (
@@ -79,8 +81,9 @@ def lowrank_projections_bwd(
     )
 
 
-def _each(downs: list[Tensor], count: int) -> list[Tensor]:
-    return downs if len(downs) > 1 else (downs or [NULL]) * count
+def _each(downs: list[Tensor]) -> Iterable[Tensor]:
+    """One for each projection."""
+    return downs if downs[1:] else repeat(downs[0] if downs else NULL)
 
 
 # ---- what is worked out once ----------------------------------------------------------------------------------------

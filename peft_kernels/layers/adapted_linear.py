@@ -136,7 +136,7 @@ class AdaptedLinear(nn.Linear):
         if type(own["weight"]) is not nn.Parameter:
             return None
         if factors is None and "down" in own and "up" in own:  # past nn.Module's slow way to them
-            down, up, core = own["down"], own["up"], own.get("core", None)
+            down, up, core = own["down"], own["up"], own["core"] if "core" in own else None  # noqa: SIM401 (a call)
         else:
             down, up, core = self.factors() if factors is None else factors
         place = self.dropout_on

@@ -83,8 +83,14 @@ class LinearGroup:
         if current is not None and current.state == state and current.x() is x:
             y = current.ys[member]
             if y is not None and current.version == x._version and current.required == x.requires_grad:
-                if layer is not self.layers[member] or not _unchanged(layer.reads(), current.reads[member]):
+                if layer is not self.layers[member]:
                     return None
+                now, before = layer.reads(), current.reads[member]
+                for name in now:
+                    if name not in before or now[name] is not before[name][0]:  # or another adapter is active
+                        return None
+                    if (version := before[name][1]) is not None and now[name]._version != version:
+                        return None
                 current.ys[member] = None
                 current.asked += 1
                 if current.asked == self.count:
@@ -94,7 +100,11 @@ class LinearGroup:
 
     def _begin(self, member: int, layer: Member, x: Tensor, state: tuple) -> Tensor | None:
         """Another pass, or None where the layer has to run by itself."""
-        if layer is not self.layers[member] or type(x) not in _PLAIN or x.is_inference():
+        if layer is not self.layers[member] or type(x) not in _PLAIN:
+            return None
+        try:
+            version = x._version
+        except RuntimeError:  # a tensor of inference mode
             return None
         again, before = _graph_task() != -1, self._here.current
         if again:
@@ -105,8 +115,15 @@ class LinearGroup:
             if state[2] is not None or (layer.training and not state[0]):
                 self.not_recomputed += 1
         self._here.current = None
-        parts = None if self.dissolved else [each.projection(x) for each in self.layers]
-        if parts is None or not _alike(parts, x):
+        if self.dissolved:
+            return None
+        parts, reads = [], []  # += makes them grow without a call
+        for each in self.layers:
+            if (part := each.projection(x)) is None:
+                return None
+            parts += (part,)
+            reads += ({} if each is layer else each.reads(),)
+        if not _alike(parts, x):
             return None
         weights, biases, downs, ups, cores, scales, (options, *_), (hidden, *_) = zip(*parts)
         dropout_p, dropout_on, training, backend = options
@@ -124,8 +141,7 @@ class LinearGroup:
             hidden=hidden,
             backend=backend,
         )
-        reads = [{} if each is layer else each.reads() for each in self.layers]
-        current = self._here.current = _Pass(x, state, ys, reads, again)
+        current = self._here.current = _Pass(x, version, state, ys, reads, again)
         y, current.ys[member] = ys[member], None
         return y
 
@@ -163,7 +179,7 @@ class LinearGroup:
 class _Pass:
     """What one call has computed, and for what; `state` is None once it may serve no more."""
 
-    def __init__(self, x: Tensor, state: tuple, ys: tuple[Tensor, ...], reads: list[Reads], again: bool):
+    def __init__(self, x: Tensor, version: int, state: tuple, ys: tuple[Tensor, ...], reads: list[Reads], again: bool):
         self.state, self.ys, self.asked, self.again = state, [*ys], 1, again
         self.reads = _versions(reads)
         this = weakref.ref(self)
@@ -172,7 +188,7 @@ class _Pass:
             if (alive := this()) is not None:
                 alive.state, alive.ys = None, [None] * len(alive.ys)
 
-        self.x, self.version, self.required = weakref.ref(x, end), x._version, x.requires_grad
+        self.x, self.version, self.required = weakref.ref(x, end), version, x.requires_grad
         if (node := ys[0].grad_fn) is not None:  # a backward frees the graph that later members would join
             try:
                 node.begins_backward = end
@@ -180,11 +196,11 @@ class _Pass:
                 node.register_prehook(end)
 
 
-def _alike(parts: list[Projection | None], x: Tensor) -> bool:
+def _alike(parts: list[Projection], x: Tensor) -> bool:
     """Does one call take them all?"""
     first = parts[0]
     for part in parts:
-        if part is None or part.options != first.options or part.hidden is not first.hidden:
+        if part.options != first.options or part.hidden is not first.hidden:
             return False
         weight, down = part.weight, part.down
         if weight.device != x.device or weight.dtype != first.weight.dtype or down.dtype != first.down.dtype:
@@ -194,26 +210,18 @@ def _alike(parts: list[Projection | None], x: Tensor) -> bool:
     return True
 
 
-def _versions(reads: list[Reads]) -> list[dict]:
+def _versions(reads: list[Reads]) -> list[dict[str, tuple[Tensor | None, int | None]]]:
     """What each layer reads, and how often that was changed in place; None where torch does not count."""
     found = []
     for own in reads:
-        try:
-            found += [{name: (own[name], None if own[name] is None else own[name]._version) for name in own}]
-        except RuntimeError:  # tensors of inference mode
-            found += [{name: (own[name], None) for name in own}]
+        seen = {}
+        for name in own:
+            try:
+                seen[name] = own[name], None if own[name] is None else own[name]._version
+            except RuntimeError:  # a tensor of inference mode
+                seen[name] = own[name], None
+        found += (seen,)
     return found
-
-
-def _unchanged(now: Reads, before: dict[str, tuple[Tensor | None, int | None]]) -> bool:
-    try:
-        for name in now:
-            t, version = before[name]
-            if now[name] is not t or (version is not None and t._version != version):
-                return False
-    except KeyError:  # another adapter is active
-        return False
-    return True
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -235,7 +235,7 @@ def test_a_launch_on_a_gpu_takes_the_stream_of_the_current_device(current, monke
     kept = replay.Replay(torch.device("cuda", 1), lambda tensors: (x,), [], [], [], [launch], lambda made: "replayed")
     result = replay.replayed({"one": kept}, "one", lambda: "the long way", (x,))
     assert result == ("replayed" if current == 1 else "the long way")
-    assert ran == ([(3, 2, 1, 71, "compiled", x.data_ptr(), "rest")] if current == 1 else [])
+    assert ran == ([(3, 2, 1, 71, "compiled", (x.data_ptr(), "rest"))] if current == 1 else [])
 
 
 def test_launchers_with_a_memo_by_how_their_arguments_look():

@@ -205,21 +205,22 @@ class FusedLinear(StockLinear):
             _remember(looks)
         return self._present()[0]
 
-    def reads(self) -> dict[str, Tensor | None]:
-        """The parameters that the output depends on, by name."""
-        modules, adapter = self._modules, self._active()
+    def reads(self, adapter: str | None = None) -> dict[str, Tensor | None]:
+        """The parameters that the output depends on, by name.  adapter: the active one, if it is known"""
+        modules, adapter = self._modules, adapter or self._active()
         own, down, up = modules["base_layer"]._parameters, modules["lora_A"]._modules, modules["lora_B"]._modules
         factors = (down[adapter]._parameters["weight"], up[adapter]._parameters["weight"]) if adapter in down else ()
         return {"weight": own["weight"], "bias": own["bias"], **dict(zip(("down", "up"), factors))}
 
     def projection(self, x: Tensor) -> Projection | None:
         """What a group's call on x takes, as layers/group.py says."""
-        if (adapter := self._fusible(x)) is None:
+        adapter = self._active()
+        if self._looks(adapter, x) not in _fused and (adapter := self._fusible(x)) is None:
             return None
-        modules, reads = self._modules, self.reads()
+        modules, reads = self._modules, self.reads(adapter)
         dropout = modules["lora_dropout"]._modules[adapter]
         options = dropout.p if type(dropout) is nn.Dropout else 0.0, "input", dropout.training, "auto"
-        return Projection(*reads.values(), None, self._scaling.tensors[adapter], options)
+        return tuple.__new__(Projection, (*reads.values(), None, self._scaling.tensors[adapter], options, None))
 
     def group_kind(self) -> tuple[tuple | None, str]:
         """As layers/group.py's Member, for the adapter that is active now: each pass compares the active ones again."""
@@ -253,7 +254,6 @@ class FusedLinear(StockLinear):
                 or self._scaling.device != weight.device
                 or down._parameters["bias"] is not None
                 or up._parameters["bias"] is not None
-                or _watched(base) or _watched(down) or _watched(up) or _watched(dropout)
                 or _all._global_forward_hooks or _all._global_forward_pre_hooks
                 or _all._global_backward_hooks or _all._global_backward_pre_hooks
                 or forward_ad._current_level >= 0
@@ -261,6 +261,11 @@ class FusedLinear(StockLinear):
                 or torch._C._get_tracing_state() is not None
             ):  # fmt: skip
                 return None
+            for each in base, down, up, dropout:  # as `_watched`, without a call
+                if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
+                    return None
+                if "forward" in each.__dict__:
+                    return None
             return (
                 type(base), type(base).forward, type(down), type(up), type(dropout), type(x), type(weight), type(bias),
                 type(a), type(b), x.layout, x.dtype, x.device, x.shape[-1],
