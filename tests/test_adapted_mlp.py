@@ -8,6 +8,7 @@ import torch
 from kept_cases import kept
 from mlp_cases import TENSORS, Mlp, assert_as_accurate_as_torch, drawing, one_by_one, ours, reference, results
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -331,7 +332,7 @@ def test_a_changed_scale_is_no_other_graph():
     case = Mlp()
     block, x = Block(case, "torch"), case.tensors()["x"]
     torch.compiler.reset()
-    counts = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counts = CompileCounterWithBackend("eager")
     compiled = torch.compile(block, backend=counts, fullgraph=True)
     for value in (1.7, 0.3):
         block.scale.fill_(value)

@@ -40,11 +40,9 @@ def lowrank_linear_bwd(
     dy_blocks = dy.reshape(-1, up.shape[0])
     if needs.up:
         expanded = _expand(z, core, dropout)
-        d_up = (dy_blocks.t() @ expanded.reshape(-1, up.shape[1])).mul_(scale).to(up.dtype)
-    if needs.x:
-        dx = dy @ weight
+        d_up = up_gradient(dy_blocks, expanded.reshape(-1, up.shape[1])).mul_(scale).to(up.dtype)
     if needs.down or needs.core or needs.z or through_down:
-        d_expanded = (dy_blocks @ up.to(dy.dtype)).mul_(scale).view(dy.shape[0], _blocks(dy, up.t()) * up.shape[1])
+        d_expanded = times_up(dy_blocks, up).mul_(scale).view(dy.shape[0], _blocks(dy, up.t()) * up.shape[1])
         dz, d_core = _expand_bwd(d_expanded, z, core, dropout, needs.core)
         on_input = dropout.on == "input"
         if on_input:
@@ -56,9 +54,11 @@ def lowrank_linear_bwd(
             x = x * keep if on_input else x
             d_down = _d_down(dz, x, down)
         if through_down and on_input:  # dz A into the memory of the dropped x: fresh memory costs a CPU dearly
-            dx.addcmul_(_dx(dz, down, out=x if needs.down else None), keep)
-        elif through_down:
-            _add_product(dx.view(-1, down.shape[1]), dz.reshape(-1, down.shape[0]), down.to(dy.dtype), 1.0)
+            dx = _dx(dz, down, out=x if needs.down else None).mul_(keep)
+    if needs.x:
+        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    if through_down and dropout.on != "input":
+        _add_product(dx.view(-1, down.shape[1]), dz.reshape(-1, down.shape[0]), down.to(dy.dtype), 1.0)
     return dx, d_down, d_up, d_core, d_z
 
 
@@ -93,6 +93,17 @@ def lowrank_hidden_bwd(
     """-> dx, d_down; `needs` says which, in that order."""
     needs_x, needs_down = needs
     return _dx(dz, down) if needs_x else None, _d_down(dz, x, down) if needs_down else None
+
+
+def times_up(dy: Tensor, up: Tensor) -> Tensor:
+    """dy B (M, R). For thinner B a CPU's BLAS takes up to four times as long with the sides not exchanged."""
+    up = up.to(dy.dtype)
+    return dy @ up if up.shape[1] >= 16 else (up.t() @ dy.t()).t().contiguous()
+
+
+def up_gradient(dy: Tensor, hidden: Tensor) -> Tensor:
+    """dyᵀ z (N, R), with the sides exchanged, too: from a seventh less time at rank 64 to a tenth of it at rank 8."""
+    return (hidden.t() @ dy).t().contiguous()
 
 
 def _d_down(dz: Tensor, x: Tensor, down: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from peft_kernels.frozen_products import add_frozen, add_frozen_bwd, empty_outputs
 from peft_kernels.records import Dropout, Factors, ProjectionNeeds, Projections
 
-from .lowrank_linear import keep_numbers, lowrank_linear_composed
+from .lowrank_linear import keep_numbers, lowrank_linear_composed, times_up, up_gradient
 
 
 def lowrank_projections_fwd(
@@ -54,12 +54,12 @@ def lowrank_projections_bwd(
     dx = d_down = d_up = None
     if needs.up:
         parts = zip(dys, _hidden(z, projections, dropout), scales)
-        d_up = torch.cat([(dy.t() @ part).mul_(scale) for dy, part, scale in parts]).to(ups[0].dtype)
-    if needs.x:
+        d_up = torch.cat([up_gradient(dy, part).mul_(scale) for dy, part, scale in parts]).to(ups[0].dtype)
+    if needs.x and not (downs and dropout.on == "input"):
         dx = add_frozen_bwd(None, dys, weights)
     if not (needs.z or needs.down or (needs.x and downs)):
         return dx, d_down, d_up, None
-    parts = [(dy @ up.to(dy.dtype)).mul_(scale) for dy, up, scale in zip(dys, ups, scales)]
+    parts = [times_up(dy, up).mul_(scale) for dy, up, scale in zip(dys, ups, scales)]
     if dropout.rng is not None:
         parts = [part.mul_(1 / (1 - dropout.p)) for part in parts]
     if dropout.on == "rank":
@@ -77,9 +77,12 @@ def lowrank_projections_bwd(
         if needs.down:
             d_downs.append(part.t() @ dropped)
         if needs.x and keep is not None:  # dz A into the memory of the dropped x: fresh memory costs a CPU dearly
-            dx.addcmul_(torch.mm(part, down.to(part.dtype), out=dropped), keep)
+            through = torch.mm(part, down.to(part.dtype), out=dropped)
+            dx = through.mul_(keep) if dx is None else dx.addcmul_(through, keep)
         elif needs.x:
             dx.addmm_(part, down.to(part.dtype))
+    if needs.x and dropout.on == "input":
+        dx = add_frozen_bwd(dx, dys, weights)
     if needs.down:
         d_down = (torch.cat(d_downs) if len(downs) > 1 else _sum(d_downs)).to(downs[0].dtype)
     return dx, d_down, d_up, None
