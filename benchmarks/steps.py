@@ -36,12 +36,24 @@ from peft_kernels.checks import check_choice
 
 from . import results, steps_inference
 from .cases import WrongResult
-from .steps_methods import ADDING, FROZEN, LORA_ALL, METHODS, MODES, PEFT, PEFT_ALL, RIVALS, RIVALS_OF_FEW
+from .steps_methods import (
+    ADDING,
+    BY_NAME,
+    FROZEN,
+    LORA_ALL,
+    METHODS,
+    MODES,
+    PEFT,
+    PEFT_ALL,
+    PEFT_AURORA,
+    RIVALS,
+    RIVALS_OF_FEW,
+)
 from .steps_models import MODELS, SIZES
 from .steps_session import BATCH, CPU_BATCH, CPU_ROUNDS, GPU_SECONDS, ROUNDING, Absent, Faulted, Options, Session, free
 from .steps_table import inference_table, steps_table
 
-KNOWN = (*METHODS, *ADDING)
+KNOWN = (*METHODS, *BY_NAME)
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
@@ -73,7 +85,7 @@ def measure(
     if importlib.util.find_spec("transformers") is None:
         absent("transformers, which has the models, is not installed")
         return
-    for method in {PEFT, PEFT_ALL} & {*methods} if importlib.util.find_spec("peft") is None else ():
+    for method in {PEFT, PEFT_ALL, PEFT_AURORA} & {*methods} if importlib.util.find_spec("peft") is None else ():
         absent("peft is not installed", method=method)
         methods.remove(method)
     if "graph" in modes and options.device.type == "cpu":
@@ -159,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adds", action="store_true", help=f"the methods {'; '.join(ADDING)}, dropout 0.1 and 0")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     named = {"nargs": "+", "choices": KNOWN, "metavar": "NAME"}
-    parser.add_argument("--method", help=f"{'; '.join(METHODS)}; or, only by name: {'; '.join(ADDING)}", **named)
+    parser.add_argument("--method", help=f"{'; '.join(METHODS)}; or, only by name: {'; '.join(BY_NAME)}", **named)
     parser.add_argument("--mode", nargs="+", choices=MODES, help="all on a GPU, eager on a CPU")
     parser.add_argument("--size", choices=SIZES, default="base")
     batches = f"on a GPU {BATCH['blip']} and {BATCH['vilt']}, on a CPU {CPU_BATCH}; of --inference"

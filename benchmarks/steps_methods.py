@@ -2,7 +2,8 @@
 
 LoRA and MoIL adapt the queries, keys and values of all attention, Aurora what its release does, with gates on BLIP;
 each model's heads train with every method. Three more show what adapters add: LoRA by peft and by us on all linears of
-the towers, and a frozen model. In these gradients flow on to what the embeddings give, through every frozen linear.
+the towers, and a frozen model. In these gradients flow on to what the embeddings give, through every frozen linear. And
+one compares Aurora with LoRA by peft on the same layers and of the same rank: its release adapts more than LoRA does.
 """
 
 import copy
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_kernels import ImitationGroup, explain, resolve
-from peft_kernels.adapters import Adapter, Aurora, FullTuning, LoRA, LoRAConfig, MoIL
+from peft_kernels.adapters import Adapter, Aurora, AuroraConfig, FullTuning, LoRA, LoRAConfig, MoIL
 from peft_kernels.adapters.targets import find_targets
 
 from .cases import SCALE, WrongResult, errors
@@ -31,9 +32,11 @@ FULL, PEFT, LORA, AURORA = "full tuning", "PEFT LoRA", "our LoRA", "Aurora"
 MOIL, AUTHORS = "MoIL", "MoIL, authors' formula"
 METHODS = (FULL, PEFT, LORA, MOIL, AUTHORS, AURORA)
 FROZEN, PEFT_ALL, LORA_ALL = "frozen", "PEFT LoRA, all linears", "our LoRA, all linears"
-ADDING = (FROZEN, PEFT_ALL, LORA_ALL)  # measured only where they are asked for
+ADDING, PEFT_AURORA = (FROZEN, PEFT_ALL, LORA_ALL), "PEFT LoRA, Aurora's targets"
+BY_NAME = (*ADDING, PEFT_AURORA)  # measured only where they are asked for
 RIVALS = {"PEFT LoRA": PEFT, "full tuning": FULL, "authors' formula": AUTHORS, "PEFT on all": PEFT_ALL}
-RIVALS_OF_FEW = {AUTHORS: (MOIL, AUTHORS), PEFT_ALL: ADDING}  # those that train the same, or nothing
+RIVALS |= {"PEFT on Aurora's": PEFT_AURORA}
+RIVALS_OF_FEW = {AUTHORS: (MOIL, AUTHORS), PEFT_ALL: ADDING, PEFT_AURORA: (AURORA, PEFT_AURORA)}  # of who trains alike
 MODES = ("graph", "eager", "compiled")  # in which each is measured: what a graph shows is no host's doing
 _KINDS = {FULL: FullTuning, LORA: LoRA, LORA_ALL: LoRA, AURORA: Aurora, MOIL: MoIL, AUTHORS: MoIL}
 WEIGHT_DECAY = 0.05
@@ -53,6 +56,9 @@ def wrap(method: str, model: nn.Module, of: Model, size: Size, dropout: float) -
         return _let_heads_train(model, of)
     if method in (PEFT, PEFT_ALL):
         return _peft_lora(model, of, every, lora, dropout)
+    if method == PEFT_AURORA:
+        names = [match.name for match in find_targets(model, AuroraConfig(preset=of.aurora["preset"]))]
+        return _peft_lora(model, of, names, aurora, dropout)
     scaled = {"rank": lora, "alpha": SCALE * lora, "dropout": dropout}
     options = {
         FULL: {},
@@ -210,7 +216,7 @@ def verify(of: Model, methods: Sequence[str], device: torch.device) -> dict[str,
     size = SIZES["tiny"]
     batch = of.batch(size, 3, device, torch.float32)
     checks = [
-        (_check_forward, (*METHODS, *ADDING), (*METHODS, *ADDING)),
+        (_check_forward, (*METHODS, *BY_NAME), (*METHODS, *BY_NAME)),
         *((partial(_check_peft, pair), pair[:1], pair) for pair in ((PEFT, LORA), (PEFT_ALL, LORA_ALL))),
         *((partial(_check_merged, method), (method,), (method,)) for method in (LORA, LORA_ALL, AURORA)),
         (_check_imitation, (MOIL, AUTHORS), (MOIL, AUTHORS)),

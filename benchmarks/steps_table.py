@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .markdown import NOTHING, filled, number
-from .steps_methods import ADDING, METHODS, MODES, PEFT_ALL, RIVALS
+from .steps_methods import BY_NAME, METHODS, MODES, PEFT_ALL, RIVALS
 from .steps_models import MODELS
 
 TURNS = 'The base took turns with every method: shown is its time beside the first, "vs base" is by that beside each.'
@@ -14,7 +14,7 @@ def steps_table(run: dict) -> str:
     heads = ("model", "batch", "dtype", "dropout", "mode", "method", "trained, M", "ms", "±", "MB peak", "launches")
     heads += tuple(f"vs {name}" for name in RIVALS)
     rows, steps = [], run.get("steps", ())
-    order = {"model": tuple(MODELS), "mode": MODES, "method": (*METHODS, *ADDING)}
+    order = {"model": tuple(MODELS), "mode": MODES, "method": (*METHODS, *BY_NAME)}
     several = len({r["dropout"] for r in steps}) > 1
     for r in sorted(steps, key=lambda r: [names.index(r[key]) for key, names in order.items()]):
         cells = [

@@ -10,7 +10,18 @@ from torch.utils._pytree import tree_leaves
 
 from peft_kernels.benchmarks import steps, steps_methods, steps_models, steps_session, timing
 from peft_kernels.benchmarks.cases import WrongResult
-from peft_kernels.benchmarks.steps_methods import ADDING, AURORA, AUTHORS, FULL, LORA, METHODS, MOIL, PEFT
+from peft_kernels.benchmarks.steps_methods import (
+    ADDING,
+    AURORA,
+    AUTHORS,
+    BY_NAME,
+    FULL,
+    LORA,
+    METHODS,
+    MOIL,
+    PEFT,
+    PEFT_AURORA,
+)
 from peft_kernels.benchmarks.steps_models import MODELS, SIZES
 from peft_kernels.layers.adapted_linear import AdaptedLinear
 from peft_kernels.layers.group import LinearGroup
@@ -134,7 +145,7 @@ def test_what_adapters_add_is_asked_for_by_one_word(adding):
         assert frozen["trained"] < ours["trained"] == theirs["trained"] and frozen["peak_bytes"] < ours["peak_bytes"]
         assert "adds_ms" not in {**frozen, **theirs} and PEFT_ALL in ours["speed_vs"]
         assert all(r["losses"] == sorted(r["losses"], reverse=True) for r in (frozen, theirs, ours))
-    assert not {*ADDING} & {*METHODS}
+    assert not {*BY_NAME} & {*METHODS}
 
 
 def test_a_line_says_what_adapters_add(adding):
@@ -201,6 +212,8 @@ HEADS = {"blip": 768 * 2 + 2, "vilt": 1536 * 769 + 2 * 1536 + 3129 * 1537}
         (LORA, "blip", 12 * 16 * (768 + 3 * 768) + 72 * 16 * 2 * 768),
         (PEFT, "vilt", 36 * 16 * 2 * 768),
         (AURORA, "vilt", 64 * (768 + 768 + 1 + 36)),
+        (PEFT_AURORA, "vilt", 36 * 64 * 2 * 768),
+        (PEFT_AURORA, "blip", 12 * 64 * ((768 + 2304) + 1536 + 2 * 3840 + 6 * 1536)),
         (MOIL, "vilt", 7_088_256 + 36 * 768 * 769),  # of adapters as many as published
         (LORA_ALL, "vilt", 12 * 16 * (4 * 1536 + 2 * 3840)),
         (PEFT_ALL, "blip", 12 * 16 * ((768 + 2304 + 1536 + 2 * 3840) + (8 * 1536 + 2 * 3840))),
@@ -255,7 +268,7 @@ class Waits(TorchDispatchMode):
 def test_nothing_waits_for_the_device(model):
     of = MODELS[model]
     batch = of.batch(TINY, 2, META, torch.bfloat16)
-    for method in (*METHODS, *ADDING):
+    for method in (*METHODS, *BY_NAME):
         built, adapter = wrapped(method, model, TINY)
         with Waits() as waits:
             loss = of.loss(built, batch)
