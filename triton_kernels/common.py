@@ -242,6 +242,20 @@ def sum_partials(sums: Sequence[tuple[Tensor | None, Tensor | None]]) -> list[Te
     return outs
 
 
+@triton.jit
+def in_eights(number, ALIGNED: tl.constexpr):
+    """A rank or a row's stride, which the compiler then knows to be a multiple of 8 if ALIGNED says that it is one.
+
+    A row of R halves or floats is then read and written 16 bytes at a time, not one by one. Triton itself would only
+    look for multiples of 16, and rank 8 is PEFT's default. It reads the promise off the product; the assumption lets
+    LLVM take the number as it came, in no register of its own.
+    """
+    if ALIGNED:
+        tl.assume(number % 8 == 0)
+        number = number // 8 * 8
+    return number
+
+
 # ---- tables in device memory: kernels that work on many tensors of different shapes find them there -----------------
 
 

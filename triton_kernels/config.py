@@ -22,7 +22,8 @@ class Tile:
     """One kernel's tile: `rows` × `columns` of the large tensor it reads or writes; `depth` where a product loops.
 
     resident: programs that registers and shared memory allow a multiprocessor at a time, two at most, in the variant of
-    the kernel that takes most of them. Strips of rows are planned for it, and static tests compare it with the code.
+    the kernel that takes most of them, at ranks that are multiples of 8. Strips of rows are planned for it, and static
+    tests compare it with the code.
     """
 
     rows: int
@@ -104,12 +105,15 @@ def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]
     elif arch >= 100 and block_r == 16:
         down_bwd = Tile(32, 128)
     elif arch >= 100 and block_r == 64:
-        down_bwd = replace(wide, stages=2)
-    if arch >= 90:
-        rank_16 = wide if hopper and few_chunks else Tile(64, 256)
-        up_bwd = {16: rank_16, 32: Tile(64, 256, resident=1), 64: replace(wide, resident=1)}[block_r]
+        shrink, down_bwd = replace(wide, stages=2), replace(down_bwd, stages=2)
+    elif arch < 90 and block_r == 16:
+        down_bwd = replace(down_bwd, stages=2)
+    if block_r == 16:
+        up_bwd = wide if hopper and few_chunks else Tile(64, 256, stages=2)
+    elif arch >= 90:
+        up_bwd = Tile(64, 256, resident=1) if block_r == 32 else wide
     else:
-        up_bwd = replace({16: Tile(64, 256), 32: Tile(32, 256), 64: Tile(64, 64)}[block_r], resident=1)
+        up_bwd = Tile(32, 256, resident=1) if block_r == 32 else Tile(64, 64, resident=1)
     hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2) if block_r == 64 else small
     return {
         "shrink": shrink,
@@ -133,9 +137,9 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
     rows = 32 if arch >= 100 else 64
     return {
         "shrink": replace(wide, rows=16) if block_r == 64 and arch >= 100 else wide,
-        "mix": replace(small, rows=rows),
+        "mix": replace(small, rows=16 if block_r == 64 and arch >= 100 else rows),
         "expand": wide,
-        "up_bwd": replace(wide, rows=32 if arch >= 90 else 16) if block_r == 64 else replace(wide, stages=2),
+        "up_bwd": replace(wide, rows=16) if block_r == 64 else replace(wide, stages=2),
         "hidden_bwd": replace(small, rows={16: 64, 32: 32, 64: 16}[block_r]),
         "core_bwd": replace(small, rows=32) if block_r == 32 else small,
         "down_bwd": replace({16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r], resident=1),
@@ -201,13 +205,13 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
     if shape.parts > 1 and dtype == torch.float32:
         shrink_at_once = shape.parts if block_r == 16 and shape.parts <= 3 else 1
         down_at_once = 1 if shape.dropout else shrink_at_once
-        shrink = replace(shrink, stages=2) if block_r == 32 and (arch < 90 or not shape.dropout) else shrink
-        down_bwd = replace(down_bwd, stages=1) if down_at_once > 1 else down_bwd
+        shrink = replace(shrink, stages=1 if shape.dropout else 2) if block_r == 32 else shrink
+        down_bwd = replace(down_bwd, stages=1)
     elif shape.parts > 1:
         shrink_at_once = 1 if block_r == 64 and (shape.dropout or shape.parts > 3) else shape.parts
         shrink = _half_shrink(block_r, shape.dropout, shape.parts > 3)
         down_bwd = _half_down_bwd(block_r, shape.dropout, shape.parts > 3, arch)
-    up_bwd = replace(config.up_bwd, resident=1) if arch >= 100 and block_r == 16 else config.up_bwd
+    up_bwd = replace(config.up_bwd, resident=1) if block_r == 64 else config.up_bwd  # with z through its mask
     if dtype == torch.float32 and (arch >= 100 or block_r == 32):  # z through its mask in 64 columns: tf32 on sm_100
         up_bwd = Tile(32, 32 if arch >= 100 else 64, stages=1, resident=1)
     tiles = {"shrink": shrink, "expand": config.expand, "up_bwd": up_bwd, "hidden_bwd": config.hidden_bwd}

@@ -6,7 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Factors
-from .common import add_dot, architecture, dot_constants, keep_mask, launch, load_rng, load_scale, scale_arguments
+from .common import (
+    add_dot,
+    architecture,
+    dot_constants,
+    in_eights,
+    keep_mask,
+    launch,
+    load_rng,
+    load_scale,
+    scale_arguments,
+)
 from .config import LowRankLinearConfig, Tile, strip_tiles
 from .lowrank_linear_fwd import (
     Drop,
@@ -25,12 +35,13 @@ from .lowrank_linear_fwd import (
 def _up_bwd_kernel(
     dy_ptr, s_ptr, up_ptr, t_ptr, d_up_ptr, scale_ptr, scale, M, NB, R, stride_dym, stride_sm, tiles,
     O: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_UP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One read of dy: t[chunk] = dy_o B over this chunk of columns, and s · dy_oᵀ S_o over this strip of rows.
 
     t (chunks, M, O·R) and d_up (O · strips, NB, R) are float32 partial sums; grid (O · chunks, strips).
     """
+    R, stride_sm = in_eights(R, ALIGNED), in_eights(stride_sm, ALIGNED)
     chunks = tl.cdiv(NB, BLOCK_N)
     o = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
@@ -107,9 +118,10 @@ def drop_hidden(
 def _hidden_bwd_kernel(
     t_ptr, core_ptr, dz_ptr, rng_ptr, scale_ptr, scale, M, R, chunks, threshold, keep_scale,
     O: tl.constexpr, I: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dz_i = Σ_o dS_o ∘ c[o, i], or Σ_o dS_o K[o, i], through the mask; grid (row tiles, I)."""
+    R = in_eights(R, ALIGNED)
     i = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -140,12 +152,13 @@ def _hidden_bwd_kernel(
 def _core_bwd_kernel(
     t_ptr, z_ptr, d_core_ptr, rng_ptr, scale_ptr, scale, M, R, stride_zm, chunks, threshold, keep_scale, tiles,
     O: tl.constexpr, I: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dc[o, i] = Σ_rows dS_o ∘ z_i, or rows `a` to `a + CHUNK_R` of dK[o, i] = dS_oᵀ z_i, over this strip of rows.
 
     grid (O · I, strips) for a diagonal core, (O · I, strips, BLOCK_R / CHUNK_R) for a dense one
     """
+    R, stride_zm = in_eights(R, ALIGNED), in_eights(stride_zm, ALIGNED)
     block = tl.program_id(0).to(tl.int64)
     strip = tl.program_id(1).to(tl.int64)
     a = tl.program_id(2) * CHUNK_R
@@ -186,13 +199,14 @@ def _down_bwd_kernel(
     M, KB, R, stride_xm, stride_dzm, stride_dxm, threshold, keep_scale, tiles,
     I: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One read of x: dz_iᵀ drop(x_i) over this strip of rows, and dx_i = mask ∘ (dz_i A).
 
     CHUNKS: dz_ptr points to so many chunks of t, and dz is made of them as hidden_bwd makes it where there is no core.
     d_down (I · strips, R, KB) holds float32 partial sums; grid (I · column tiles, strips).
     """
+    R, stride_dzm = in_eights(R, ALIGNED), in_eights(stride_dzm, ALIGNED)
     column_tiles = tl.cdiv(KB, BLOCK_K)
     i = (tl.program_id(0) // column_tiles).to(tl.int64)
     first_column = tl.program_id(0) % column_tiles * BLOCK_K
@@ -267,7 +281,7 @@ def up_bwd(
         ),
         {
             "O": out_blocks, "NEEDS_T": needs_t, "NEEDS_UP": needs_up, **dot_constants(dy.dtype),
-            **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
+            **blocks(config, rank, s.stride(0) if needs_up else 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
         },
         tile,
     )  # fmt: skip
@@ -287,7 +301,7 @@ def hidden_bwd(t: Tensor, factors: Factors, drop: Drop, dtype: torch.dtype, conf
         ),
         {
             "O": columns // rank, "I": in_blocks, "CORE": core_kind(factors.core), "DROPOUT": place,
-            **dot_constants(dtype), **blocks(config, BLOCK_M=config.hidden_bwd.rows, CHUNK_R=config.chunk_r),
+            **dot_constants(dtype), **blocks(config, rank, BLOCK_M=config.hidden_bwd.rows, CHUNK_R=config.chunk_r),
         },
         config.hidden_bwd,
     )  # fmt: skip
@@ -308,7 +322,7 @@ def core_bwd(t: Tensor, z: Tensor, factors: Factors, drop: Drop, config: LowRank
         (t, z, partials, rng, *scale, rows, rank, z.stride(0), chunks, threshold, keep_scale, tiles),
         {
             "O": out_blocks, "I": in_blocks, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(z.dtype),
-            **blocks(config, BLOCK_M=config.core_bwd.rows, CHUNK_R=config.chunk_r),
+            **blocks(config, rank, z.stride(0), BLOCK_M=config.core_bwd.rows, CHUNK_R=config.chunk_r),
         },
         config.core_bwd,
     )  # fmt: skip
@@ -339,7 +353,8 @@ def down_bwd(
         ),
         {
             "I": in_blocks, "DROPOUT": place, "NEEDS_X": needs_x, "NEEDS_DOWN": needs_down, "CHUNKS": chunks,
-            **dot_constants(config.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
+            **dot_constants(config.dtype),
+            **blocks(config, rank, dz.stride(-2), BLOCK_M=tile.rows, BLOCK_K=tile.columns),
         },
         tile,
     )  # fmt: skip

@@ -7,7 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Dropout, Factors
-from .common import add_dot, dot_constants, dropout_arguments, keep_mask, launch, load_rng, load_scale, scale_arguments
+from .common import (
+    add_dot,
+    dot_constants,
+    dropout_arguments,
+    in_eights,
+    keep_mask,
+    launch,
+    load_rng,
+    load_scale,
+    scale_arguments,
+)
 from .config import LowRankLinearConfig
 
 
@@ -15,9 +25,10 @@ from .config import LowRankLinearConfig
 def _shrink_kernel(
     x_ptr, down_ptr, z_ptr, rng_ptr, M, KB, R, stride_xm, stride_zm, threshold, keep_scale,
     DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """z_i = drop(x_i) Aᵀ; grid (row tiles, I)."""
+    R, stride_zm = in_eights(R, ALIGNED), in_eights(stride_zm, ALIGNED)
     i = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -96,12 +107,13 @@ def load_up(up_ptr, offs_n, mask_n, R, DOT: tl.constexpr, BLOCK_R: tl.constexpr)
 def _mix_kernel(
     z_ptr, core_ptr, s_ptr, rng_ptr, M, R, stride_zm, threshold, keep_scale,
     O: tl.constexpr, I: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """S_o = drop(Σ_i drop(z_i) ∘ c[o, i]), or Σ_i z_i K[o, i]ᵀ; grid (row tiles, O).
 
     A dense core is multiplied in chunks of the rank: over the whole rank at once, float32 products spill registers.
     """
+    R, stride_zm = in_eights(R, ALIGNED), in_eights(stride_zm, ALIGNED)
     o = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -141,9 +153,10 @@ def load_rows(s_ptr, rows, o, M, R, stride_sm, DOT: tl.constexpr, BLOCK_R: tl.co
 def _expand_kernel(
     s_ptr, up_ptr, bias_ptr, y_ptr, scale_ptr, scale, M, NB, R, stride_sm, stride_ym,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """y_o = s · S_o Bᵀ + b_o; grid (row tiles, O · column tiles)."""
+    R, stride_sm = in_eights(R, ALIGNED), in_eights(stride_sm, ALIGNED)
     column_tiles = tl.cdiv(NB, BLOCK_N)
     o = (tl.program_id(1) // column_tiles).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -163,12 +176,13 @@ def _fused_kernel(
     x_ptr, weight_ptr, bias_ptr, down_ptr, up_ptr, core_ptr, y_ptr, z_ptr, rng_ptr, scale_ptr, scale,
     M, K, NB, R, stride_xm, stride_wn, stride_wk, stride_ym, stride_zm, threshold, keep_scale,
     O: tl.constexpr, CORE: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """fused: y and z in one pass, x Aᵀ inside every column tile's K loop; grid (row tiles · O · column tiles,).
 
     Neighbouring programs share rows of x, which the L2 then reads once.
     """
+    R, stride_zm = in_eights(R, ALIGNED), in_eights(stride_zm, ALIGNED)
     column_tiles = tl.cdiv(NB, BLOCK_N)
     column_tile = tl.program_id(0) % (O * column_tiles)
     o = (column_tile // column_tiles).to(tl.int64)
@@ -251,7 +265,7 @@ def shrink(x: Tensor, down: Tensor, in_blocks: int, drop: Drop, config: LowRankL
         _shrink_kernel,
         (triton.cdiv(x.shape[0], tile.rows), in_blocks),
         (x, down, z, rng, x.shape[0], down.shape[1], rank, x.stride(0), z.stride(0), threshold, keep_scale),
-        {"DROPOUT": place, **dot_constants(x.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns)},
+        {"DROPOUT": place, **dot_constants(x.dtype), **blocks(config, rank, BLOCK_M=tile.rows, BLOCK_K=tile.columns)},
         tile,
     )
     return z
@@ -271,7 +285,7 @@ def mix(z: Tensor, factors: Factors, out_blocks: int, drop: Drop, config: LowRan
         (z, core, s, rng, z.shape[0], rank, z.stride(0), threshold, keep_scale),
         {
             "O": out_blocks, "I": z.shape[1] // rank, "CORE": core_kind(core), "DROPOUT": place,
-            **dot_constants(z.dtype), **blocks(config, BLOCK_M=tile.rows, CHUNK_R=config.chunk_r),
+            **dot_constants(z.dtype), **blocks(config, rank, z.stride(0), BLOCK_M=tile.rows, CHUNK_R=config.chunk_r),
         },
         tile,
     )  # fmt: skip
@@ -289,7 +303,7 @@ def expand(
         _expand_kernel,
         (triton.cdiv(s.shape[0], tile.rows), out_features // columns * triton.cdiv(columns, tile.columns)),
         (s, factors.up, bias, y, *scale, s.shape[0], columns, rank, s.stride(0), y.stride(0)),
-        {**dot_constants(s.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns)},
+        {**dot_constants(s.dtype), **blocks(config, rank, s.stride(0), BLOCK_M=tile.rows, BLOCK_N=tile.columns)},
         tile,
     )
     return y
@@ -312,12 +326,13 @@ def fused(
         ),
         {
             "O": out_features // columns, "CORE": core_kind(core), "DROPOUT": place, **dot_constants(x.dtype),
-            **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth),
+            **blocks(config, rank, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth),
         },
         tile,
     )  # fmt: skip
     return y, z
 
 
-def blocks(config: LowRankLinearConfig, **sizes: int) -> dict[str, int]:
-    return {**sizes, "BLOCK_R": config.block_r}
+def blocks(config: LowRankLinearConfig, rank: int, stride: int = 0, **sizes: int) -> dict[str, int]:
+    """stride: from row to row of what is R wide, if the kernel takes it as a number"""
+    return {**sizes, "BLOCK_R": config.block_r, "ALIGNED": (rank | stride) % 8 == 0}

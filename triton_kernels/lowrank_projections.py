@@ -130,7 +130,7 @@ def _shrink(x: Tensor, downs: list[Tensor], parts: int, drop: Drop, config: Proj
         (x, *_four(downs), z, rng, rows, columns, rank, x.stride(0), z.stride(0), threshold, keep_scale),
         {
             "J": parts, "AT_ONCE": config.shrink_at_once, "SHARED": len(downs) == 1, "DROPOUT": place,
-            **dot_constants(x.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
+            **dot_constants(x.dtype), **blocks(config, rank, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
         },
         tile,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def _expand(
         ),
         {
             "J": len(ups), "ONE_Z": z.shape[1] == rank, "STACKED": together, "DROPOUT": place,
-            **dot_constants(z.dtype), **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
+            **dot_constants(z.dtype), **blocks(config, rank, z.stride(0), BLOCK_M=tile.rows, BLOCK_N=tile.columns),
         },
         tile,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def _up_bwd(
         {
             "J": len(ups), "ONE_Z": needs_up and z.shape[1] == rank, "DROPOUT": place, "NEEDS_T": needs_t,
             "NEEDS_UP": needs_up, **dot_constants(like.dtype),
-            **blocks(config, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
+            **blocks(config, rank, z.stride(0) if needs_up else 0, BLOCK_M=tile.rows, BLOCK_N=tile.columns),
         },
         tile,
     )  # fmt: skip
@@ -207,7 +207,7 @@ def _hidden_bwd(t: Tensor, projections: Projections, parts: int, drop: Drop, con
         ),
         {
             "J": len(projections.ups), "PARTS": parts, "DROPOUT": place,
-            **blocks(config, BLOCK_M=config.hidden_bwd.rows),
+            **blocks(config, rank, BLOCK_M=config.hidden_bwd.rows),
         },
         config.hidden_bwd,
     )  # fmt: skip
@@ -244,7 +244,7 @@ def _down_bwd(
             "J": len(ups), "PARTS": parts, "AT_ONCE": config.down_at_once, "SHARED": len(downs) == 1,
             "DROPOUT": place, "NEEDS_X": needs_x, "NEEDS_DOWN": needs_down, "LATE": late,
             **{f"CHUNKS{j}": count for j, count in enumerate(chunks)}, **dot_constants(config.dtype),
-            **blocks(config, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
+            **blocks(config, rank, BLOCK_M=tile.rows, BLOCK_K=tile.columns),
         },
         tile,
     )  # fmt: skip

@@ -8,7 +8,7 @@ them. J projections follow one another in z (M, J·R), in the chunks of t, and i
 import triton
 import triton.language as tl
 
-from .common import add_dot, load_rng
+from .common import add_dot, in_eights, load_rng
 from .lowrank_linear_bwd import drop_hidden, load_d_mixed
 from .lowrank_linear_fwd import keep_input, load_hidden, load_up
 
@@ -52,12 +52,13 @@ def shrink_kernel(
     x_ptr, down0_ptr, down1_ptr, down2_ptr, down3_ptr, z_ptr, rng_ptr,
     M, K, R, stride_xm, stride_zm, threshold, keep_scale,
     J: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """z_j = drop_j(x) A_jᵀ; grid (row tiles,).
 
     AT_ONCE, a divisor of J: so many sums are kept in registers. Where not all fit, x is read again, from the L2.
     """
+    R, stride_zm = in_eights(R, ALIGNED), in_eights(stride_zm, ALIGNED)
     downs = (down0_ptr, down1_ptr, down2_ptr, down3_ptr)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -114,12 +115,13 @@ def expand_kernel(
     scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr, rng_ptr,
     M, N0, N1, N2, N3, R, stride_zm, threshold, keep_scale,
     J: tl.constexpr, ONE_Z: tl.constexpr, STACKED: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """y_j = s_j · drop_j(z_j) B_jᵀ + b_j; grid (row tiles, column tiles of all projections).
 
     STACKED: the y_j are columns of one tensor.
     """
+    R, stride_zm = in_eights(R, ALIGNED), in_eights(stride_zm, ALIGNED)
     widths, biases = (N0, N1, N2, N3), (bias0_ptr, bias1_ptr, bias2_ptr, bias3_ptr)
     j, tile, _, total = _place(tl.program_id(1), widths, J, BLOCK_N)
     N = _pick(widths, j, J)
@@ -147,11 +149,13 @@ def up_bwd_kernel(
     M, N0, N1, N2, N3, R, stride_dy0, stride_dy1, stride_dy2, stride_dy3, stride_zm, threshold, keep_scale, tiles,
     J: tl.constexpr, ONE_Z: tl.constexpr, DROPOUT: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_UP: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One read of dy_j: t[chunk] = dy_j B_j over this chunk of columns, and s_j · dy_jᵀ drop_j(z_j) over this strip.
 
     t (chunks of all projections, M, R) and d_up (strips, ΣN, R) are float32 partial sums; grid (chunks, strips).
     """
+    R, stride_zm = in_eights(R, ALIGNED), in_eights(stride_zm, ALIGNED)
     widths = (N0, N1, N2, N3)
     j, chunk, before, total = _place(tl.program_id(0), widths, J, BLOCK_N)
     N = _pick(widths, j, J)
@@ -220,11 +224,13 @@ def hidden_bwd_kernel(
     t_ptr, dz_ptr, scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr, rng_ptr,
     M, R, chunks0, chunks1, chunks2, chunks3, threshold, keep_scale,
     J: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """dz_j through z's mask, (M, PARTS · R); one part, their sum, where one A and one x serve all.
 
     grid (row tiles, PARTS)
     """
+    R = in_eights(R, ALIGNED)
     chunks, scales = (chunks0, chunks1, chunks2, chunks3), (scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr)
     part = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -254,7 +260,7 @@ def down_bwd_kernel(
     J: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, DROPOUT: tl.constexpr,
     NEEDS_X: tl.constexpr, NEEDS_DOWN: tl.constexpr, LATE: tl.constexpr, CHUNKS0: tl.constexpr, CHUNKS1: tl.constexpr,
     CHUNKS2: tl.constexpr, CHUNKS3: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One read of x: dz_jᵀ drop_j(x) over this strip of rows, and dx = Σ_j mask_j ∘ (dz_j A_j).
 
@@ -263,6 +269,7 @@ def down_bwd_kernel(
     d_down (strips, R of each A, K) holds float32 partial sums; SHARED: of one A, as many sums as passes. grid (column
     tiles, strips)
     """
+    R = in_eights(R, ALIGNED)
     downs, scales = (down0_ptr, down1_ptr, down2_ptr, down3_ptr), (scale0_ptr, scale1_ptr, scale2_ptr, scale3_ptr)
     PASSES: tl.constexpr = PARTS // AT_ONCE
     SUMS: tl.constexpr = 1 if SHARED else AT_ONCE  # in each pass

@@ -13,6 +13,7 @@ from aot import (
     BF16,
     FP16,
     FP32,
+    SET_ASIDE,
     TENSOR_CORES,
     binaries,
     check_chains,
@@ -44,12 +45,14 @@ class Call:
     design: str | None = None
     tensor_scale: bool = True  # what layers and compiled graphs pass
     needs_z: bool = False  # where it is given: then hidden_bwd makes dz, and down_bwd reads it
+    has_bias: bool = True
 
     def launches(self) -> list[common.Launch]:
         def empty(*shape, dtype=self.dtype):
             return torch.empty(shape, dtype=dtype)
 
-        x, weight, bias = empty(self.rows, self.width), empty(self.outputs, self.width), empty(self.outputs)
+        x, weight = empty(self.rows, self.width), empty(self.outputs, self.width)
+        bias = empty(self.outputs) if self.has_bias else None
         down = empty(self.rank, self.width // self.in_blocks, dtype=self.factor_dtype)
         up = empty(self.outputs // self.out_blocks, self.rank, dtype=self.factor_dtype)
         core = None
@@ -79,6 +82,7 @@ CALLS = {
     "lora-fp16": Call(FP16, dropout_on="input"),
     "lora-32-fused": Call(rank=32, dropout_on="input", design="fused"),
     "lora-64": Call(rank=64, dropout_on="input"),
+    "lora-12": Call(rank=12, dropout_on="input"),
     "aurora-qkv": Call(rank=64, out_blocks=3, core="diagonal", dropout_on="core"),
     "aurora-released": Call(rank=64, core="dense", dropout_on="rank"),
     "lora-32-fp32": Call(FP32, rank=32, dropout_on="input"),
@@ -111,13 +115,13 @@ def check(call: Call, arch: int, monkeypatch) -> list[str]:
         if launch.kernel.__name__ not in compiled:
             compiled[launch.kernel.__name__] = compile_launch(launch, arch)
     for name, kernel in compiled.items():
-        where = check_resources(kernel, arch)
+        where = check_resources(kernel, arch, SET_ASIDE)
         if call.dtype == FP32:
             assert ".tf32" not in kernel.ptx, where
             assert "mma" not in kernel.ptx, where
         if call.dtype == FP32 and name in PRODUCTS:
             check_chains(kernel)
-        if name in STRIPS:
+        if name in STRIPS and call.rank % 8 == 0:
             check_resident(kernel, exactly=call.core is None and call.dropout_on == "input")
         if name in ("_shrink_kernel", "_fused_kernel", "_up_bwd_kernel", "_down_bwd_kernel"):
             assert kernel.reads_16_bytes(), f"{where}: its large tensor is not read 16 bytes at a time"
@@ -165,7 +169,7 @@ def check_chunks(rank: int, arch: int, chunks: int, place: str | None, monkeypat
         (down_bwd,) = (launch for launch in call.launches() if launch.kernel.__name__ == "_down_bwd_kernel")
         assert down_bwd.constants["CHUNKS"] == chunks
         kernel = compile_launch(down_bwd, arch)
-        check_resources(kernel, arch)
+        check_resources(kernel, arch, SET_ASIDE)
         check_resident(kernel, exactly=False)
 
 
@@ -200,11 +204,47 @@ def test_a_product_folded_back_into_one_chain_is_seen(tmp_path):
 
 
 def test_one_binary_for_all_rows_scales_and_ranks_of_a_bucket():
-    """What a binary is compiled for does not change with rows, scale, rank inside its bucket, or z's row stride."""
+    """What a binary is compiled for does not change with rows, scale, rank inside its bucket, or z's row stride.
+
+    But a rank that is a multiple of 8 has one of its own.
+    """
     base = binaries(Call(rank=16).launches())
     assert base == binaries(Call(rank=16, rows=1000).launches()) == binaries(Call(rank=16, rows=37).launches())
-    assert base == binaries(Call(rank=9).launches())
-    assert base != binaries(Call(rank=17).launches())
+    assert base == binaries(Call(rank=8).launches())
+    assert base != binaries(Call(rank=24).launches())
+    other = binaries(Call(rank=9).launches())
+    assert base != other == binaries(Call(rank=12).launches()) == binaries(Call(rank=4).launches())
+    assert other != binaries(Call(rank=17).launches())
+
+
+# Without bias and scale in memory, what is narrow is R wide.
+THIN = {
+    "lora-8": Call(factor_dtype=BF16, rank=8, tensor_scale=False, has_bias=False),
+    "lora-16": Call(rank=16, tensor_scale=False, has_bias=False, needs_z=True),
+    "lora-fp32": Call(FP32, rank=8, tensor_scale=False, has_bias=False),
+    "aurora-released": Call(rank=64, core="dense", tensor_scale=False, has_bias=False),
+}
+
+
+@pytest.mark.parametrize("name", THIN)
+def test_thin_operands_move_in_wide_pieces(name, monkeypatch):
+    """Up to 16 bytes at a time, as much as a thread has of a tile; row by row of R they go element by element."""
+    for module in (lowrank_linear, lowrank_linear_bwd):
+        monkeypatch.setattr(module, "architecture", lambda device: 90)
+    launches = {launch.kernel.__name__: launch for launch in THIN[name].launches()}
+    del launches["_sum_kernel"]
+    for kernel, launch in launches.items():
+        assert compile_launch(launch, 90).narrow_accesses() == 0, kernel
+    for kernel in ("_expand_kernel", "_up_bwd_kernel"):
+        launch = launches[kernel]._replace(constants=launches[kernel].constants | {"ALIGNED": False})
+        assert compile_launch(launch, 90).narrow_accesses() >= 4, kernel
+
+
+def test_what_is_aligned():
+    """Rank and the rows of z together: a given z may be columns of a wider tensor."""
+    config = lowrank_linear_config(LowRankShape(768, 768, 16), BF16, 90)
+    for rank, stride, aligned in ((16, 0, True), (8, 24, True), (12, 0, False), (16, 20, False), (4, 8, False)):
+        assert lowrank_linear_fwd.blocks(config, rank, stride)["ALIGNED"] == aligned
 
 
 def test_launch_counts():
