@@ -214,7 +214,9 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
     up_bwd = replace(config.up_bwd, resident=1) if block_r == 64 else config.up_bwd  # with z through its mask
     if dtype == torch.float32 and (arch >= 100 or block_r == 32):  # z through its mask in 64 columns: tf32 on sm_100
         up_bwd = Tile(32, 32 if arch >= 100 else 64, stages=1, resident=1)
-    tiles = {"shrink": shrink, "expand": config.expand, "up_bwd": up_bwd, "hidden_bwd": config.hidden_bwd}
+    # z through its mask: 255 registers and more in 64 columns, 48 in 32
+    expand = replace(config.expand, columns=32) if dtype == torch.float32 and block_r == 64 else config.expand
+    tiles = {"shrink": shrink, "expand": expand, "up_bwd": up_bwd, "hidden_bwd": config.hidden_bwd}
     return ProjectionsConfig(
         dtype, block_r, shrink_at_once, down_at_once, **_fitted(tiles | {"down_bwd": down_bwd}, arch)
     )
