@@ -84,8 +84,8 @@ def test_launches_that_are_made_again_are_checked_by_their_addresses(dropout_p, 
 
 
 def launch_on(step, addresses):
-    run, grid, compiled, pick, rest = step
-    run(*grid, 0, *compiled, *pick(addresses), *rest)
+    launch, grid, how, pick, rest = step
+    launch(*grid, 0, *how, (*pick(addresses), *rest))
 
 
 @triton.jit
