@@ -9,6 +9,7 @@ from pathlib import Path
 import batched_cases
 import gated_query_cases
 import lowrank_cases
+import projections_cases
 import pytest
 import reconstruct_cases
 import torch
@@ -44,6 +45,19 @@ def lowrank(draw):
     return lowrank_cases.Problem(
         draw(sizes), draw(sizes), draw(sizes), draw(ranks), **grid, **dropout, core=core, dtype=dtype,
         factor_dtype=factor_dtype, bias=draw(st.booleans()), scale=draw(st.sampled_from([-2.0, 0.1, 1.0])),
+    )  # fmt: skip
+
+
+@st.composite
+def projections(draw):
+    (dtype, factor_dtype), place = draw(mixed()), draw(st.sampled_from([None, "input", "rank"]))
+    dropout = {} if place is None else {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "dropout_on": place}
+    shared = draw(st.booleans())
+    return projections_cases.Problem(
+        draw(sizes), draw(sizes), tuple(draw(st.lists(sizes, min_size=1, max_size=4))), draw(ranks), dtype=dtype,
+        factor_dtype=factor_dtype, shared=shared, stacked=draw(st.booleans()), **dropout,
+        core=draw(st.sampled_from([None, "diagonal", "dense"])),
+        precomputed_hidden=shared and place != "input" and draw(st.booleans()),
     )  # fmt: skip
 
 
@@ -143,6 +157,7 @@ def check(cases, **options):
 
 CHECKS = {  # (cases, check, how many in CI, how many in all)
     "lowrank_linear": (lowrank(), check(lowrank_cases, conditioned=True), 10, 3000),
+    "projections": (projections(), check(projections_cases, conditioned=True), 8, 1500),
     "strides": (lowrank(), check_strides, 6, 1500),
     "reconstruct": (reconstruction(), check(reconstruct_cases), 8, 1500),
     "gated_query": (query(), check(gated_query_cases), 8, 1500),
