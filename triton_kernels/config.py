@@ -114,7 +114,7 @@ def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]
         up_bwd = Tile(64, 256, resident=1) if block_r == 32 else wide
     else:
         up_bwd = Tile(32, 256, resident=1) if block_r == 32 else Tile(64, 64, resident=1)
-    hidden_bwd = Tile(64 if arch >= 90 else 32, 64, stages=2) if block_r == 64 else small
+    hidden_bwd = Tile(64 if hopper else 32, 64, stages=2) if block_r == 64 else small
     return {
         "shrink": shrink,
         "mix": small,
@@ -140,7 +140,7 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
         "mix": replace(small, rows=16 if block_r == 64 and arch >= 100 else rows),
         "expand": wide,
         "up_bwd": replace(wide, rows=16) if block_r == 64 else replace(wide, stages=2),
-        "hidden_bwd": replace(small, rows={16: 64, 32: 32, 64: 16}[block_r]),
+        "hidden_bwd": small if block_r == 16 else replace(small, rows=32),
         "core_bwd": replace(small, rows=32) if block_r == 32 else small,
         "down_bwd": replace({16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r], resident=1),
         "fused": Tile(rows, 32, depth=32),
@@ -206,7 +206,7 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
         shrink_at_once = shape.parts if block_r == 16 and shape.parts <= 3 else 1
         down_at_once = 1 if shape.dropout else shrink_at_once
         shrink = replace(shrink, stages=1 if shape.dropout else 2) if block_r == 32 else shrink
-        down_bwd = replace(down_bwd, stages=1)
+        down_bwd = replace(down_bwd, stages=1) if block_r < 64 or arch < 90 else down_bwd
     elif shape.parts > 1:
         shrink_at_once = 1 if block_r == 64 and (shape.dropout or shape.parts > 3) else shape.parts
         shrink = _half_shrink(block_r, shape.dropout, shape.parts > 3)
