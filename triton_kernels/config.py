@@ -84,9 +84,9 @@ def lowrank_linear_config(
     return LowRankLinearConfig(design or "passes", dtype, block_r, chunk_r, **_fitted(tiles, arch))
 
 
-# The widest tiles that Triton 3.6, 3.7 and 3.8 compile without spills for sm_80, sm_90 and sm_100, at widths divisible
-# by 16, and whose programs share a multiprocessor alike in all three (tests/static holds the calls that users make to
-# it; `make static` all of them). Their assemblers differ: where a choice looks odd, one of them spilled.
+# The widest tiles that Triton 3.6, 3.7 and 3.8 compile without spills in a loop for sm_80, sm_90 and sm_100, at widths
+# divisible by 16 (tests/static holds the calls that users make to it; `make static` all of them, with 3.7, whose
+# registers `resident` counts on). Their assemblers differ: where a choice looks odd, one of them spilled.
 
 
 def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]:

@@ -27,6 +27,7 @@ from peft_kernels.triton_kernels.config import LONGEST_CHAIN, SHARED_MEMORY, Til
 ARCHITECTURES = (80, 90, 100)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # each architecture's widest product
+PLANNED_FOR = "3.7."  # the Triton whose registers config.py counts on
 SET_ASIDE = 32  # bytes: what the thin passes' kernels may put aside, outside of loops
 _POINTERS = {
     torch.float32: "*fp32",
@@ -149,7 +150,12 @@ def check_resources(kernel: Compiled, arch: int, set_aside: int = 0) -> str:
 
 
 def check_resident(kernel: Compiled, exactly: bool = True) -> None:
-    """config.py plans as many programs on a multiprocessor as there can be, two at most; `exactly` or not more."""
+    """config.py plans as many programs on a multiprocessor as there can be, two at most; `exactly` or not more.
+
+    That is planned for one version of Triton: the assemblers of others give some kernels a few registers more, or less.
+    """
+    if not triton.__version__.startswith(PLANNED_FOR):
+        return
     fit, planned = min(2, kernel.resident()), kernel.tile.resident
     what = f"{kernel.name} for sm_{kernel.arch}: {planned} on a multiprocessor, where {kernel.registers} registers and "
     what += f"{kernel.shared} bytes of shared memory allow {fit}"
