@@ -203,7 +203,8 @@ def _launcher(compiled: CompiledKernel) -> tuple[Callable, tuple]:
     """-> what launches it with (*grid, stream, *the second result, a tuple of the kernel's arguments)
 
     Triton's launcher looks for scratch memory, of which our kernels have none, and then calls a compiled function. What
-    it passes to that is seen here once; where it is anything else than expected, the launcher itself is called.
+    it passes to that is seen here once; where it is anything else than expected, the launcher itself is called. Both
+    take the arguments one by one, but for that function since Triton 3.7.
     """
     run, grid_and_stream, passed = compiled.run, (1, 1, 1, 0), []
     how = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
@@ -211,8 +212,10 @@ def _launcher(compiled: CompiledKernel) -> tuple[Callable, tuple]:
         watched = copy.copy(run)
         watched.launch = lambda *args: passed.append(args)
         watched(*grid_and_stream, *how)
-    if len(passed) == 1 and passed[0][:4] == grid_and_stream and passed[0][-1] == ():  # no arguments
-        return run.launch, passed[0][4:-1]
+    if len(passed) == 1 and passed[0][:4] == grid_and_stream:
+        run, how = run.launch, passed[0][4:]
+        if how[-1] == ():  # the arguments, of which there were none
+            return run, how[:-1]
     return lambda *args: run(*args[:-1], *args[-1]), how
 
 
