@@ -13,7 +13,6 @@ from aot import (
     BF16,
     FP16,
     FP32,
-    SET_ASIDE,
     Compiled,
     binaries,
     check_chains,
@@ -105,7 +104,7 @@ def check(call: Call, arch: int, monkeypatch) -> dict[str, Compiled]:
     launches = call.launched(arch, monkeypatch)
     compiled = {name: compile_launch(launches[name], arch) for name in launches if name in KERNELS}
     for name, kernel in compiled.items():
-        where = check_resources(kernel, arch, SET_ASIDE)
+        where = check_resources(kernel, arch)
         if call.dtype == FP32:
             assert ".tf32" not in kernel.ptx, where
             assert "mma" not in kernel.ptx, where
@@ -138,7 +137,7 @@ def test_widths_of_one_compile(monkeypatch):
     check_widths = replace(CALLS["lora"], outputs=(1, 768), width=1)
     for name, launch in check_widths.launched(90, monkeypatch).items():
         if name in KERNELS:
-            check_resources(compile_launch(launch, 90), 90, SET_ASIDE)
+            check_resources(compile_launch(launch, 90), 90)
 
 
 def test_one_binary_for_all_rows_and_ranks_of_a_bucket():
