@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from adapter_models import PRESET, build, loss
-from group_cases import Attention, calls_of, equal, gradients, make
+from group_cases import Attention, D, calls_of, equal, gradients, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -79,6 +79,14 @@ def small(group: bool) -> LoRA:
 def test_outputs_that_nothing_uses_cost_no_gradient(used):
     model, alone = make("lora", 0.2), make("lora", 0.2, group=False)
     equal(gradients(model, used=used), gradients(alone, used=used))
+
+
+@pytest.mark.filterwarnings("ignore")  # of sizes, which are tensors
+def test_torch_jit_traces_layers_one_by_one(calls):
+    model, x = make("lora").requires_grad_(False), torch.randn(2, 5, D, dtype=torch.float64)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    assert calls["together"] == []
+    equal(*({str(place): y for place, y in enumerate(run(x))} for run in (traced, model)))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
