@@ -20,6 +20,7 @@ _MADE_BY = {
     "GeluBackward0": (F.gelu, ("self",), ("approximate",)),
     "SiluBackward0": (F.silu, ("self",), ()),
     "MulBackward0": (torch.mul, ("self", "other"), ()),  # gated MLPs, and activations that models write out
+    "_RecomputedActivationBackward": (None, (), ()),  # ours, of blocks/activations.py: says itself how
 }
 _PLAIN = (Tensor, nn.Parameter)
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -40,7 +41,10 @@ def recipe_of(a: Tensor) -> Recipe | None:
         return None
     operation, names, options = found
     try:
-        of = tuple([_kept(node, name) for name in names])
+        if operation is None:
+            operation, of = node.made_by, _kept_by_ours(node)
+        else:
+            of = tuple([_kept(node, name) for name in names])
     except RuntimeError:  # changed in place since, or a backward has freed it
         return None
     for t in of:
@@ -54,6 +58,10 @@ def recipe_of(a: Tensor) -> Recipe | None:
 def _kept(node: torch.autograd.graph.Node, name: str) -> Tensor | None:
     """None for what is not kept, or only through hooks, as of a region of checkpointing that has ended."""
     return None if getattr(node, f"_raw_saved_{name}").unpack_hook is not None else getattr(node, f"_saved_{name}")
+
+
+def _kept_by_ours(node: torch.autograd.function.FunctionCtx) -> tuple[Tensor | None, ...]:
+    return (None,) if any(raw.unpack_hook is not None for raw in node._raw_saved_tensors) else node.saved_tensors
 
 
 def made(operation: Callable[..., Tensor], of: list[Tensor]) -> Tensor:

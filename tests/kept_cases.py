@@ -48,10 +48,7 @@ class _Split(nn.Module):
 
 
 def mlp(kind: str) -> tuple[nn.Module, list[int]]:
-    """An MLP of a model of transformers, and how wide what it keeps besides x and each z is: h, or all of a gated one.
-
-    CLIP's QuickGELU is a product of h and a sigmoid, a gated MLP one of act(g) and u.
-    """
+    """An MLP of a model of transformers, and how wide what it keeps besides x and each z is: h, or g and u."""
     hf = pytest.importorskip("transformers")
     models, sizes = hf.models, {"hidden_size": WIDTH, "intermediate_size": WIDE, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -62,17 +59,22 @@ def mlp(kind: str) -> tuple[nn.Module, list[int]]:
     if kind == "siglip":  # GELU by tanh
         return models.siglip.modeling_siglip.SiglipMLP(hf.SiglipVisionConfig(**sizes)), [WIDE]
     if kind == "clip":
-        return models.clip.modeling_clip.CLIPMLP(hf.CLIPVisionConfig(**sizes)), [WIDE, WIDE]
+        return models.clip.modeling_clip.CLIPMLP(hf.CLIPVisionConfig(**sizes)), [WIDE]
     if kind == "bert":
         module, config = models.bert.modeling_bert, hf.BertConfig(**sizes)
         return _Split(module.BertIntermediate(config), module.BertOutput(config)), [WIDE]
     if kind == "vilt":
         module, config = models.vilt.modeling_vilt, hf.ViltConfig(**sizes)
         return _Split(module.ViltIntermediate(config), module.ViltOutput(config)), [WIDE]
-    return models.llama.modeling_llama.LlamaMLP(hf.LlamaConfig(**sizes)), [WIDE, WIDE, WIDE]
+    if kind == "gemma":  # gated by GELU's tanh
+        return models.gemma.modeling_gemma.GemmaMLP(hf.GemmaConfig(**sizes)), [WIDE, WIDE]
+    if kind == "qwen2":
+        return models.qwen2.modeling_qwen2.Qwen2MLP(hf.Qwen2Config(**sizes)), [WIDE, WIDE]
+    return models.llama.modeling_llama.LlamaMLP(hf.LlamaConfig(**sizes)), [WIDE, WIDE]
 
 
-KINDS = ("blip", "vit", "siglip", "clip", "bert", "vilt", "llama")
+KINDS = ("blip", "vit", "siglip", "clip", "bert", "vilt", "llama", "qwen2", "gemma")
+GATED = ("llama", "qwen2", "gemma")
 TARGETS = ("fc1", "fc2", "dense", "gate_proj", "up_proj", "down_proj")
 
 

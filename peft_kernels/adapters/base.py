@@ -12,6 +12,7 @@ from peft_kernels.adapters.called import watch_calls
 from peft_kernels.adapters.config import AdapterConfig
 from peft_kernels.adapters.groups import form_groups
 from peft_kernels.adapters.heads import find_heads, warn_of_frozen_heads
+from peft_kernels.adapters.mlps import recompute_activations
 from peft_kernels.adapters.model_checks import check_not_offloaded, check_tensors
 from peft_kernels.adapters.state_files import AdapterFiles, Parts
 from peft_kernels.adapters.targets import Match, find_targets
@@ -54,6 +55,7 @@ class Adapter(AdapterFiles):
             module.train(model.get_submodule(parent).training)
         for name in self.heads:
             model.get_parameter(name).requires_grad_(True)
+        recompute_activations(model, parts.layers.values(), config.recompute)
         self._watches = watch_calls(model, parts.layers)
 
     @classmethod
@@ -226,6 +228,7 @@ class Adapter(AdapterFiles):
             original.train(layer.training)
             if parent._modules.get(attribute) is layer:  # and nothing that was put there since
                 setattr(parent, attribute, original)
+        recompute_activations(self.model, (), False)
         there = dict(self.model.named_modules(remove_duplicate=False))
         for name, module in self.modules.items():
             if there.get(name) is module:

@@ -30,7 +30,8 @@ class AdapterConfig:
     group: do layers that read one tensor, as q, k and v do, run as one call?
     stack: are the frozen weights of such layers laid in one memory, for one product? While that is done, a layer's
         weights are there twice
-    recompute: do layers behind an activation, as fc2, make their input anew in the backward, instead of keeping it?
+    recompute: are activations made anew in the backward, not kept: what fc2 reads, and in MLPs that are gated or have
+        QuickGELU what it is made of? Bits are the same
     """
 
     needs_targets: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """The activations of transformers' MLPs, and their derivatives by the very functions that torch's autograd calls."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,16 +36,41 @@ ACTIVATIONS = {
 }
 
 
-def activated(name: str, hs: list[Tensor]) -> Tensor:
-    """act(h), or act(g) ∘ u of a gated pair"""
-    a = ACTIVATIONS[name].of(hs[0])
-    return a if len(hs) == 1 else a * hs[1]
+def activated(name: str, h: Tensor, up: Tensor | None = None) -> Tensor:
+    """act(h), or act(h) ∘ up of a gated pair, in torch's differentiable operations"""
+    a = ACTIVATIONS[name].of(h)
+    return a if up is None else a * up
 
 
-def activated_bwd(name: str, da: Tensor, hs: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+def activated_bwd(name: str, da: Tensor, hs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """-> the gradient of each of `hs` that is wanted"""
     act = ACTIVATIONS[name]
     if len(hs) == 1:
         return [act.bwd(da, hs[0]) if wanted[0] else None]
     gate, up = hs
     return [act.bwd(da * up, gate) if wanted[0] else None, da * act.of(gate) if wanted[1] else None]
+
+
+class _RecomputedActivation(torch.autograd.Function):
+    """`activated`, which keeps its arguments alone, where torch's nodes keep act(h) of a gated pair, and QuickGELU's σ.
+
+    It has derivatives of any order: those beyond the first are torch's own.
+    """
+
+    @staticmethod
+    def forward(ctx, name, *hs):
+        ctx.save_for_backward(*hs)
+        ctx.name, ctx.made_by = name, functools.partial(activated, name)
+        return activated(name, *hs)
+
+    @staticmethod
+    def backward(ctx, da):
+        hs, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if not torch.is_grad_enabled():
+            return None, *activated_bwd(ctx.name, da, hs, wanted)
+        asked = [h for h, want in zip(hs, wanted) if want]
+        found = iter(torch.autograd.grad(activated(ctx.name, *hs), asked, da, create_graph=True))
+        return None, *(next(found) if want else None for want in wanted)
+
+
+recomputed_activation = _RecomputedActivation.apply

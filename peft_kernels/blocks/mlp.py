@@ -85,7 +85,7 @@ class _AdaptedMlp(torch.autograd.Function):
         for call in zip(backends, [read] * len(first), first, dropouts):
             ys, z = linears_fwd(*call)
             hs, zs = hs + ys, [*zs, z]
-        a = activated(activation, hs)
+        a = activated(activation, *hs)
         if not (gives_dh or needs[-1].input):
             hs = [None] * len(hs)
         (y,), z = linears_fwd(backends[-1], a, last, dropouts[-1])
@@ -126,7 +126,7 @@ class _AdaptedMlp(torch.autograd.Function):
         calls = list(zip([b for b, _ in ctx.plan.calls], layers, zip(kept["zs"], dropouts), ctx.plan.split(needs)))
         with autocast_off(dy):
             backend, layer, of, need = calls[-1]
-            a = activated(ctx.activation, hs) if needs[-1].input else None
+            a = activated(ctx.activation, *hs) if needs[-1].input else None
             da, own = linears_bwd(backend, [rows(dy)], a, layer, of, (gives_dh, need))
             del a
             wanted = [needs_x or any(True in each for each in need) for *_, need in calls[:-1] for _ in need]
@@ -219,7 +219,7 @@ def _scale(scale: float | Tensor, x: Tensor, as_number: bool) -> float | Tensor:
 def _composed(x: Tensor, layers: list[MlpLinear], activation: str, dropout_p: float) -> Tensor:
     """By differentiable operations alone, none in place."""
     *first, last = layers
-    a = activated(activation, [_composed_linear(x, each, dropout_p) for each in first])
+    a = activated(activation, *[_composed_linear(x, each, dropout_p) for each in first])
     return _composed_linear(a, last, dropout_p)
 
 

@@ -73,6 +73,7 @@ CHOICES = {
     "peft_kernels/adapters/gates.py": ("test_gates", *ADAPTERS),
     "peft_kernels/adapters/groups.py": ("test_groups", *ADAPTERS),
     "peft_kernels/adapters/heads.py": ("test_presets", "test_towers", "test_moil_models", *ADAPTERS, *FILES),
+    "peft_kernels/adapters/mlps.py": ("test_recomputing_mlp", "test_recomputed"),
     "peft_kernels/adapters/lora.py": ("test_lora", "test_lora_files", *ADAPTERS),
     "peft_kernels/adapters/lora_files.py": (*FILES[3:], "test_lora", *FILES),
     "peft_kernels/adapters/model_checks.py": ("test_adapter_weights", "test_adapter_hooks", "test_integrations_ddp"),

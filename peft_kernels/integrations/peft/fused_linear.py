@@ -25,6 +25,7 @@ from peft_kernels.backend import Choice, resolve
 from peft_kernels.checks import DTYPES
 from peft_kernels.integrations.peft.mixed_batches import shared_rows, sorted_rows
 from peft_kernels.layers.group import LinearGroup, Projection
+from peft_kernels.layers.mlp import watched
 from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear, stack_adapters
 from peft_kernels.ops.lowrank_linear import lowrank_linear
 from peft_kernels.remembered import MOST
@@ -48,12 +49,7 @@ def why_not_base(base: nn.Module) -> str | None:
         return f"its base layer's weight is a {type(weight).__name__} of {weight.dtype}, {tuple(weight.shape)}"
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype != weight.dtype):
         return f"its base layer's bias is a {type(bias).__name__} of {bias.dtype}"
-    return "its base layer has hooks" if _watched(base) else None
-
-
-def _watched(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    return "its base layer has hooks" if watched(base) else None
 
 
 def why_not_adapter(layer: StockLinear, adapter: str) -> str | None:
@@ -72,7 +68,7 @@ def why_not_adapter(layer: StockLinear, adapter: str) -> str | None:
     if type(down.weight) not in _PLAIN or type(up.weight) not in _PLAIN or down.weight.dtype != up.weight.dtype:
         factors = " and ".join(f"{type(each.weight).__name__} of {each.weight.dtype}" for each in (down, up))
         return f"adapter {adapter!r} is made of {factors}"
-    return f"adapter {adapter!r} has hooks" if _watched(down) or _watched(up) or _watched(dropout) else None
+    return f"adapter {adapter!r} has hooks" if watched(down) or watched(up) or watched(dropout) else None
 
 
 def why_not_input(weight: Tensor, factor: Tensor, adapter: str, x: Tensor) -> str | None:
@@ -261,7 +257,7 @@ class FusedLinear(StockLinear):
                 or torch._C._get_tracing_state() is not None
             ):  # fmt: skip
                 return None
-            for each in base, down, up, dropout:  # as `_watched`, without a call
+            for each in base, down, up, dropout:  # as `watched`, without a call
                 if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
                     return None
                 if "forward" in each.__dict__:

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from peft_kernels.adapters.groups import form_groups
+from peft_kernels.adapters.mlps import recompute_activations
 from peft_kernels.adapters.targets import guess_target
 from peft_kernels.integrations.peft.fused_linear import FusedLinear, StockLinear, why_not_adapter, why_not_base
 
@@ -38,7 +39,8 @@ def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False, r
     peft_model: from get_peft_model, PeftModel.from_pretrained, or anything else with PEFT's layers inside
     group: do layers that read one tensor, as q, k and v do, run as one call? `peft_kernels.explain` tells which do
     stack: are the frozen weights of such layers laid in one memory, for one product?
-    recompute: do layers behind an activation make their input anew in the backward, instead of keeping it?
+    recompute: are activations made anew in the backward, not kept: what fc2 reads, and in MLPs that are gated or have
+        QuickGELU what it is made of? Bits are the same
     returns report: which layers are fused, and why the others are left as they were; print it
     Raises TypeError for a model without any layer of PEFT's.
     """
@@ -54,6 +56,7 @@ def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False, r
     form_groups(peft_model, members, group, stack)
     for _, layer in fused:
         layer.recompute = recompute
+    recompute_activations(peft_model, (layer for _, layer in fused), recompute)
     return Report(tuple(swapped), left)
 
 
@@ -63,6 +66,7 @@ def restore(peft_model: nn.Module) -> tuple[str, ...]:
     Raises TypeError for a model without any layer of PEFT's.
     """
     fused = [(name, layer) for name, layer in _adapter_layers(peft_model) if type(layer) is FusedLinear]
+    recompute_activations(peft_model, (), False)
     for _, layer in fused:
         scaling = layer.__dict__.pop("_scaling")
         for attribute in ("group", "why_alone", "recompute"):

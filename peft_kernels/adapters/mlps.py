@@ -1,0 +1,103 @@
+"""Which modules of a model are MLPs: their forward, run on a symbol, says it, whatever their classes and names."""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels.blocks.activations import ACTIVATIONS
+from peft_kernels.layers.mlp import MlpParts, is_idle, recompute_activation, restore_mlp
+
+
+def recompute_activations(model: nn.Module, layers: Iterable[nn.Module], wanted: bool) -> None:
+    """Let the MLPs in which some of `layers` stand keep no more than their layers need.
+
+    Those whose activation keeps its input alone stay as they are: gated ones and those with QuickGELU change.
+    wanted: False takes that back
+    """
+    adapted = set(map(id, layers))
+    for module in model.modules():
+        restore_mlp(module)
+        if wanted and any(id(child) in adapted for child in module.children()):
+            parts = mlp_parts(module)
+            if parts is not None and (len(parts.first) > 1 or parts.activation == "quick_gelu"):
+                recompute_activation(module, parts)
+
+
+def mlp_parts(module: nn.Module) -> MlpParts | None:
+    """How an MLP is made of its children; None for what is none, or where its forward does anything besides."""
+    if "forward" in vars(module):
+        return None
+    itself = _StandIn(module)
+    try:
+        term = type(module).forward(itself, _Symbol(_X)).term
+    except Exception:  # anything can come of a forward that wants more than a symbol can do
+        return None
+    match term:
+        case ("call", last, ("act", activation, act, ("call", gate, ("x",)))):
+            linears = [gate, last]
+        case ("call", last, ("times", ("act", activation, act, ("call", gate, ("x",))), ("call", up, ("x",)))):
+            linears = [gate, up, last]
+        case ("call", last, ("times", ("call", up, ("x",)), ("act", activation, act, ("call", gate, ("x",))))):
+            linears = [gate, up, last]
+        case _:
+            return None
+    *first, _ = itself.__dict__["calls"]
+    if sorted([*first, last]) != sorted({*linears}):  # one was called twice, or for nothing
+        return None
+    return MlpParts(activation, tuple(first), gate, last, act, tuple(itself.__dict__["idle"]))
+
+
+_X = ("x",)
+
+
+class _Symbol:
+    """A tensor of which nothing is known but how it was made: ("x",), ("call", name of the child, term),
+    ("act", name of the activation, its module, term) or ("times", term, term).
+    """
+
+    def __init__(self, term: tuple):
+        self.term = term
+
+    def __mul__(self, other: "_Symbol") -> "_Symbol":
+        return _Symbol(("times", self.term, other.term))
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        symbol, *others = args
+        if function in (torch.mul, torch.multiply):
+            return symbol * others[0]
+        return _activated(lambda x: function(x, *others, **(kwargs or {})), None, symbol)
+
+
+class _StandIn:
+    """What a forward takes for its module."""
+
+    def __init__(self, module: nn.Module):
+        vars(self).update(module=module, calls=[], idle=[])
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(self.module, name)
+        return functools.partial(self._call, name, found) if isinstance(found, nn.Module) else found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name}: an MLP leaves nothing behind")
+
+    def _call(self, name: str, child: nn.Module, symbol: _Symbol) -> _Symbol:
+        if is_idle(child):
+            self.idle.append(name)
+            return symbol
+        if next(child.parameters(), None) is None and next(child.buffers(), None) is None:
+            return _activated(child, (name, child), symbol)
+        self.calls.append(name)
+        return _Symbol(("call", name, symbol.term))
+
+
+def _activated(function: Callable[[Tensor], Tensor], act: tuple[str, nn.Module] | None, symbol: _Symbol) -> _Symbol:
+    """Known by what it computes."""
+    h = torch.linspace(-6, 6, 61)
+    with torch.no_grad(), torch.random.fork_rng([]):  # dropout would draw
+        a = function(h)
+    activation = next(name for name, each in ACTIVATIONS.items() if torch.equal(each.of(h), a))
+    return _Symbol(("act", activation, act, symbol.term))
