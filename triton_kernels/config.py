@@ -84,9 +84,9 @@ def lowrank_linear_config(
     return LowRankLinearConfig(design or "passes", dtype, block_r, chunk_r, **_fitted(tiles, arch))
 
 
-# The widest tiles that Triton 3.7 compiles without spills for sm_80, sm_90 and sm_100, at widths divisible by 16, and
-# whose programs share a multiprocessor as planned (tests/static holds the calls that users make to it). The assemblers
-# of 3.6 and 3.8 differ by some registers: where a choice looks odd, one of the three spilled.
+# Wide tiles that Triton 3.7 compiles without spills for sm_80, sm_90 and sm_100, at widths divisible by 16, and whose
+# programs share a multiprocessor as planned; 3.6 and 3.8, whose assemblers differ by some registers, do so in the calls
+# that users make (tests/static). Where a choice looks odd, a wider tile spilled for one of the three.
 
 
 def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]:
@@ -102,28 +102,30 @@ def _half_tiles(shape: LowRankShape, block_r: int, arch: int) -> dict[str, Tile]
         shrink, down_bwd = Tile(16, 128, warps=4), replace(down_bwd, stages=2)
     elif hopper and block_r == 16:
         shrink = replace(wide, warps=4)
-    elif arch >= 100 and block_r == 16:
-        down_bwd = Tile(32, 128)
+    elif block_r == 16:
+        down_bwd = Tile(32, 128, stages=2)
     elif arch >= 100 and block_r == 64:
-        shrink, down_bwd = replace(wide, stages=2), replace(down_bwd, stages=2)
-    elif arch < 90 and block_r == 16:
-        down_bwd = replace(down_bwd, stages=2)
+        shrink, down_bwd = replace(wide, stages=2), replace(wide, stages=1)
     if block_r == 16:
         up_bwd = wide if hopper and few_chunks else Tile(64, 256, stages=2)
     elif arch >= 90:
         up_bwd = Tile(64, 256, resident=1) if block_r == 32 else wide
     else:
         up_bwd = Tile(32, 256, resident=1) if block_r == 32 else Tile(64, 64, resident=1)
-    hidden_bwd = Tile(64 if hopper else 32, 64, stages=2) if block_r == 64 else small
+    hidden_bwd, core_rows = small, 64 if block_r == 16 else 32
+    if block_r == 64:
+        hidden_bwd = Tile(64, 64, stages=2) if hopper else replace(small, rows=32)
+    elif arch < 90:
+        core_rows //= 2
     return {
         "shrink": shrink,
         "mix": small,
         "expand": wide,
         "up_bwd": up_bwd,
         "hidden_bwd": hidden_bwd,
-        "core_bwd": small if block_r == 16 else replace(small, rows=32),
+        "core_bwd": replace(small, rows=core_rows),
         "down_bwd": down_bwd,
-        "fused": Tile(128, 128, depth=32),
+        "fused": Tile(128 if arch >= 90 else 64, 128, depth=32),
     }
 
 
@@ -139,10 +141,14 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
         "shrink": replace(wide, rows=16) if block_r == 64 and arch >= 100 else wide,
         "mix": replace(small, rows=16 if block_r == 64 and arch >= 100 else rows),
         "expand": wide,
-        "up_bwd": replace(wide, rows=16) if block_r == 64 else replace(wide, stages=2),
+        "up_bwd": replace(wide, rows=16, stages=2 if arch >= 90 else 1) if block_r == 64 else replace(wide, stages=2),
         "hidden_bwd": small if block_r == 16 else replace(small, rows=32),
-        "core_bwd": replace(small, rows=32) if block_r == 32 else small,
-        "down_bwd": replace({16: wide, 32: Tile(32, 32), 64: Tile(16, 32)}[block_r], resident=1),
+        "core_bwd": replace(small, rows=32, warps=4 if block_r == 16 else 8),
+        "down_bwd": {
+            16: replace(wide, resident=1),
+            32: Tile(32, 32, stages=1),
+            64: Tile(16, 32, stages=2, resident=1),
+        }[block_r],
         "fused": Tile(rows, 32, depth=32),
     }
 
@@ -205,7 +211,7 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
     if shape.parts > 1 and dtype == torch.float32:
         shrink_at_once = shape.parts if block_r == 16 and shape.parts <= 3 else 1
         down_at_once = 1 if shape.dropout else shrink_at_once
-        shrink = replace(shrink, stages=1 if shape.dropout else 2) if block_r == 32 else shrink
+        shrink = replace(shrink, stages=1 if shape.dropout else 2) if block_r >= 32 else shrink
         down_bwd = replace(down_bwd, stages=1) if block_r < 64 or arch < 90 else down_bwd
     elif shape.parts > 1:
         shrink_at_once = 1 if block_r == 64 and (shape.dropout or shape.parts > 3) else shape.parts
@@ -216,7 +222,8 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
         up_bwd = Tile(32, 32 if arch >= 100 else 64, stages=1, resident=1)
     # z through its mask: 255 registers and more in 64 columns, 48 in 32
     expand = replace(config.expand, columns=32) if dtype == torch.float32 and block_r == 64 else config.expand
-    tiles = {"shrink": shrink, "expand": expand, "up_bwd": up_bwd, "hidden_bwd": config.hidden_bwd}
+    hidden_bwd = replace(config.hidden_bwd, rows=16)
+    tiles = {"shrink": shrink, "expand": expand, "up_bwd": up_bwd, "hidden_bwd": hidden_bwd}
     return ProjectionsConfig(
         dtype, block_r, shrink_at_once, down_at_once, **_fitted(tiles | {"down_bwd": down_bwd}, arch)
     )
@@ -224,14 +231,14 @@ def projections_config(shape: ProjectionsShape, dtype: torch.dtype, arch: int) -
 
 def _half_shrink(block_r: int, dropout: bool, many: bool) -> Tile:
     if dropout:
-        return Tile(32, 128 if block_r == 16 and not many else 64, stages=2 if block_r == 64 else 3)
+        return Tile(16, 128 if block_r == 16 and not many else 64, warps=4, stages=2)
     return Tile(64, 128, stages=2 if block_r == 64 else 3)
 
 
 def _half_down_bwd(block_r: int, dropout: bool, many: bool, arch: int) -> Tile:
     if dropout:
         wide = block_r == 16 and not many
-        tile = Tile(16 if arch >= 100 else 32, 128) if wide else Tile(16 if many else 32, 64, stages=2)
+        tile = Tile(16 if arch >= 100 else 32, 128) if wide else Tile(16, 64, stages=2 if block_r == 64 else 1)
     else:
         rows = 32 if many and arch >= 100 else 64
         tile = {16: Tile(rows, 128, stages=2), 32: Tile(32, 128, stages=2), 64: Tile(32, 64, stages=2)}[block_r]
