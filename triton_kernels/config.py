@@ -143,12 +143,8 @@ def _float32_tiles(block_r: int, arch: int) -> dict[str, Tile]:
         "expand": wide,
         "up_bwd": replace(wide, rows=16, stages=2 if arch >= 90 else 1) if block_r == 64 else replace(wide, stages=2),
         "hidden_bwd": small if block_r == 16 else replace(small, rows=32),
-        "core_bwd": replace(small, rows=32, warps=4 if block_r == 16 else 8),
-        "down_bwd": {
-            16: replace(wide, resident=1),
-            32: Tile(32, 32, stages=1),
-            64: Tile(16, 32, stages=2, resident=1),
-        }[block_r],
+        "core_bwd": Tile(16, block_r, stages=2),
+        "down_bwd": replace(wide if block_r == 16 else Tile(16, 32, stages=2), resident=1),
         "fused": Tile(rows, 32, depth=32),
     }
 
