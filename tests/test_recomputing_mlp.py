@@ -68,7 +68,8 @@ def test_mlps_of_others():
     module = Mlp()
     assert mlp_parts(module) == ("silu", ("w1", "w3"), "w1", "w2", ("act", module.act), ("drop", "norm"))
     assert mlp_parts(UpFirst()) == ("gelu_tanh", ("w3", "w1"), "w1", "w2", None, ("drop",))
-    assert mlp_parts(NamedArgument())[:4] == ("silu", ("w1", "w3"), "w1", "w2")
+    for each in (NamedArgument(), ByMethods()):
+        assert mlp_parts(each)[:4] == ("silu", ("w1", "w3"), "w1", "w2")
     for name, each in {"gelu": nn.GELU(), "relu": nn.ReLU(), "gelu_tanh": nn.GELU("tanh")}.items():
         assert mlp_parts(Mlp(each)).activation == name
 
@@ -80,6 +81,20 @@ def forward_of(function) -> Mlp:
 def leave_something(self, x):
     self.gate = self.act(self.w1(x))
     return self.w2(self.gate * self.w3(x))
+
+
+class ByMethods(Mlp):
+    def gated(self, x):
+        return self.act(self.w1(x)) * self.w3(x)
+
+    def forward(self, x):
+        return self.w2(self.gated(x))
+
+
+class LeavesByMethod(ByMethods):
+    def gated(self, x):
+        self.seen = x
+        return super().gated(x)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +117,7 @@ def leave_something(self, x):
         forward_of(lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x * x))),
         forward_of(lambda self, x: self.w2(self.act(self.w1(x * x)) * self.w3(x))),
         forward_of(leave_something),
+        LeavesByMethod(),
         forward_of(lambda self, x: super(Mlp, self).forward(x)),
         nn.Sequential(nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH)),
         nn.Linear(WIDTH, WIDTH),

@@ -1,6 +1,7 @@
 """Which modules of a model are MLPs: their forward, run on a symbol, says it, whatever their classes and names."""
 
 import functools
+import types
 from collections.abc import Callable, Iterable
 
 import torch
@@ -72,13 +73,15 @@ class _Symbol:
 
 
 class _StandIn:
-    """What a forward takes for its module."""
+    """What a forward, and the methods that it calls, take for their module."""
 
     def __init__(self, module: nn.Module):
         vars(self).update(module=module, calls=[], idle=[])
 
     def __getattr__(self, name: str) -> object:
         found = getattr(self.module, name)
+        if getattr(found, "__self__", None) is self.module:
+            return types.MethodType(found.__func__, self)
         return functools.partial(self._call, name, found) if isinstance(found, nn.Module) else found
 
     def __setattr__(self, name: str, value: object) -> None:
