@@ -61,7 +61,10 @@ def _kept(node: torch.autograd.graph.Node, name: str) -> Tensor | None:
 
 
 def _kept_by_ours(node: torch.autograd.function.FunctionCtx) -> tuple[Tensor | None, ...]:
-    return (None,) if any(raw.unpack_hook is not None for raw in node._raw_saved_tensors) else node.saved_tensors
+    for raw in node._raw_saved_tensors:
+        if raw.unpack_hook is not None:
+            return (None,)
+    return node.saved_tensors
 
 
 def made(operation: Callable[..., Tensor], of: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from peft_kernels.blocks.activations import activated, recomputed_activation
 from peft_kernels.transforms import transformed
 
 _PLAIN = (Tensor, nn.Parameter)
+_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 
 
 class MlpParts(NamedTuple):
@@ -44,25 +45,29 @@ class RecomputingMlp:
     recomputing: MlpParts
 
     def forward(self, *args, **kwargs) -> Tensor:
-        if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN or not self._recomputes():
+        if kwargs or not args or args[1:] or type(args[0]) not in _PLAIN or not self._recomputes():
             return super().forward(*args, **kwargs)
         parts, modules = self.recomputing, self._modules
-        made = {name: modules[name](args[0]) for name in parts.first}
-        h, others = made.pop(parts.gate), made.values()
-        alike = all(type(up) in _PLAIN and up.shape == h.shape and up.dtype == h.dtype for up in others)
-        plain = type(h) in _PLAIN and alike and h.requires_grad
+        others = []
+        for name in parts.first:
+            if name == parts.gate:
+                h = modules[name](args[0])
+            else:
+                others += (modules[name](args[0]),)
+        plain = type(h) in _PLAIN and h.requires_grad
+        for up in others:
+            plain = plain and type(up) in _PLAIN and up.shape == h.shape and up.dtype == h.dtype
         return modules[parts.last]((recomputed_activation if plain else activated)(parts.activation, h, *others))
 
     def _recomputes(self) -> bool:
-        if torch.compiler.is_compiling() or transformed():
+        if _compiling() or transformed() or _tracing() is not None or _has_any_global_hook():
             return False
         parts, modules = self.recomputing, self._modules
         if parts.act is not None:
             name, act = parts.act
-            if modules.get(name) is not act or watched(act):
+            if name not in modules or modules[name] is not act or watched(act):
                 return False
-        idle = all(is_idle(modules.get(name)) for name in parts.idle)
-        return idle and not _has_any_global_hook() and torch._C._get_tracing_state() is None
+        return not parts.idle or all(is_idle(modules.get(name)) for name in parts.idle)
 
     def __reduce_ex__(self, protocol: int):
         """The class is none that a pickle could name."""
@@ -85,7 +90,7 @@ def restore_mlp(module: nn.Module) -> None:
 def watched(module: nn.Module) -> bool:
     """Would something see the module's call?"""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    return True if hooks else "forward" in module.__dict__
 
 
 def is_idle(module: object) -> bool:
