@@ -20,7 +20,7 @@ _MADE_BY = {
     "GeluBackward0": (F.gelu, ("self",), ("approximate",)),
     "SiluBackward0": (F.silu, ("self",), ()),
     "MulBackward0": (torch.mul, ("self", "other"), ()),  # gated MLPs, and activations that models write out
-    "_RecomputedActivationBackward": (None, (), ()),  # ours, of blocks/activations.py: says itself how
+    "_RecomputedActivationBackward": (None, (), ()),  # blocks/activations.py, whose nodes know their operation
 }
 _PLAIN = (Tensor, nn.Parameter)
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks

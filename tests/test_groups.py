@@ -81,7 +81,7 @@ def test_outputs_that_nothing_uses_cost_no_gradient(used):
     equal(gradients(model, used=used), gradients(alone, used=used))
 
 
-@pytest.mark.filterwarnings("ignore")  # of sizes, which are tensors
+@pytest.mark.filterwarnings("ignore")  # torch warns that sizes are tensors then
 def test_torch_jit_traces_layers_one_by_one(calls):
     model, x = make("lora").requires_grad_(False), torch.randn(2, 5, D, dtype=torch.float64)
     traced = torch.jit.trace(model, x, check_trace=False)

@@ -111,7 +111,7 @@ class LeavesByMethod(ByMethods):
         forward_of(lambda self, x: self.w2(self.act(self.w1(x))) * self.w3(x)),
         forward_of(lambda self, x: (self.w3(x), self.w2(self.act(self.w1(x))))[1]),
         forward_of(lambda self, x: self.w2(self.w1(x) * self.w3(x))),
-        forward_of(lambda self, x: self.w2(F.silu(self.w1(x), inplace=True) * (x if self.w3(x) is x else 2))),
+        forward_of(lambda self, x: self.w2(F.silu(self.w1(x), inplace=True) * self.w3(x))),
         forward_of(lambda self, x, context: self.w2(self.act(self.w1(x)) * self.w3(context))),
         forward_of(lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x).detach())),
         forward_of(lambda self, x: self.w2(self.act(self.w1(x)) * self.w3(x * x))),
@@ -269,7 +269,7 @@ def test_where_its_own_forward_runs(monkeypatch):
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), stock(x))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes, which are tensors now
+        warnings.simplefilter("ignore")  # torch warns that sizes are tensors then
         traced = torch.jit.trace(ours, x.detach(), check_trace=False)
     torch.testing.assert_close(traced(x), stock(x))
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)

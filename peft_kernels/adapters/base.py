@@ -55,7 +55,7 @@ class Adapter(AdapterFiles):
             module.train(model.get_submodule(parent).training)
         for name in self.heads:
             model.get_parameter(name).requires_grad_(True)
-        recompute_activations(model, parts.layers.values(), config.recompute)
+        recompute_activations(model, parts.layers.values() if config.recompute else ())
         self._watches = watch_calls(model, parts.layers)
 
     @classmethod
@@ -228,7 +228,7 @@ class Adapter(AdapterFiles):
             original.train(layer.training)
             if parent._modules.get(attribute) is layer:  # and nothing that was put there since
                 setattr(parent, attribute, original)
-        recompute_activations(self.model, (), False)
+        recompute_activations(self.model)
         there = dict(self.model.named_modules(remove_duplicate=False))
         for name, module in self.modules.items():
             if there.get(name) is module:

@@ -30,8 +30,8 @@ class AdapterConfig:
     group: do layers that read one tensor, as q, k and v do, run as one call?
     stack: are the frozen weights of such layers laid in one memory, for one product? While that is done, a layer's
         weights are there twice
-    recompute: are activations made anew in the backward, not kept: what fc2 reads, and in MLPs that are gated or have
-        QuickGELU what it is made of? Bits are the same
+    recompute: does the backward compute activations again, to the same bits, where they would be kept? The input of
+        layers behind one, as fc2, and in gated MLPs and those with QuickGELU the factors of that input
     """
 
     needs_targets: ClassVar[bool] = True

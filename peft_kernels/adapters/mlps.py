@@ -1,4 +1,4 @@
-"""Which modules of a model are MLPs: their forward, run on a symbol, says it, whatever their classes and names."""
+"""Which modules of a model are MLPs, found by running their forward on a symbolic input, whatever their classes."""
 
 import functools
 import types
@@ -11,16 +11,15 @@ from peft_kernels.blocks.activations import ACTIVATIONS
 from peft_kernels.layers.mlp import MlpParts, is_idle, recompute_activation, restore_mlp
 
 
-def recompute_activations(model: nn.Module, layers: Iterable[nn.Module], wanted: bool) -> None:
-    """Let the MLPs in which some of `layers` stand keep no more than their layers need.
+def recompute_activations(model: nn.Module, layers: Iterable[nn.Module] = ()) -> None:
+    """Let the MLPs in which some of `layers` stand recompute their activation; all others are the model's own again.
 
-    Those whose activation keeps its input alone stay as they are: gated ones and those with QuickGELU change.
-    wanted: False takes that back
+    Only gated ones and those with QuickGELU change: elsewhere torch keeps the activation's input alone.
     """
     adapted = set(map(id, layers))
     for module in model.modules():
         restore_mlp(module)
-        if wanted and any(id(child) in adapted for child in module.children()):
+        if any(id(child) in adapted for child in module.children()):
             parts = mlp_parts(module)
             if parts is not None and (len(parts.first) > 1 or parts.activation == "quick_gelu"):
                 recompute_activation(module, parts)
@@ -44,10 +43,10 @@ def mlp_parts(module: nn.Module) -> MlpParts | None:
             linears = [gate, up, last]
         case _:
             return None
-    *first, _ = itself.__dict__["calls"]
+    *first, _ = itself.calls
     if sorted([*first, last]) != sorted({*linears}):  # one was called twice, or for nothing
         return None
-    return MlpParts(activation, tuple(first), gate, last, act, tuple(itself.__dict__["idle"]))
+    return MlpParts(activation, tuple(first), gate, last, act, tuple(itself.idle))
 
 
 _X = ("x",)

@@ -52,7 +52,7 @@ def activated_bwd(name: str, da: Tensor, hs: Sequence[Tensor], wanted: Sequence[
 
 
 class _RecomputedActivation(torch.autograd.Function):
-    """`activated`, which keeps its arguments alone, where torch's nodes keep act(h) of a gated pair, and QuickGELU's σ.
+    """`activated` as one node that keeps only its arguments; torch's nodes keep a pair's act(h) too, or QuickGELU's σ.
 
     It has derivatives of any order: those beyond the first are torch's own.
     """

@@ -227,5 +227,5 @@ def _versions(reads: list[Reads]) -> list[dict[str, tuple[Tensor | None, int | N
 _PLAIN = (Tensor, nn.Parameter)
 _in_graph, _grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 _any_autocast, _graph_task = torch._C._is_any_autocast_enabled, torch._C._current_graph_task_id
-_tracing = torch._C._get_tracing_state  # of torch.jit, whose sizes are tensors
+_tracing = torch._C._get_tracing_state  # torch.jit's, under which sizes are tensors
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks

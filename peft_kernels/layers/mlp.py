@@ -1,4 +1,4 @@
-"""MLPs of models whose activation keeps nothing that the backward can make anew of what its linears gave."""
+"""MLPs that keep what their first layers compute, and in the backward compute the activation again."""
 
 import functools
 from typing import NamedTuple

@@ -202,6 +202,14 @@ def test_a_product_folded_back_into_one_chain_is_seen(tmp_path):
         check_chains(compile_launch(shrink._replace(kernel=mutant), 90))
 
 
+def test_spills_are_seen():
+    up_bwd = next(launch for launch in CALLS["lora-64-fp32"].launches() if launch.kernel.__name__ == "_up_bwd_kernel")
+    check_resources(compile_launch(up_bwd, 90), 90)
+    high = compile_launch(up_bwd._replace(constants=up_bwd.constants | {"BLOCK_M": 64}), 90)
+    with pytest.raises(AssertionError, match="bytes spilled"):
+        check_resources(high, 90)
+
+
 def test_one_binary_for_all_rows_scales_and_ranks_of_a_bucket():
     """What a binary is compiled for does not change with rows, scale, rank inside its bucket, or z's row stride.
 

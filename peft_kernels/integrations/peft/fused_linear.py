@@ -29,6 +29,7 @@ from peft_kernels.layers.mlp import watched
 from peft_kernels.ops.batched_lowrank_linear import batched_lowrank_linear, stack_adapters
 from peft_kernels.ops.lowrank_linear import lowrank_linear
 from peft_kernels.remembered import MOST
+from peft_kernels.transforms import transformed
 
 _PLAIN = (nn.Parameter, Tensor)  # subclasses (DTensor, quantised weights, …) have products of their own
 
@@ -86,7 +87,7 @@ def why_not_input(weight: Tensor, factor: Tensor, adapter: str, x: Tensor) -> st
 
 
 def why_not_now() -> str | None:
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if transformed() or torch.jit.is_tracing():
         return "torch.func, forward-mode differentiation or torch.jit see through it"
     return "there are hooks on all modules" if _has_any_global_hook() else None
 

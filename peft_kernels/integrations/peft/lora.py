@@ -39,8 +39,8 @@ def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False, r
     peft_model: from get_peft_model, PeftModel.from_pretrained, or anything else with PEFT's layers inside
     group: do layers that read one tensor, as q, k and v do, run as one call? `peft_kernels.explain` tells which do
     stack: are the frozen weights of such layers laid in one memory, for one product?
-    recompute: are activations made anew in the backward, not kept: what fc2 reads, and in MLPs that are gated or have
-        QuickGELU what it is made of? Bits are the same
+    recompute: does the backward compute activations again, to the same bits, where they would be kept? The input of
+        layers behind one, as fc2, and in gated MLPs and those with QuickGELU the factors of that input
     returns report: which layers are fused, and why the others are left as they were; print it
     Raises TypeError for a model without any layer of PEFT's.
     """
@@ -56,7 +56,7 @@ def accelerate(peft_model: nn.Module, group: bool = True, stack: bool = False, r
     form_groups(peft_model, members, group, stack)
     for _, layer in fused:
         layer.recompute = recompute
-    recompute_activations(peft_model, (layer for _, layer in fused), recompute)
+    recompute_activations(peft_model, [layer for _, layer in fused if recompute])
     return Report(tuple(swapped), left)
 
 
@@ -66,7 +66,7 @@ def restore(peft_model: nn.Module) -> tuple[str, ...]:
     Raises TypeError for a model without any layer of PEFT's.
     """
     fused = [(name, layer) for name, layer in _adapter_layers(peft_model) if type(layer) is FusedLinear]
-    recompute_activations(peft_model, (), False)
+    recompute_activations(peft_model)
     for _, layer in fused:
         scaling = layer.__dict__.pop("_scaling")
         for attribute in ("group", "why_alone", "recompute"):
