@@ -2,7 +2,7 @@
 
     python -m peft_kernels.benchmarks.steps [--model blip vilt] [--method MoIL …] [--mode graph eager compiled]
         [--size tiny] [--batch N] [--dtype float32] [--dropout 0.1 …] [--rounds N] [--seconds N] [--save FILE.json]
-    python -m peft_kernels.benchmarks.steps --adds          instead, what adapters on all linears add to a frozen model
+    python -m peft_kernels.benchmarks.steps --adds          also, what adapters on all linears add to a frozen model
     python -m peft_kernels.benchmarks.steps --inference     instead, what the adapted models cost to run and to store
 
 A step is forward, loss, backward, MoIL's own step where there is one, and AdamW's, on one batch in the device's memory.
@@ -20,7 +20,8 @@ all methods are verified, both shared by a model's records; expect_s for the eag
 with, first_s for the first steps, in which kernels are compiled and graphs captured; and measure_s for timing itself.
 steps_inference.py says what --inference measures. --adds measures a step of the frozen model, whose heads train and in
 which gradients flow through all frozen linears, and those of LoRA on all linears, peft's and ours, with and without
-dropout: what adapters add is the rest, and a line below the table compares ours with peft's.
+dropout. On a CPU each of the two takes turns with the frozen model, thrice as many rounds: what adapters add is the
+median of the rounds' differences. A line below the table compares ours with peft's.
 """
 
 import argparse
@@ -39,8 +40,6 @@ from .cases import WrongResult
 from .steps_methods import (
     ADDING,
     BY_NAME,
-    FROZEN,
-    LORA_ALL,
     METHODS,
     MODES,
     PEFT,
@@ -151,15 +150,12 @@ def measure_inference(
 
 
 def compare_speeds(records: Sequence[dict]) -> None:
-    """How many times as fast as the rivals in the same mode; and what adapters add, as a part of what PEFT's add."""
+    """How many times as fast as the rivals in the same mode."""
     same = ("model", "size", "mode", "batch", "dtype", "dropout")
     for record in records:
         alike = {other["method"]: other["ms"] for other in records if all(other[k] == record[k] for k in same)}
-        method = record["method"]
-        rivals = [name for name in RIVALS.values() if method in RIVALS_OF_FEW.get(name, (method,))]
+        rivals = [name for name in RIVALS.values() if record["method"] in RIVALS_OF_FEW.get(name, (record["method"],))]
         record["speed_vs"] = {rival: alike[rival] / record["ms"] for rival in rivals if rival in alike}
-        if method == LORA_ALL and {FROZEN, PEFT_ALL} <= alike.keys():
-            record["adds_ms"], record["peft_adds_ms"] = (alike[name] - alike[FROZEN] for name in (LORA_ALL, PEFT_ALL))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -168,7 +164,7 @@ def compare_speeds(records: Sequence[dict]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inference", action="store_true", help="of the base, adapted and merged models")
-    parser.add_argument("--adds", action="store_true", help=f"the methods {'; '.join(ADDING)}, dropout 0.1 and 0")
+    parser.add_argument("--adds", action="store_true", help=f"also {'; '.join(ADDING)}, dropout 0.1 and 0")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     named = {"nargs": "+", "choices": KNOWN, "metavar": "NAME"}
     parser.add_argument("--method", help=f"{'; '.join(METHODS)}; or, only by name: {'; '.join(BY_NAME)}", **named)
@@ -188,11 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_cpu = device.type == "cpu"
     dtype = given.dtype or ("float32" if on_cpu else "bfloat16")
     seconds = given.seconds if given.seconds is not None or on_cpu else GPU_SECONDS
-    dropouts, methods = given.dropout or ([0.1, 0.0] if given.adds else [0.1]), ADDING if given.adds else METHODS
+    asked = [(p, given.method or METHODS) for p in given.dropout or [0.1]]
+    asked += [(p, ADDING) for p in (0.1, 0.0) if given.adds]
     try:
-        several = [Options(device, given.size, given.batch, dtype, p, given.rounds, seconds) for p in dropouts]
-        if given.adds and (given.inference or given.method):
-            raise ValueError("--adds: goes without --inference and --method")
+        several = [(Options(device, given.size, given.batch, dtype, p, given.rounds, seconds), of) for p, of in asked]
+        if given.adds and given.inference:
+            raise ValueError("--adds: goes without --inference")
         if given.inference:
             inferred = steps_inference.chosen(given.method)
             if given.mode or given.seconds:
@@ -204,11 +201,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = partial(results.save, run, given.save) if given.save else lambda: None
     try:
         if given.inference:
-            measure_inference(run, several[0], given.model, inferred, report)
+            measure_inference(run, several[0][0], given.model, inferred, report)
         else:
             modes = given.mode or (("eager",) if on_cpu else MODES)
-            for options in several:
-                measure(run, options, given.model, given.method or methods, modes, report)
+            for options, methods in several:
+                measure(run, options, given.model, methods, modes, report)
     finally:
         report()
         print(inference_table(run) if given.inference else steps_table(run))

@@ -14,11 +14,12 @@ from peft_kernels.checks import check_choice, check_probability
 
 from . import steps_methods, timing
 from .cases import WrongResult
-from .steps_methods import Training
+from .steps_methods import FROZEN, LORA_ALL, PEFT_ALL, Training
 from .steps_models import MODELS, SIZES, Batch
 
 BATCH, CPU_BATCH = {"blip": 16, "vilt": 32}, 2
 CPU_ROUNDS, GPU_SECONDS = 3, 65.0
+TURNS = 3  # times as many rounds where a frozen model's step is taken in turns with another
 WARMUP, COMPARED = 2, 4  # steps before a graph is captured: MoIL's imitation begins with the second; losses compared
 # A loss may differ from eager training's, whose masks are others, by a quarter of how far that has come, or by rounding
 ROUNDING, OF_THE_WAY = {"float32": 1e-3, "bfloat16": 0.03}, 0.25
@@ -143,33 +144,42 @@ class Session:
 
     def _measured(self, name: str, method: str, mode: str, model: Model) -> dict:
         options, of, size, watch = self.options, MODELS[name], SIZES[self.options.size], Watch()
-        make = partial(Training, method, of, size, model.base, model.batch, options.dropout)
+        make = partial(Training, of=of, size=size, base=model.base, batch=model.batch, dropout=options.dropout)
         if mode != "eager" and (name, method) not in self.losses:
-            training = make()
+            training = make(method)
             self.losses[name, method] = [training.run().item() for _ in range(COMPARED)]
             del training
             free()
         seconds = model.seconds | {"expect_s": watch.lap()}
-        training, losses, peak = begin(mode, make, options.device)
+        training, losses, peak = begin(mode, partial(make, method), options.device)
         compare(losses[:1], [model.loss], options.dtype)  # fresh adapters change nothing
         compare(losses, self.losses.setdefault((name, method), losses), options.dtype)
         training.stand()
+        runs, added, rounds = {method: training.run}, {}, options.rounds
+        if method in (PEFT_ALL, LORA_ALL):
+            frozen, *_ = begin(mode, partial(make, FROZEN), options.device)
+            frozen.stand()
+            runs[FROZEN], rounds = frozen.run, options.rounds * TURNS
         seconds["first_s"] = watch.lap()
         if options.device.type == "cpu":
-            times, launches = timing.time_on_cpu({"": training.run}, options.rounds, warmup=0)[""], None
+            times, launches = timing.time_on_cpu(runs, rounds), None
         else:
-            times = timing.time_on_gpu(lambda _: training.run(), 1)
+            times = {name: timing.time_on_gpu(lambda _, run=run: run(), 1) for name, run in runs.items()}
             launches = None if mode == "graph" else timing.count_launches(training.run)
         seconds["measure_s"] = watch.lap()
         self.spent += seconds["measure_s"]
+        if len(runs) > 1:
+            added["frozen_ms"] = times[FROZEN].median * 1e3
+            added["adds_ms"] = timing.seconds_beyond(times[method], times[FROZEN]) * 1e3
         return {
             **{"model": name, "title": of.title, "size": options.size, "method": method, "mode": mode},
             **{"batch": options.batch_of(name), "dtype": options.dtype, "dropout": options.dropout},
             "compiler": size.compiler if mode == "compiled" else None,
             "backend": training.backend(),
             "trained": sum(p.numel() for p in training.trained),
-            "ms": times.median * 1e3,
-            "spread_ms": times.spread * 1e3,
+            "ms": times[method].median * 1e3,
+            "spread_ms": times[method].spread * 1e3,
+            **added,
             "peak_bytes": peak,
             "launches": launches,
             "losses": losses,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .markdown import NOTHING, filled, number
-from .steps_methods import BY_NAME, METHODS, MODES, PEFT_ALL, RIVALS
+from .steps_methods import BY_NAME, LORA_ALL, METHODS, MODES, PEFT_ALL, RIVALS
 from .steps_models import MODELS
 
 TURNS = 'The base took turns with every method: shown is its time beside the first, "vs base" is by that beside each.'
@@ -36,10 +36,10 @@ def steps_table(run: dict) -> str:
 def adds(steps: Sequence[dict]) -> str:
     """A line for each step in which it is known: what our adapters, and PEFT's, add to a frozen model's step."""
     told = []
-    for r in (r for r in steps if "adds_ms" in r):
-        same = ("model", "size", "mode", "batch", "dtype", "dropout")
-        other = next(o for o in steps if o["method"] == PEFT_ALL and all(o[key] == r[key] for key in same))
-        ours, theirs, frozen = r["adds_ms"], r["peft_adds_ms"], r["ms"] - r["adds_ms"]
+    same = ("model", "size", "mode", "batch", "dtype", "dropout")
+    pairs = [(r, other) for r in steps for other in steps if (r["method"], other["method"]) == (LORA_ALL, PEFT_ALL)]
+    for r, other in (pair for pair in pairs if all(pair[0][key] == pair[1][key] for key in same)):
+        frozen, ours, theirs = r["frozen_ms"], r["adds_ms"], other["adds_ms"]
         ratio = f", ours / PEFT's {ours / theirs:.2f}" if theirs > 0 else ""
         peaks = [each["peak_bytes"] / 1e6 for each in (r, other)]
         told.append(

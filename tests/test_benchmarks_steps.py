@@ -132,26 +132,47 @@ def test_seconds_before_a_step_s_time_have_fields_of_their_own(run, monkeypatch)
 def adding(tmp_path_factory):
     path = tmp_path_factory.mktemp("adding") / "cpu.json"
     where = ["--device", "cpu", "--size", "tiny", "--model", "vilt", "--rounds", "1", "--save", str(path)]
-    steps.main(["--adds", *where])
+    steps.main(["--adds", "--method", LORA, "--dropout", "0.5", *where])
     return json.loads(path.read_text())
 
 
 def test_what_adapters_add_is_asked_for_by_one_word(adding):
     asked = [(r["method"], r["dropout"]) for r in adding["steps"]]
-    assert asked == [(method, p) for p in (0.1, 0.0) for method in ADDING] and adding["absent_steps"] == []
+    assert asked == [(LORA, 0.5), *((method, p) for p in (0.1, 0.0) for method in ADDING)]
+    assert adding["absent_steps"] == []
     for p in (0.1, 0.0):
         frozen, theirs, ours = (r for r in adding["steps"] if r["dropout"] == p)
-        assert ours["adds_ms"] == ours["ms"] - frozen["ms"] and ours["peft_adds_ms"] == theirs["ms"] - frozen["ms"]
+        assert all(r["frozen_ms"] > 0 and "adds_ms" in r for r in (theirs, ours)) and "adds_ms" not in frozen
         assert frozen["trained"] < ours["trained"] == theirs["trained"] and frozen["peak_bytes"] < ours["peak_bytes"]
-        assert "adds_ms" not in {**frozen, **theirs} and PEFT_ALL in ours["speed_vs"]
+        assert PEFT_ALL in ours["speed_vs"]
         assert all(r["losses"] == sorted(r["losses"], reverse=True) for r in (frozen, theirs, ours))
     assert not {*BY_NAME} & {*METHODS}
 
 
+@pytest.mark.parametrize("method", [FROZEN, PEFT_ALL, LORA_ALL, LORA])
+def test_what_adapters_add_is_measured_in_turns_with_the_frozen_model(method, monkeypatch):
+    def time_on_cpu(runs, rounds):
+        timed.append((runs.keys(), rounds))
+        trainings.update((name, run.__self__) for name, run in runs.items())
+        samples = {method: [5.0, 9.0, 7.0], FROZEN: [1.0, 2.0, 6.0]}
+        return {name: timing.Times.of(samples[name]) for name in runs}
+
+    timed, trainings = [], {}
+    monkeypatch.setattr(timing, "time_on_cpu", time_on_cpu)
+    record = steps_session.Session(OPTIONS, []).measure("vilt", method, "eager")
+    if method in (FROZEN, LORA):
+        assert timed == [({method}, 1)] and not {"adds_ms", "frozen_ms"} & record.keys()
+    else:
+        assert timed == [({method, FROZEN}, 3)]
+        assert (record["ms"], record["frozen_ms"], record["adds_ms"]) == (7000, 2000, 4000)
+        assert len(trainings[FROZEN].trained) < len(trainings[method].trained)
+    assert all(each.lr == 0 for each in trainings.values())  # the weights stand
+
+
 def test_a_line_says_what_adapters_add(adding):
     same = {**adding["steps"][1], "size": "base"}
-    frozen, theirs = {**same, "method": FROZEN, "ms": 10.0}, {**same, "method": PEFT_ALL, "ms": 18.0}
-    ours = {**same, "method": LORA_ALL, "ms": 12.0, "peak_bytes": 3e6}
+    frozen, theirs = {**same, "method": FROZEN}, {**same, "method": PEFT_ALL, "adds_ms": 8.0}
+    ours = {**same, "method": LORA_ALL, "frozen_ms": 10.0, "adds_ms": 2.0, "peak_bytes": 3e6}
     records = [frozen, {**theirs, "peak_bytes": 4e6}, ours, {**theirs, "dropout": 0.0, "peak_bytes": 9e6}]
     steps.compare_speeds(records)
     lines = steps.steps_table({"steps": records}).splitlines()
@@ -160,12 +181,9 @@ def test_a_line_says_what_adapters_add(adding):
         "8.0 ms, ours / PEFT's 0.25; peak 3 MB, PEFT's 4 MB, ours / PEFT's 0.75"
     )
     assert "dropout" in lines[0] and "dropout" not in steps.steps_table({"steps": records[:3]}).splitlines()[0]
-    for missing in (frozen, theirs):
-        rest = [{**r} for r in (frozen, theirs, {**theirs, "method": LORA_ALL}) if r["method"] != missing["method"]]
-        steps.compare_speeds(rest)
-        assert "add " not in steps.steps_table({"steps": rest})
-    records[1]["ms"] = 9.0  # of noise
-    steps.compare_speeds(records)
+    for missing in (ours, theirs):
+        assert "add " not in steps.steps_table({"steps": [r for r in records[:3] if r["method"] != missing["method"]]})
+    records[1]["adds_ms"] = -1.0  # of noise
     assert "PEFT's -1.0 ms; peak" in steps.steps_table({"steps": records})
 
 
@@ -174,10 +192,9 @@ def test_adapters_that_differ_from_pefts_add_nothing(monkeypatch):
     assert steps_methods.verify(MODELS["vilt"], ADDING, CPU).keys() == {PEFT_ALL, LORA_ALL}
 
 
-@pytest.mark.parametrize("other", [["--inference"], ["--method", LORA]])
-def test_one_question_at_a_time(other, capsys):
+def test_one_question_at_a_time(capsys):
     with pytest.raises(SystemExit):
-        steps.main(["--adds", "--device", "cpu", *other])
+        steps.main(["--adds", "--device", "cpu", "--inference"])
     assert "--adds: goes without" in capsys.readouterr().err
 
 
