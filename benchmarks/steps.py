@@ -20,8 +20,8 @@ all methods are verified, both shared by a model's records; expect_s for the eag
 with, first_s for the first steps, in which kernels are compiled and graphs captured; and measure_s for timing itself.
 steps_inference.py says what --inference measures. --adds measures a step of the frozen model, whose heads train and in
 which gradients flow through all frozen linears, and those of LoRA on all linears, peft's and ours, with and without
-dropout. On a CPU each of the two takes turns with the frozen model, thrice as many rounds: what adapters add is the
-median of the rounds' differences. A line below the table compares ours with peft's.
+dropout. On a CPU each of the two takes turns with the frozen model, eight times as many rounds: what adapters add is
+the median of the rounds' differences. A line below the table compares ours with peft's.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from .steps_models import MODELS, SIZES, Batch
 
 BATCH, CPU_BATCH = {"blip": 16, "vilt": 32}, 2
 CPU_ROUNDS, GPU_SECONDS = 3, 65.0
-TURNS = 3  # times as many rounds where a frozen model's step is taken in turns with another
+TURNS = 8  # times as many rounds in turns with a frozen model: a difference is a small part of what varies
 WARMUP, COMPARED = 2, 4  # steps before a graph is captured: MoIL's imitation begins with the second; losses compared
 # A loss may differ from eager training's, whose masks are others, by a quarter of how far that has come, or by rounding
 ROUNDING, OF_THE_WAY = {"float32": 1e-3, "bfloat16": 0.03}, 0.25
@@ -169,8 +169,9 @@ class Session:
         seconds["measure_s"] = watch.lap()
         self.spent += seconds["measure_s"]
         if len(runs) > 1:
+            more = timing.beyond(times[method], times[FROZEN])
             added["frozen_ms"] = times[FROZEN].median * 1e3
-            added["adds_ms"] = timing.seconds_beyond(times[method], times[FROZEN]) * 1e3
+            added |= {"adds_ms": more.median * 1e3, "adds_spread_ms": more.spread * 1e3}
         return {
             **{"model": name, "title": of.title, "size": options.size, "method": method, "mode": mode},
             **{"batch": options.batch_of(name), "dtype": options.dtype, "dropout": options.dropout},

@@ -39,13 +39,14 @@ def adds(steps: Sequence[dict]) -> str:
     same = ("model", "size", "mode", "batch", "dtype", "dropout")
     pairs = [(r, other) for r in steps for other in steps if (r["method"], other["method"]) == (LORA_ALL, PEFT_ALL)]
     for r, other in (pair for pair in pairs if all(pair[0][key] == pair[1][key] for key in same)):
-        frozen, ours, theirs = r["frozen_ms"], r["adds_ms"], other["adds_ms"]
-        ratio = f", ours / PEFT's {ours / theirs:.2f}" if theirs > 0 else ""
+        theirs = other["adds_ms"]
+        ratio = f", ours / PEFT's {r['adds_ms'] / theirs:.2f}" if theirs > 0 else ""
+        added = [f"{each['adds_ms']:.1f} ± {each['adds_spread_ms']:.1f} ms" for each in (r, other)]
         peaks = [each["peak_bytes"] / 1e6 for each in (r, other)]
         told.append(
-            f"- {_title(r)}, {r['mode']}, {r['dtype']}, dropout {r['dropout']:g}: to a frozen step of {frozen:.1f} ms "
-            f"adapters on all linears add {ours:.1f} ms, PEFT's {theirs:.1f} ms{ratio}; peak {peaks[0]:.0f} MB, "
-            f"PEFT's {peaks[1]:.0f} MB, ours / PEFT's {peaks[0] / peaks[1]:.2f}"
+            f"- {_title(r)}, {r['mode']}, {r['dtype']}, dropout {r['dropout']:g}: to a frozen step of "
+            f"{r['frozen_ms']:.1f} ms adapters on all linears add {added[0]}, PEFT's {added[1]}{ratio}; "
+            f"peak {peaks[0]:.0f} MB, PEFT's {peaks[1]:.0f} MB, ours / PEFT's {peaks[0] / peaks[1]:.2f}"
         )
     return "\n".join(told)
 

@@ -69,11 +69,9 @@ def speed_against(times: Times, other: Times) -> float:
     return statistics.median(theirs / ours for ours, theirs in zip(times.samples, other.samples))
 
 
-def seconds_beyond(times: Times, other: Times) -> float:
-    """How much longer than `other`: the median of the rounds' differences, or the difference of medians."""
-    if len(times.samples) != len(other.samples):
-        return times.median - other.median
-    return statistics.median(ours - theirs for ours, theirs in zip(times.samples, other.samples))
+def beyond(times: Times, other: Times) -> Times:
+    """How much longer than `other`, round by round."""
+    return Times.of([ours - theirs for ours, theirs in zip(times.samples, other.samples)])
 
 
 # ---- the host --------------------------------------------------------------------------------------------------------

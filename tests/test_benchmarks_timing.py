@@ -224,8 +224,8 @@ def test_turns_alternate():
     assert {len(each.samples) for each in times.values()} == {4}
     slow, fast = timing.Times.of([2.0, 40.0, 4.0]), timing.Times.of([1.0, 20.0, 1.0])
     assert timing.speed_against(fast, slow) == 2.0  # by rounds; 4.0 by medians
-    slow, fast, other = (timing.Times.of(samples) for samples in ([5.0, 9.0, 7.0], [1.0, 2.0, 6.0], [1.0]))
-    assert timing.seconds_beyond(slow, fast) == 4.0 and timing.seconds_beyond(slow, other) == 6.0  # 5.0 by medians
+    more = timing.beyond(timing.Times.of([5.0, 9.0, 7.0]), timing.Times.of([1.0, 2.0, 6.0]))
+    assert more.samples == [4.0, 7.0, 1.0] and more.median == 4.0  # 5.0 by medians
 
 
 def test_rounds_follow_from_the_time_they_take(monkeypatch):
