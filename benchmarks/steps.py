@@ -20,26 +20,30 @@ all methods are verified, both shared by a model's records; expect_s for the eag
 with, first_s for the first steps, in which kernels are compiled and graphs captured; and measure_s for timing itself.
 steps_inference.py says what --inference measures. --adds measures a step of the frozen model, whose heads train and in
 which gradients flow through all frozen linears, and those of LoRA on all linears, peft's and ours, with and without
-dropout. On a CPU each of the two takes turns with the frozen model, eight times as many rounds: what adapters add is
-the median of the rounds' differences. A line below the table compares ours with peft's.
+dropout: what adapters add is the difference, and a line below the table compares ours with peft's. On a CPU, eagerly,
+all methods of a model take turns, and are held at once: BLIP-base's six take 15 GB. Their ratios and differences are
+medians of each round's, as a CPU's clock may drift more from one minute to the next than methods differ.
 """
 
 import argparse
 import gc
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from peft_kernels.checks import check_choice
 
-from . import results, steps_inference
+from . import results, steps_inference, timing
 from .cases import WrongResult
 from .steps_methods import (
     ADDING,
     BY_NAME,
+    FROZEN,
+    LORA_ALL,
     METHODS,
     MODES,
     PEFT,
@@ -65,7 +69,8 @@ def measure(
     modes: Sequence[str] = MODES,
     report: Callable[[], None] = lambda: None,
 ) -> None:
-    """Adds to run["steps"] and run["absent_steps"], and calls `report` before the first and after each: graphs first.
+    """Adds to run["steps"] and run["absent_steps"], graphs first; calls `report` before the first and whenever one, or
+    on a CPU one model, has been measured.
 
     Raises ValueError on a name that there is not, before anything is built, and WrongResult after all others have been
     measured, if something was wrong: it is absent. After a fault of the GPU nothing more is measured.
@@ -93,28 +98,49 @@ def measure(
     asked = [(model, method, mode) for mode in MODES if mode in modes for method in methods for model in models]
     waiting = {each: absent("the run ended before", *each) for each in asked}  # what a run that is killed leaves
     session, wrong = Session(options, methods), []
-    report()
-    for each in asked:
-        gc.freeze()  # so that a collection after each training, of 0.5 s, looks at nothing older
+
+    @contextmanager
+    def told(*each: str) -> Iterator[None]:
         try:
-            run["steps"].append(session.measure(*each))
-            run["absent_steps"].remove(waiting[each])
+            yield
         except Absent as reason:
             waiting[each]["reason"] = str(reason)
         except WrongResult as error:
             waiting[each]["reason"] = f"wrong: {error}"
             wrong.append(f"{', '.join(each)}: {error}")
-        except Faulted as error:
-            for left in asked[asked.index(each) :]:
-                waiting[left]["reason"] = str(error)
-            wrong.append(str(error))
-            break
-        compare_speeds(run["steps"])
-        report()
-        free()
+
+    report()
+    try:
+        for together in _groups(asked, options.device):
+            gc.freeze()  # so that a collection after them, of 0.5 s, looks at nothing older
+            begun = []
+            for each in together:
+                with told(*each):
+                    begun.append(session.begin(*each))
+            with told(*each):
+                for record in session.time(begun) if begun else ():
+                    run["steps"].append(record)
+                    run["absent_steps"].remove(waiting.pop((record["model"], record["method"], record["mode"])))
+            compare_speeds(run["steps"])
+            report()
+            del begun
+            free()
+    except Faulted as error:
+        for left in asked[asked.index(each) :]:
+            waiting[left]["reason"] = str(error)
+        wrong.append(str(error))
     gc.unfreeze()
     if wrong:
         raise WrongResult("; ".join(wrong))
+
+
+def _groups(asked: Sequence[tuple[str, str, str]], device: torch.device) -> list[list[tuple[str, str, str]]]:
+    """Those that are held at once and take turns: on a CPU, whose clock drifts, all eager trainings of a model."""
+    found: dict[tuple[str, ...], list[tuple[str, str, str]]] = {}
+    for model, method, mode in asked:
+        in_turns = device.type == "cpu" and mode == "eager"
+        found.setdefault((mode, model) if in_turns else (mode, model, method), []).append((model, method, mode))
+    return list(found.values())
 
 
 def measure_inference(
@@ -150,12 +176,19 @@ def measure_inference(
 
 
 def compare_speeds(records: Sequence[dict]) -> None:
-    """How many times as fast as the rivals in the same mode."""
+    """How many times as fast as the rivals in the same mode, and how much more than a frozen model's step."""
     same = ("model", "size", "mode", "batch", "dtype", "dropout")
     for record in records:
-        alike = {other["method"]: other["ms"] for other in records if all(other[k] == record[k] for k in same)}
-        rivals = [name for name in RIVALS.values() if record["method"] in RIVALS_OF_FEW.get(name, (record["method"],))]
-        record["speed_vs"] = {rival: alike[rival] / record["ms"] for rival in rivals if rival in alike}
+        alike = {other["method"]: other for other in records if all(other[key] == record[key] for key in same)}
+        times = {method: timing.Times.of(other["samples_ms"]) for method, other in alike.items()}
+        method = record["method"]
+        rivals = [name for name in RIVALS.values() if method in RIVALS_OF_FEW.get(name, (method,))]
+        record["speed_vs"] = {
+            name: timing.speed_against(times[method], times[name]) for name in rivals if name in alike
+        }
+        if method in (PEFT_ALL, LORA_ALL) and FROZEN in alike:
+            more = timing.beyond(times[method], times[FROZEN])
+            record |= {"frozen_ms": times[FROZEN].median, "adds_ms": more.median, "adds_spread_ms": more.spread}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -178,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=CPU_ROUNDS, help=f"on a CPU: {CPU_ROUNDS}")
     parser.add_argument("--seconds", type=float, help=f"of timing: begin nothing after that; on a GPU {GPU_SECONDS:g}")
-    parser.add_argument("--save", metavar="FILE.json", help="written after each step, too")
+    parser.add_argument("--save", metavar="FILE.json", help="written whenever something has been measured, too")
     given = parser.parse_args(argv)
     device = torch.device(given.device)
     on_cpu = device.type == "cpu"

@@ -1,8 +1,9 @@
-"""How steps.py measures one training: built, verified, its first steps taken, and then timed, each for itself."""
+"""How steps.py measures trainings: built, verified, their first steps taken, and then timed."""
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,12 +15,11 @@ from peft_kernels.checks import check_choice, check_probability
 
 from . import steps_methods, timing
 from .cases import WrongResult
-from .steps_methods import FROZEN, LORA_ALL, PEFT_ALL, Training
+from .steps_methods import Training
 from .steps_models import MODELS, SIZES, Batch
 
 BATCH, CPU_BATCH = {"blip": 16, "vilt": 32}, 2
 CPU_ROUNDS, GPU_SECONDS = 3, 65.0
-TURNS = 8  # times as many rounds in turns with a frozen model: a difference is a small part of what varies
 WARMUP, COMPARED = 2, 4  # steps before a graph is captured: MoIL's imitation begins with the second; losses compared
 # A loss may differ from eager training's, whose masks are others, by a quarter of how far that has come, or by rounding
 ROUNDING, OF_THE_WAY = {"float32": 1e-3, "bfloat16": 0.03}, 0.25
@@ -104,7 +104,7 @@ class Model(NamedTuple):
 
 
 class Session:
-    """Measures one training after the other, each on its own copy of the same weights."""
+    """Begins trainings, each on its own copy of the same weights, and times what has begun."""
 
     def __init__(self, options: Options, methods: Sequence[str]):
         self.options, self.methods = options, methods
@@ -125,66 +125,75 @@ class Session:
             self.models[name] = Model(base, batch, loss, wrong, seconds | {"verify_s": watch.lap()})
         return self.models[name]
 
-    def measure(self, name: str, method: str, mode: str) -> dict:
-        """One record. Raises Absent, Faulted, or WrongResult before anything wrong is timed."""
+    def begin(self, name: str, method: str, mode: str) -> tuple[Training, dict]:
+        """After its first steps, with all of its record but the times. From now on its weights stand.
+
+        Raises Absent, Faulted, or WrongResult before anything wrong is timed.
+        """
         options, model = self.options, self.model(name)
         if method in model.wrong:
             raise WrongResult(model.wrong[method])
         if options.seconds is not None and self.spent > options.seconds:
             raise Absent(f"{options.seconds:g} seconds had passed")
+        with self._told(name, method, mode):
+            return self._begun(name, method, mode, model)
+
+    def time(self, begun: Sequence[tuple[Training, dict]]) -> list[dict]:
+        """Their whole records: on a CPU they take turns, on a GPU each goes by itself. Raises Absent or Faulted."""
+        watch, records = Watch(), [record for _, record in begun]
+        with self._told(*(records[0][key] for key in ("model", "method", "mode"))):
+            runs = {record["method"]: training.run for training, record in begun}
+            if self.options.device.type == "cpu":
+                times = timing.time_on_cpu(runs, self.options.rounds, warmup=0)
+            else:
+                times = {method: timing.time_on_gpu(lambda _, run=run: run(), 1) for method, run in runs.items()}
+                for record in (record for record in records if record["mode"] != "graph"):
+                    record["launches"] = timing.count_launches(runs[record["method"]])
+        lap = watch.lap()
+        self.spent += lap
+        for record in records:
+            own = times[record["method"]]
+            record |= {"ms": own.median * 1e3, "spread_ms": own.spread * 1e3, "measure_s": lap / len(records)}
+            record["samples_ms"] = [sample * 1e3 for sample in own.samples]
+        return records
+
+    @contextmanager
+    def _told(self, name: str, method: str, mode: str) -> Iterator[None]:
+        """What fails inside is Absent, or Faulted, where it is not a mistake."""
         try:
-            return self._measured(name, method, mode, model)
+            yield
         except RuntimeError as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if options.device.type == "cuda" and (why := timing.fault(options.device)):
+            if self.options.device.type == "cuda" and (why := timing.fault(self.options.device)):
                 raise Faulted(f"{name}, {method}, {mode} faulted the device: {why}") from error
             if mode == "eager" and not isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             raise Absent(first) from None
 
-    def _measured(self, name: str, method: str, mode: str, model: Model) -> dict:
+    def _begun(self, name: str, method: str, mode: str, model: Model) -> tuple[Training, dict]:
         options, of, size, watch = self.options, MODELS[name], SIZES[self.options.size], Watch()
-        make = partial(Training, of=of, size=size, base=model.base, batch=model.batch, dropout=options.dropout)
+        make = partial(Training, method, of, size, model.base, model.batch, options.dropout)
         if mode != "eager" and (name, method) not in self.losses:
-            training = make(method)
+            training = make()
             self.losses[name, method] = [training.run().item() for _ in range(COMPARED)]
             del training
             free()
         seconds = model.seconds | {"expect_s": watch.lap()}
-        training, losses, peak = begin(mode, partial(make, method), options.device)
+        training, losses, peak = begin(mode, make, options.device)
         compare(losses[:1], [model.loss], options.dtype)  # fresh adapters change nothing
         compare(losses, self.losses.setdefault((name, method), losses), options.dtype)
         training.stand()
-        runs, added, rounds = {method: training.run}, {}, options.rounds
-        if method in (PEFT_ALL, LORA_ALL):
-            frozen, *_ = begin(mode, partial(make, FROZEN), options.device)
-            frozen.stand()
-            runs[FROZEN], rounds = frozen.run, options.rounds * TURNS
-        seconds["first_s"] = watch.lap()
-        if options.device.type == "cpu":
-            times, launches = timing.time_on_cpu(runs, rounds), None
-        else:
-            times = {name: timing.time_on_gpu(lambda _, run=run: run(), 1) for name, run in runs.items()}
-            launches = None if mode == "graph" else timing.count_launches(training.run)
-        seconds["measure_s"] = watch.lap()
-        self.spent += seconds["measure_s"]
-        if len(runs) > 1:
-            more = timing.beyond(times[method], times[FROZEN])
-            added["frozen_ms"] = times[FROZEN].median * 1e3
-            added |= {"adds_ms": more.median * 1e3, "adds_spread_ms": more.spread * 1e3}
-        return {
+        return training, {
             **{"model": name, "title": of.title, "size": options.size, "method": method, "mode": mode},
             **{"batch": options.batch_of(name), "dtype": options.dtype, "dropout": options.dropout},
             "compiler": size.compiler if mode == "compiled" else None,
             "backend": training.backend(),
             "trained": sum(p.numel() for p in training.trained),
-            "ms": times[method].median * 1e3,
-            "spread_ms": times[method].spread * 1e3,
-            **added,
             "peak_bytes": peak,
-            "launches": launches,
+            "launches": None,
             "losses": losses,
             **seconds,
+            "first_s": watch.lap(),
         }
 
 

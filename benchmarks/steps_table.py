@@ -37,8 +37,8 @@ def adds(steps: Sequence[dict]) -> str:
     """A line for each step in which it is known: what our adapters, and PEFT's, add to a frozen model's step."""
     told = []
     same = ("model", "size", "mode", "batch", "dtype", "dropout")
-    pairs = [(r, other) for r in steps for other in steps if (r["method"], other["method"]) == (LORA_ALL, PEFT_ALL)]
-    for r, other in (pair for pair in pairs if all(pair[0][key] == pair[1][key] for key in same)):
+    for r in (r for r in steps if r["method"] == LORA_ALL and PEFT_ALL in r["speed_vs"] and "adds_ms" in r):
+        other = next(o for o in steps if o["method"] == PEFT_ALL and all(o[key] == r[key] for key in same))
         theirs = other["adds_ms"]
         ratio = f", ours / PEFT's {r['adds_ms'] / theirs:.2f}" if theirs > 0 else ""
         added = [f"{each['adds_ms']:.1f} ± {each['adds_spread_ms']:.1f} ms" for each in (r, other)]
