@@ -1,6 +1,7 @@
 """`lowrank_projections` on every backend that runs here, against the definition in float64."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_lowrank_linear import saved_storages
 
 import peft_kernels
 from peft_kernels import BackendUnavailableError, lowrank_linear, lowrank_projections
+from peft_kernels.benchmarks.timing import peak_bytes
 from peft_kernels.ops import lowrank_projections as op
 from peft_kernels.records import MOST_PROJECTIONS
 
@@ -290,6 +292,17 @@ def test_saved_for_backward(backend, shared, device):
         z_bytes = 4 * rows * rank * (1 if shared and place == "rank" else count)
         columns = width if place == "input" else rank
         assert sorted(saved.values()) == sorted([z_bytes, count * (rows * columns if backend == "torch" else 16)])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_memory_of_a_forward_in_torch(stacked):
+    """The outputs, all z, the parts of which it is made and one of them scaled; and the masks, but no dropped x."""
+    problem = Problem(rows=256, inputs=64, outputs=(128, 128, 64), dtype=torch.float32, stacked=stacked)
+    outputs, z = (4 * problem.rows * columns for columns in (sum(problem.outputs), problem.count * problem.rank))
+    for p, more in ((0.0, 0), (0.1, problem.count * problem.rows * problem.inputs)):
+        each = replace(problem, dropout_p=p)
+        _, peak = peak_bytes(partial(call, each, each.tensors("cpu"), "torch"), torch.device("cpu"))
+        assert outputs + z + more <= peak < outputs + 3 * z + more, (p, peak)
 
 
 # ---- the Triton kernels ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft_kernels.frozen_products import add_frozen, add_frozen_bwd, empty_outputs
+from peft_kernels.frozen_products import add_frozen, add_frozen_bwd, empty_outputs, stacked
 from peft_kernels.records import Dropout, Factors, ProjectionNeeds, Projections
 
 from .lowrank_linear import keep_numbers, lowrank_linear_composed, times_up, up_gradient
@@ -30,10 +30,10 @@ def lowrank_projections_fwd(
     else:
         parts = [x @ down.to(x.dtype).t() for down in downs]
         z = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-    outputs = empty_outputs(x, weights)
-    if outputs[0] is None:
+    if stacked(weights) is None:
         ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
     else:
+        outputs = empty_outputs(x, weights)
         for y, bias in zip(outputs[1], biases):
             y.zero_() if bias is None else y.copy_(bias)
         ys = add_frozen(outputs, x, weights)
