@@ -21,7 +21,7 @@ with, first_s for the first steps, in which kernels are compiled and graphs capt
 steps_inference.py says what --inference measures. --adds measures a step of the frozen model, whose heads train and in
 which gradients flow through all frozen linears, and those of LoRA on all linears, peft's and ours, with and without
 dropout: what adapters add is the difference, and a line below the table compares ours with peft's. On a CPU, eagerly,
-all methods of a model take turns, and are held at once: BLIP-base's six take 15 GB. Their ratios and differences are
+all methods of a model take turns, and are held at once: BLIP-base's seven take 20 GB. Their ratios and differences are
 medians of each round's, as a CPU's clock may drift more from one minute to the next than methods differ.
 """
 
@@ -97,7 +97,7 @@ def measure(
         modes = [mode for mode in modes if mode != "graph"]
     asked = [(model, method, mode) for mode in MODES if mode in modes for method in methods for model in models]
     waiting = {each: absent("the run ended before", *each) for each in asked}  # what a run that is killed leaves
-    session, wrong = Session(options, methods), []
+    session, wrong, before = Session(options, methods), [], len(run["steps"])
 
     @contextmanager
     def told(*each: str) -> Iterator[None]:
@@ -121,7 +121,7 @@ def measure(
                 for record in session.time(begun) if begun else ():
                     run["steps"].append(record)
                     run["absent_steps"].remove(waiting.pop((record["model"], record["method"], record["mode"])))
-            compare_speeds(run["steps"])
+            compare_speeds(run["steps"][before:])  # with none of another hour
             report()
             del begun
             free()

@@ -6,6 +6,7 @@ from .markdown import NOTHING, filled, number
 from .steps_methods import BY_NAME, LORA_ALL, METHODS, MODES, PEFT_ALL, RIVALS
 from .steps_models import MODELS
 
+STEPS = 'On a CPU only methods that took turns have a "vs" of each other, the median of the rounds\' ratios.'
 TURNS = 'The base took turns with every method: shown is its time beside the first, "vs base" is by that beside each.'
 
 
@@ -30,7 +31,8 @@ def steps_table(run: dict) -> str:
         cells.append(number(r["launches"], 0))
         speeds = [r["speed_vs"].get(rival) for rival in RIVALS.values()]
         rows.append(cells + [_times(speed) for speed in speeds])
-    return "\n\n".join(filter(None, (filled(heads, rows), adds(steps), _absent(run.get("absent_steps", ())))))
+    turns = STEPS if rows and run.get("kind") == "cpu" else ""
+    return "\n\n".join(filter(None, (filled(heads, rows), turns, adds(steps), _absent(run.get("absent_steps", ())))))
 
 
 def adds(steps: Sequence[dict]) -> str:

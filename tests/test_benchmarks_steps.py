@@ -85,8 +85,9 @@ def test_speeds_are_against_rivals_in_the_same_mode(run):
 def test_table(run):
     table = steps.steps_table(run)
     lines = table.splitlines()
-    assert len(lines) == 2 + len(run["steps"]) + 2 and lines[-1] == "- absent: graph: a CUDA graph needs a GPU"
-    assert [line.split("|")[1].strip() for line in lines[2:-2:6]] == ["BLIP-base, tiny", "ViLT-B, tiny"]
+    assert len(lines) == 2 + len(run["steps"]) + 4 and lines[-1] == "- absent: graph: a CUDA graph needs a GPU"
+    assert lines[-3].startswith("On a CPU") and "On a CPU" not in steps.steps_table({**run, "kind": "gpu"})
+    assert [line.split("|")[1].strip() for line in lines[2:-4:6]] == ["BLIP-base, tiny", "ViLT-B, tiny"]
     assert "launches" not in table and "vs authors' formula" in table
     changed = {**run["steps"][3], "launches": 1234, "size": "base", "peak_bytes": 5_600_000, "trained": 7_088_256}
     changed |= {"ms": 12.34, "speed_vs": {PEFT: 1.5}}
@@ -170,6 +171,8 @@ def test_all_methods_of_a_model_take_turns_on_a_cpu(monkeypatch):
     assert (ours["adds_ms"], ours["adds_spread_ms"]) == (5000, 1500)  # of 5, 7 and 1 seconds, not 7 - 2
     assert theirs["adds_ms"] == 4000 and "adds_ms" not in frozen
     assert ours["speed_vs"] == {PEFT_ALL: 5 / 6}  # of 5 / 6, 4 / 9 and 13 / 7, not 5 / 7
+    steps.measure(run, OPTIONS, ["blip"], [LORA_ALL], ["eager"])  # an hour later
+    assert run["steps"][-1]["speed_vs"] == {} and "adds_ms" not in run["steps"][-1]
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
