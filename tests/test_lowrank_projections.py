@@ -305,6 +305,18 @@ def test_memory_of_a_forward_in_torch(stacked):
         assert outputs + z + more <= peak < outputs + 3 * z + more, (p, peak)
 
 
+@pytest.mark.parametrize(("p", "count"), [(0.0, 1), (0.1, 3)])
+def test_memory_of_a_backward_in_torch(p, count):
+    """dx; with masks also a dropped x, into which dz A goes, and a mask's numbers: of one projection at a time."""
+    problem = Problem(rows=256, inputs=256, outputs=(32, 32, 32), dropout_p=p)
+    tensors, x_bytes = problem.tensors("cpu"), 4 * 256 * 256
+    ys = call(problem, tensors, "torch")
+    needed = [t for name, t in tensors.items() if not name.startswith(("weight", "bias"))]
+    step = partial(torch.autograd.grad, ys, needed, problem.gradients("cpu"))
+    _, peak = peak_bytes(step, torch.device("cpu"))
+    assert count * x_bytes <= peak < (count + 0.5) * x_bytes, peak / x_bytes
+
+
 # ---- the Triton kernels ----------------------------------------------------------------------------------------------
 
 

@@ -68,17 +68,17 @@ def lowrank_projections_bwd(
         return dx, d_down, d_up, _sum(parts)
     if len(downs) == 1 and dropout.on != "input":
         parts = [_sum(parts)]
-    d_downs = []
+    d_downs, scratch = [], None
     for j, (part, down) in enumerate(zip(parts, _each(downs, len(parts)))):
         dropped, keep = x, None
         if dropout.on == "input":
             keep = keep_numbers(dropout.rng[j], part)
-            dropped = x * keep if needs.down else None
+            dropped = torch.mul(x, keep, out=scratch) if needs.down else scratch
         if needs.down:
             d_downs.append(part.t() @ dropped)
         if needs.x and keep is not None:  # dz A into the memory of the dropped x: fresh memory costs a CPU dearly
             through = torch.mm(part, down.to(part.dtype), out=dropped)
-            dx = through.mul_(keep) if dx is None else dx.addcmul_(through, keep)
+            dx, scratch = (through.mul_(keep), None) if dx is None else (dx.addcmul_(through, keep), through)
         elif needs.x:
             dx.addmm_(part, down.to(part.dtype))
     if needs.x and dropout.on == "input":
