@@ -14,7 +14,7 @@ from .steps_table import inference_table, steps_table
 
 NEVER = "Not yet run on a GPU."
 CLOCKS = {"eager": ("ms", "spread_ms"), "graph": ("graph_ms", "graph_spread_ms")}
-BOUNDS = ("frozen linear", "foreach lerp")  # who computes less than the operation: no peers
+BOUNDS = ("frozen linear", "frozen linears", "foreach lerp")  # who computes less than the operation: no peers
 SHOWN = ("% of floor", "% of copy", "launches", "MB moved", "MB saved", "MB peak")
 MATCHED = {LORA: PEFT, LORA_ALL: PEFT_ALL, MOIL: AUTHORS}  # who trains the same by other means
 HEAD = """# Measured

@@ -17,7 +17,8 @@ def _lost(device):
 
 def test_losing_cases_are_listed_and_the_worst_first():
     slow = {"ours, torch": (2.0, 2.0), "ours, triton passes": (1.0, 0.8), "ours, cuda": (1.5, 0.4)}
-    device = device_of(cases=[case_of({**slow, "PEFT": (0.8, 0.5), "frozen linear": (0.1, 0.1)})])
+    bounds = {"frozen linear": (0.1, 0.1), "frozen linears": (0.1, 0.1)}
+    device = device_of(cases=[case_of({**slow, "PEFT": (0.8, 0.5), **bounds})])
     assert _lost(device) == [("eager", "ours, triton passes", "PEFT 1.25×")]  # in a graph CUDA's are faster than PEFT
     device["foreign"] = [case_of({"ours, triton passes": (1.0, 0.8), "unsloth": (3.0, 0.4)})]
     assert _lost(device) == [
