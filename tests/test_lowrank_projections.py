@@ -307,7 +307,7 @@ def test_memory_of_a_forward_in_torch(stacked):
 
 @pytest.mark.parametrize(("p", "count"), [(0.0, 1), (0.1, 3)])
 def test_memory_of_a_backward_in_torch(p, count):
-    """dx; with masks also a dropped x, into which dz A goes, and a mask's numbers: of one projection at a time."""
+    """dx; with masks also one dropped x, whose memory dz A takes, and one mask's numbers, whatever the projections."""
     problem = Problem(rows=256, inputs=256, outputs=(32, 32, 32), dropout_p=p)
     tensors, x_bytes = problem.tensors("cpu"), 4 * 256 * 256
     ys = call(problem, tensors, "torch")
